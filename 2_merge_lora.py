@@ -1,0 +1,140 @@
+"""
+Step 2, for LoRA runs only: merge an adapter into its base model, and prove that the result answers like the adapter.
+
+    python 2_merge_lora.py --model_name checkpoint-148
+
+Reads   <output_dir>/checkpoint-148            the adapter, and the base model that it names
+        <output_dir>/run.json                  test samples, on which adapter and merged model are compared
+Writes  <output_dir>/checkpoint-148-merged     a complete model in the dtype of the base model
+
+The weights are added in float32 and rounded once to the base's dtype, which takes 4 bytes of memory per parameter.
+Both models then see the same prompts with the adapter's answers. If a logit differs by more than the tolerance, nothing
+is left behind and the exit status is 1.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetuning.configs import MergeArguments, run_step
+from finetuning.errors import InputError
+from finetuning.quiet import quiet_libraries
+
+quiet_libraries()
+
+import torch  # noqa: E402
+from peft import AutoPeftModelForCausalLM, PeftConfig  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # noqa: E402
+
+from finetuning.chat import load_tokenizer  # noqa: E402
+from finetuning.data import load_test_samples  # noqa: E402
+from finetuning.runs import find_models, find_run, last_checkpoint, read_run  # noqa: E402
+
+MAX_NEW_TOKENS = 64
+TOLERANCE_OF_SCALE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 0.0001}
+
+
+@dataclass
+class Difference:
+    """How far two models are apart on the same tokens."""
+
+    largest: float  # difference of a logit
+    scale: float  # largest logit
+    num_tokens: int
+    num_same_choice: int  # tokens after which both would choose the same one
+
+
+@torch.inference_mode()
+def answer(model, prompt_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
+    """Prompt and greedy answer, shape (1, tokens)."""
+    return model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=generation_config)
+
+
+@torch.inference_mode()
+def logits_of(model, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits at every token, one tensor of shape (tokens, vocabulary) a sequence."""
+    return [model(sequence).logits[0] for sequence in sequences]
+
+
+def measure_difference(logits: list[torch.Tensor], other: list[torch.Tensor]) -> Difference:
+    return Difference(
+        largest=max((a - b).abs().max().item() for a, b in zip(logits, other, strict=True)),
+        scale=max(a.abs().max().item() for a in logits),
+        num_tokens=sum(len(a) for a in logits),
+        num_same_choice=sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(logits, other, strict=True)),
+    )
+
+
+def main(args: MergeArguments) -> None:
+    run = find_run(args.output_dir)
+    record = read_run(run)
+    last = last_checkpoint(run)
+    model_name = args.model_name or (last.name if last else "")
+    ((name, path),) = find_models(run, model_name).items()
+    if not (Path(path) / "adapter_config.json").is_file():
+        raise InputError(f"{path} is no LoRA adapter (no adapter_config.json in it), so there is nothing to merge")
+    merged_dir = Path(args.merged_dir or f"{path.rstrip('/')}-merged")
+    if merged_dir.exists():
+        raise InputError(f"{merged_dir} exists; delete it or choose another --merged_dir")
+
+    base_path = PeftConfig.from_pretrained(path).base_model_name_or_path
+    base_dtype = AutoConfig.from_pretrained(base_path).dtype or torch.float32
+    print(f"merging {path} into {base_path} ({str(base_dtype).removeprefix('torch.')})")
+    if record["config"].get("load_in_4bit") or record["config"].get("load_in_8bit"):
+        print("the adapter was trained on a quantised base; it is merged into, and compared on, the unquantised one")
+    tokenizer = load_tokenizer(path)
+    model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    # What the adapter answers, and its logits there.
+    own_config = GenerationConfig.from_pretrained(path)
+    greedy = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS, eos_token_id=own_config.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    samples = load_test_samples(record["config"])[: args.num_prompts]
+    prompts = [
+        tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        for sample in samples
+    ]
+    sequences = [answer(model, prompt, greedy) for prompt in prompts]
+    adapter_logits = logits_of(model, sequences)
+    with model.disable_adapter():
+        adapter_effect = measure_difference(adapter_logits, logits_of(model, sequences)).largest
+
+    # The merged model is written, and compared as it will be read by others.
+    partial_dir = merged_dir.with_name(merged_dir.name + ".partial")
+    shutil.rmtree(partial_dir, ignore_errors=True)
+    try:
+        model = model.merge_and_unload(safe_merge=True).to(base_dtype)
+        model.generation_config = own_config
+        model.config.use_cache = True
+        model.save_pretrained(partial_dir)
+        tokenizer.save_pretrained(partial_dir)
+        del model
+        merged = AutoModelForCausalLM.from_pretrained(partial_dir, dtype=torch.float32).eval()
+        difference = measure_difference(adapter_logits, logits_of(merged, sequences))
+        num_same = sum(
+            torch.equal(answer(merged, prompt, greedy), sequence)
+            for prompt, sequence in zip(prompts, sequences, strict=True)
+        )
+        tolerance = args.tolerance
+        if tolerance is None:
+            tolerance = TOLERANCE_OF_SCALE[base_dtype] * difference.scale
+        print(
+            f"largest logit difference {difference.largest:.5f} over {difference.num_tokens} tokens (tolerance "
+            f"{tolerance:.5f}; the adapter itself moves logits by up to {adapter_effect:.3f}); "
+            f"{difference.num_same_choice / difference.num_tokens:.1%} of the next tokens and {num_same} of "
+            f"{len(prompts)} answers are the same"
+        )
+        if not difference.largest <= tolerance:  # also where it is nan
+            print(f"error: {name} does not survive being merged; nothing was written", file=sys.stderr)
+            sys.exit(1)
+        os.replace(partial_dir, merged_dir)
+    finally:
+        shutil.rmtree(partial_dir, ignore_errors=True)
+    print(f"written to {merged_dir}. Next: python 3_test.py --output_dir {run} --model_name {merged_dir.name}")
+
+
+if __name__ == "__main__":
+    run_step(main, MergeArguments)

@@ -1,0 +1,101 @@
+"""
+Step 3: let checkpoints answer the test samples, and measure ROUGE, stopping and repetition.
+
+    python 3_test.py --model_name checkpoint-148 --num_samples 50
+    python 3_test.py --model_name all        # the base model and every checkpoint of the newest run
+
+Reads   <output_dir>/run.json                     test data, columns, system prompt and chat template, as in training
+Writes  <output_dir>/predictions/<model>.jsonl    one row a sample, appended as it is finished
+        <output_dir>/predictions/<model>.json     how they were made, and the metrics
+
+Stop it and start it again at any time: samples already answered are not answered again, and a larger --num_samples
+adds to them.
+"""
+
+import time
+from pathlib import Path
+
+from finetuning.configs import TestArguments, run_step
+from finetuning.quiet import quiet_libraries
+
+quiet_libraries()
+
+from tqdm import tqdm  # noqa: E402
+
+from finetuning.chat import load_tokenizer  # noqa: E402
+from finetuning.data import load_test_samples  # noqa: E402
+from finetuning.hardware import choose_dtype  # noqa: E402
+from finetuning.inference import (  # noqa: E402
+    build_generation_config,
+    describe_generation,
+    fingerprint_model,
+    generate_answers,
+    hash_text,
+    load_model,
+)
+from finetuning.metrics import score_predictions  # noqa: E402
+from finetuning.results import RowFile  # noqa: E402
+from finetuning.runs import BASE, PREDICTIONS, find_models, find_run, read_run  # noqa: E402
+from finetuning.scores import load_predictions, print_table, summarize_predictions  # noqa: E402
+
+
+def main(args: TestArguments) -> None:
+    run = find_run(args.output_dir)
+    record = read_run(run)
+    models = find_models(run, args.model_name)
+    samples = load_test_samples(record["config"])
+    if len(samples) < args.num_samples:
+        print(f"the test split has {len(samples)} different samples; all of them are used")
+    samples = samples[: args.num_samples]
+    dtype = choose_dtype(args.dtype)
+
+    for name, path in models.items():
+        in_run = name == BASE or Path(path).parent == run  # another model has a chat template of its own
+        tokenizer = load_tokenizer(path, chat_template=record["chat_template"] if in_run else None)
+        model = load_model(path, dtype)
+        generation_config = build_generation_config(args, tokenizer, model.generation_config)
+        identity = {
+            "model": fingerprint_model(path),
+            "dtype": str(dtype).removeprefix("torch."),
+            "generation": describe_generation(generation_config, args.seed),
+            "chat_template": hash_text(tokenizer.chat_template),
+            "engine": "transformers generate",
+        }
+        file = RowFile(run / PREDICTIONS / f"{name}.jsonl", identity, args.overwrite)
+        answered = {row["id"] for row in file.rows}
+        missing = [sample for sample in samples if sample["id"] not in answered]
+        if not missing:
+            print(f"{name}: all {len(samples)} samples are answered")
+        start = time.perf_counter() - file.info.get("seconds", 0.0)
+        num_tokens = sum(row["num_new_tokens"] for row in file.rows)
+        with tqdm(total=len(samples), initial=len(samples) - len(missing), desc=name, unit="sample") as progress:
+            prompts = [sample["prompt"] for sample in missing]
+            for answers in generate_answers(model, tokenizer, prompts, generation_config, args.batch_size, args.seed):
+                for answer in answers:
+                    sample = missing[answer.index]
+                    file.append(
+                        {
+                            "id": sample["id"],
+                            "messages": sample["prompt"],
+                            "references": sample["references"],
+                            "prediction": answer.prediction,
+                            "num_prompt_tokens": answer.num_prompt_tokens,
+                            "num_new_tokens": answer.num_new_tokens,
+                            "finish_reason": answer.finish_reason,
+                            "error": answer.error,
+                        }
+                    )
+                    num_tokens += answer.num_new_tokens
+                progress.update(len(answers))
+                seconds = time.perf_counter() - start
+                progress.set_postfix_str(f"{num_tokens / seconds:.0f} tokens/s")
+                file.write_info(path=path, seconds=round(seconds, 2))
+        file.write_info(metrics=score_predictions(file.rows))
+        file.close()
+
+    print_table(summarize_predictions(load_predictions(run, list(models))))
+    print(f"Written to {run / PREDICTIONS}. Next: python 4_openai_test.py --output_dir {run}")
+
+
+if __name__ == "__main__":
+    run_step(main, TestArguments)

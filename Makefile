@@ -1,0 +1,51 @@
+# make demo    set up, train the demo model, test, judge (if there is a key), and write the report
+# make test    set up, and run the tests
+# make report  the report of the newest run, or of RUN=outputs/<run>
+# make style   format; make quality: check format, lint and that the notebook has no outputs
+
+.PHONY: demo test report style quality install install-dev
+SHELL := /bin/bash
+
+# The first Python of a version that all pinned packages have wheels for.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+NUM_PROCESSES ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),2)
+RUN ?= $(shell ls -td outputs/*/run.json 2>/dev/null | head -1 | xargs -r -d '\n' dirname)
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+install: .venv/requirements.installed
+install-dev: .venv/requirements-dev.installed
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or: make PYTHON=/path/to/python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/%.installed: %.txt requirements.txt | .venv/bin/python
+	@echo "Installing $< into .venv (once; some minutes)"
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+demo: install
+	ACCELERATE_USE_FSDP=1 FSDP_CPU_RAM_EFFICIENT_LOADING=1 torchrun --nproc_per_node=$(NUM_PROCESSES) \
+		./1_train_full_fine_tuning.py --config ./0_full_fine_tuning_config.yaml
+	python 3_test.py --output_dir outputs/demo --model_name all --num_samples 50
+	python 4_openai_test.py --output_dir outputs/demo
+	@$(MAKE) --no-print-directory report RUN=outputs/demo
+
+report: install
+	@test -n "$(RUN)" || { echo "error: no run under outputs/; run step 1 first"; exit 2; }
+	papermill --no-progress-bar --log-level WARNING --log-output -p output_dir "$(RUN)" \
+		5_score_notebook.ipynb "$(RUN)/5_score_notebook.ipynb"
+
+test: install-dev
+	python -m pytest
+
+style: install-dev
+	ruff format . && ruff check --fix .
+	nbstripout 5_score_notebook.ipynb
+
+quality: install-dev
+	ruff format --check . && ruff check .
+	nbstripout --verify 5_score_notebook.ipynb

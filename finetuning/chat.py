@@ -1,0 +1,75 @@
+"""
+Tokenizers and chat templates: how messages become tokens, which tokens end an answer, which are text and which control.
+"""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from finetuning.errors import InputError
+
+# For base models without a chat template: plain words, and the end token that every tokenizer has.
+PLAIN_TEMPLATE = (Path(__file__).parent / "plain_chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
+
+
+def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can phrase messages, padded on the left for generation.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        chat_template: Text of the template to use instead of the tokenizer's own. Without either one,
+            finetuning/plain_chat_template.jinja, which needs no special token but the end token.
+
+    Raises:
+        InputError: The tokenizer has no end token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{name_or_path}: the tokenizer has no eos_token, so no answer could ever end; set one with eos_token"
+        )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked by position, never by its id, so the end stays trained
+    tokenizer.padding_side = "left"  # generation continues from the last token, which must not be padding
+    return tokenizer
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template ends an answer, or None where it ends in plain text."""
+    answer = "ANSWER"
+    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    tail = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
+    added = set(tokenizer.added_tokens_decoder)
+    return next((token_id for token_id in tail if token_id in added), None)
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
+    """Every token at which generation must stop: the template's end of turn, the tokenizer's and the model's own."""
+    declared = generation_config.eos_token_id
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    candidates = [end_of_turn_id(tokenizer), tokenizer.eos_token_id, *declared]
+    return list(dict.fromkeys(token_id for token_id in candidates if token_id is not None))
+
+
+def control_token_ids(tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> set[int]:
+    """Tokens that steer generation and are no text: ends, padding, beginning, and what the template puts around messages.
+
+    Every other special token, such as a speaker tag that was added for the task, is part of the answer.
+    """
+    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    special = set(tokenizer.all_special_ids)
+    template_ids = set(tokenizer(text, add_special_tokens=False)["input_ids"]) & special
+    named_ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    return template_ids | named_ids | set(end_ids)
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], control_ids: set[int]) -> str:
+    """The text of an answer, without control tokens and with every token of the task."""
+    kept = [token_id for token_id in token_ids if token_id not in control_ids]
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()

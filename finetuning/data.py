@@ -1,0 +1,232 @@
+"""
+Data rows and how a row is phrased: the one place where training, testing and judging get prompts and answers from.
+"""
+
+import hashlib
+import inspect
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from datasets.fingerprint import Hasher
+
+from finetuning.configs import ScriptArguments
+from finetuning.errors import InputError
+
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def find_split_files(folder: Path, split: str) -> list[Path]:
+    """Files of a split in a folder: `split.jsonl`, `split_dataset.json`, `split-00000-of-00002.parquet` or `split/*`."""
+    pattern = re.compile(rf"{re.escape(split)}([._-].*)?")
+    files = [f for f in folder.iterdir() if f.suffix in READERS and pattern.fullmatch(f.stem)]
+    if (folder / split).is_dir():
+        files += [f for f in (folder / split).iterdir() if f.suffix in READERS]
+    if len({READERS[f.suffix] for f in files}) != 1:
+        present = ", ".join(sorted(f.name for f in folder.iterdir())[:20]) or "nothing"
+        problem = "several kinds of files" if files else "no file"
+        raise InputError(
+            f"{folder}: {problem} for the split `{split}` (json, jsonl, csv or parquet); it holds {present}"
+        )
+    return sorted(files)
+
+
+def load_split(name: str, split: str, config: str | None = None) -> Dataset:
+    """Load one split of a local file, a local folder or a dataset on the Hub.
+
+    Args:
+        name: Path of a json, jsonl, csv or parquet file, of a folder of them, or id of a dataset on the Hub.
+        split: Name of the split, with a slice if wanted: `train`, `train[:-50]`, `train[:10%]`.
+        config: Configuration of a dataset on the Hub.
+
+    Raises:
+        InputError: Nothing can be read under that name and split; says what was looked for and what is there.
+    """
+    path = Path(name)
+    split_name = split.split("[")[0]
+    if path.exists():
+        files = [path] if path.is_file() else find_split_files(path, split_name)
+        if files[0].suffix not in READERS:
+            raise InputError(f"{name}: cannot read {files[0].suffix or 'this'} files; use json, jsonl, csv or parquet")
+        source = {"path": READERS[files[0].suffix], "data_files": {split_name: [str(f) for f in files]}}
+    elif name.startswith((".", "/", "~")) or path.suffix in READERS:
+        raise InputError(f"{name}: no such file or folder")
+    else:
+        source = {"path": name, "name": config}
+    try:
+        dataset = load_dataset(**source, split=split)
+    except Exception as error:  # datasets raises many kinds, from the network, the reader and the split's name
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        hint = "" if path.exists() else " (neither a local path nor a dataset that could be fetched from the Hub)"
+        raise InputError(f"{name}: could not load the split `{split}`{hint}: {cause}") from error
+    if len(dataset) == 0:
+        raise InputError(f"{name}: the split `{split}` has no rows")
+    return dataset
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Which columns hold what. `kind` is messages, prompt, instruction or columns."""
+
+    kind: str
+    question_key: str | None
+    reference_keys: tuple[str, ...]
+    system_prompt: str | None = None
+
+    def describe(self) -> str:
+        question = "messages" if self.kind == "messages" else self.question_key
+        references = "" if self.kind == "messages" else f" -> {', '.join(self.reference_keys)}"
+        return f"{question}{references}" + (" with a system prompt" if self.system_prompt else "")
+
+
+def find_row_format(
+    column_names: list[str],
+    question_key: str | None = None,
+    answer_key: str | None = None,
+    system_prompt: str | None = None,
+) -> RowFormat:
+    """Decide how rows with these columns are read.
+
+    >>> find_row_format(["dialogue", "summary1", "summary2"], "dialogue", "summary").reference_keys
+    ('summary1', 'summary2')
+    """
+    columns = set(column_names)
+    if question_key is not None:
+        numbered = [c for c in column_names if re.fullmatch(rf"{re.escape(answer_key)}\d+", c)]
+        references = (
+            [answer_key] if answer_key in columns else sorted(numbered, key=lambda c: int(c[len(answer_key) :]))
+        )
+        missing = [
+            key for key, found in ((question_key, question_key in columns), (answer_key, references)) if not found
+        ]
+        if missing:
+            raise InputError(f"no column `{missing[0]}`; the columns are {', '.join(column_names)}")
+        return RowFormat("columns", question_key, tuple(references), system_prompt)
+    for kind, question, answer in (
+        ("messages", "messages", "messages"),
+        ("prompt", "prompt", "completion"),
+        ("instruction", "instruction", "output"),
+    ):
+        if {question, answer} <= columns:
+            return RowFormat(kind, question, (answer,), system_prompt)
+    raise InputError(
+        f"the columns {', '.join(column_names)} are neither messages, nor prompt and completion, nor instruction and "
+        "output; set question_key and answer_key to the columns with the question and its answer"
+    )
+
+
+def _text(row: dict, key: str) -> str:
+    value = row[key]
+    if value is None:
+        raise InputError(f"`{key}` is empty")
+    if isinstance(value, (dict, list)):
+        raise InputError(f"`{key}` must be text, not {type(value).__name__}")
+    return str(value)
+
+
+def to_sample(row: dict, row_format: RowFormat) -> dict:
+    """Phrase one data row.
+
+    Returns:
+        {"prompt": [{"role", "content"}, ...], "references": [str, ...]}. The prompt ends with the user's message; of
+        several turns the last answer is the reference and the earlier ones are part of the prompt.
+
+    Raises:
+        InputError: The row has no question or no answer.
+    """
+    kind = row_format.kind
+    if kind == "messages":
+        messages = [{"role": m["role"], "content": _text(m, "content")} for m in row["messages"]]
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise InputError("`messages` must end with an assistant's message that answers another one")
+        prompt, references = messages[:-1], [messages[-1]["content"]]
+    elif kind == "prompt" and isinstance(row["prompt"], list):
+        prompt = [{"role": m["role"], "content": _text(m, "content")} for m in row["prompt"]]
+        references = [_text(row["completion"][-1], "content")]
+    else:
+        question = _text(row, row_format.question_key)
+        if kind == "instruction" and row.get("input"):
+            question = f"{question}\n\n{_text(row, 'input')}"
+        prompt = [{"role": "user", "content": question}]
+        references = [_text(row, key) for key in row_format.reference_keys]
+    if row_format.system_prompt and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": row_format.system_prompt}, *prompt]
+    return {"prompt": prompt, "references": references}
+
+
+def to_prompt_completion(row: dict, index: int, row_format: RowFormat, where: str) -> dict:
+    """One data row as SFTTrainer takes it; the loss is on the completion."""
+    try:
+        sample = to_sample(row, row_format)
+    except InputError as error:
+        raise InputError(f"{where}, row {index}: {error}") from error
+    return {"prompt": sample["prompt"], "completion": [{"role": "assistant", "content": sample["references"][0]}]}
+
+
+def _load_prompts_and_completions(args: ScriptArguments, split: str) -> tuple[Dataset, RowFormat]:
+    """Load a split as prompts and completions, with the format in which its rows were read.
+
+    The result is cached on disk by `datasets` under what it depends on, the text of this module included: `map` alone
+    would know an imported function by its name only, and give yesterday's rows after an edit.
+    """
+    dataset = load_split(args.dataset_name, split, args.dataset_config)
+    row_format = find_row_format(dataset.column_names, args.question_key, args.answer_key, args.system_prompt)
+    source = inspect.getsource(sys.modules[__name__])
+    where = f"{args.dataset_name} ({split})"
+    rows = dataset.map(
+        to_prompt_completion,
+        with_indices=True,
+        fn_kwargs={"row_format": row_format, "where": where},
+        remove_columns=dataset.column_names,
+        new_fingerprint=Hasher.hash([dataset._fingerprint, source, row_format, where]),
+        desc=f"Reading {split}",
+    )
+    return rows, row_format
+
+
+def load_training_rows(args: ScriptArguments) -> tuple[Dataset, Dataset | None, RowFormat]:
+    """Load the training split, and the validation split if there is one, as prompts and completions."""
+    train_rows, row_format = _load_prompts_and_completions(args, args.dataset_train_split)
+    eval_rows = None
+    if args.dataset_eval_split is not None:
+        eval_rows, _ = _load_prompts_and_completions(args, args.dataset_eval_split)
+    return train_rows, eval_rows, row_format
+
+
+def fingerprint_rows(rows: Dataset) -> str:
+    """Hash of the content of `rows`, in their order; the same on every machine."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def load_test_samples(config: dict) -> list[dict]:
+    """Load the test split as samples, ordered by `id`.
+
+    An id is a hash of the sample's content, so it stays the same wherever the sample stands in the file, and the first
+    N samples are a random choice that contains the first N - 1.
+
+    Args:
+        config: The keys of ScriptArguments, as `run.json` has them.
+
+    Returns:
+        [{"id", "prompt", "references"}, ...]
+    """
+    name, split = config["dataset_name"], config["dataset_test_split"]
+    dataset = load_split(name, split, config.get("dataset_config"))
+    format_keys = {key: config.get(key) for key in ("question_key", "answer_key", "system_prompt")}
+    row_format = find_row_format(dataset.column_names, **format_keys)
+    samples = {}
+    for index, row in enumerate(dataset):
+        try:
+            sample = to_sample(row, row_format)
+        except InputError as error:
+            raise InputError(f"{name} ({split}), row {index}: {error}") from error
+        content = json.dumps(sample, ensure_ascii=False, sort_keys=True)
+        sample_id = hashlib.sha256(content.encode()).hexdigest()[:12]
+        samples[sample_id] = {"id": sample_id, **sample}  # a sample that stands twice in the file is answered once
+    return [samples[sample_id] for sample_id in sorted(samples)]

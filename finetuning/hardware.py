@@ -1,0 +1,60 @@
+"""
+What this machine's hardware can do, and what is chosen for it: dtype, attention, sharding.
+"""
+
+import importlib
+import os
+
+import torch
+from accelerate.utils import str_to_bool
+
+
+def env_flag(name: str) -> bool:
+    return bool(str_to_bool(os.environ.get(name, "false")))
+
+
+def accelerator_available() -> bool:
+    return torch.accelerator.is_available()
+
+
+def bf16_available() -> bool:
+    """Whether the accelerator computes in bfloat16 itself: CUDA from Ampere on, and other vendors' that say so."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return accelerator_available() and torch.accelerator.current_accelerator().type in ("xpu", "npu", "hpu", "mlu")
+
+
+def tf32_available() -> bool:
+    return torch.cuda.is_available() and torch.version.cuda is not None and torch.cuda.get_device_capability()[0] >= 8
+
+
+def flash_attention_problem() -> str | None:
+    """Why FlashAttention 2 cannot be used here, or None if it imports."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return "the GPU is older than Ampere"
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch fails in any of these ways
+        return f"flash_attn does not import ({str(error).splitlines()[0]})"
+    return None
+
+
+def choose_dtype(requested: str | None) -> torch.dtype:
+    """The dtype to load a model in for inference: bfloat16 where the device has it, float16 on older GPUs, else float32."""
+    if requested is not None:
+        return getattr(torch, requested)
+    return torch.bfloat16 if bf16_available() else torch.float16 if torch.cuda.is_available() else torch.float32
+
+
+def choose_attention(requested: str | None, compute_dtype: torch.dtype) -> tuple[str, str | None]:
+    """The attention implementation to load a model with, and the reason where it is not the one that was requested."""
+    if requested not in (None, "flash_attention_2"):
+        return requested, None
+    problem = flash_attention_problem()
+    if problem is None and compute_dtype == torch.float32:
+        problem = "it does not compute in float32"
+    if problem is None:
+        return "flash_attention_2", None
+    return "sdpa", problem

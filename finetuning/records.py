@@ -1,0 +1,159 @@
+"""
+`run.json`, the record of a run: what was trained, on what data, with which libraries, on which hardware.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from finetuning.data import fingerprint_rows
+from finetuning.errors import InputError
+from finetuning.runs import INCOMPLETE, RUN_FILE, last_checkpoint, read_run, write_json
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
+# What may change between a run and its continuation: where it is logged and saved, and how the same global batch is
+# spread over devices. Everything else would make the checkpoints of one folder incomparable.
+MAY_CHANGE = {
+    "output_dir", "overwrite", "resume_from_checkpoint", "logging_steps", "logging_dir", "report_to", "run_name",
+    "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "disable_tqdm", "log_level",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_num_workers",
+    "fsdp", "fsdp_config", "use_cpu", "local_rank", "attn_implementation", "gradient_checkpointing", "dtype",
+    "bf16", "fp16", "tf32", "dataset_test_split", "dataset_num_proc", "hub_token", "token",
+}  # fmt: skip
+SECRETS = ("token", "api_key", "password", "secret")
+
+
+def without_secrets(values: dict) -> dict:
+    """The values that are set, without those whose key names a secret."""
+    return {
+        key: value
+        for key, value in values.items()
+        if value is not None
+        and not (key.endswith(SECRETS) and isinstance(value, str) and not key.startswith(("eos", "pad")))
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of this repository, with `-dirty` where tracked files have changed; None outside a checkout."""
+    folder = Path(__file__).parent
+    git = shutil.which("git")
+    if git is None:
+        return None
+    result = subprocess.run(
+        [git, "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+    )
+    return result.stdout.strip() or None
+
+
+def describe_hardware() -> dict:
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "devices": devices or ["cpu"],
+        "num_cpus": os.cpu_count(),
+        "threads_per_process": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def build_record(config: dict, chat_template: str, train_rows: Dataset, eval_rows: Dataset | None) -> dict:
+    """The record as it stands before the first step.
+
+    Args:
+        config: Every key of the training, model and script arguments.
+    """
+    hardware = describe_hardware()
+    batch_size = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * hardware["world_size"]
+    splits = {"train": train_rows, "eval": eval_rows}
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": now(),
+        "finished": None,
+        "config": without_secrets(config),
+        "global_batch_size": batch_size,
+        "data": {
+            split: {"rows": len(rows), "hash": fingerprint_rows(rows)}
+            for split, rows in splits.items()
+            if rows is not None
+        },
+        "chat_template": chat_template,
+        "hardware": hardware,
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "git_commit": git_commit(),
+    }
+
+
+def find_differences(old: dict, new: dict) -> list[str]:
+    """What of two records makes their checkpoints incomparable, as `key was ... and is ...`."""
+
+    def essence(record: dict) -> dict:
+        settings = {key: value for key, value in record["config"].items() if key not in MAY_CHANGE}
+        return {**settings, "global_batch_size": record["global_batch_size"], "chat_template": record["chat_template"],
+                **{f"rows of {split}": fingerprint["hash"] for split, fingerprint in record["data"].items()}}  # fmt: skip
+
+    old, new = essence(old), essence(new)
+    keys = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(keys)]
+
+
+def open_run(run: Path, record: dict, overwrite: bool, requested: str | bool | None) -> tuple[Path | None, bool]:
+    """Decide where training starts, before anything is loaded.
+
+    Args:
+        run: Folder of the run.
+        record: What is about to be run.
+        overwrite: Start over; the run in the folder is deleted.
+        requested: `resume_from_checkpoint`: a path, true for the last checkpoint, or None, which goes on with a run
+            that was stopped and has not finished.
+
+    Returns:
+        The checkpoint to go on from, or None to start from the beginning; and whether the run is finished already.
+
+    Raises:
+        InputError: The folder holds another run, or there is no such checkpoint.
+    """
+    if overwrite and run.exists():
+        if any(run.iterdir()) and not (run / RUN_FILE).is_file():
+            raise InputError(
+                f"{run} is not empty and holds no run, so overwrite does not delete it; choose another output_dir"
+            )
+        shutil.rmtree(run)
+    if requested and str(requested).lower() not in ("true", "false"):
+        checkpoint = Path(str(requested))
+        if not (checkpoint / "trainer_state.json").is_file() or (checkpoint / INCOMPLETE).exists():
+            raise InputError(f"resume_from_checkpoint: {checkpoint} is no complete checkpoint")
+        return checkpoint, False
+    if not (run / RUN_FILE).is_file():
+        if str(requested).lower() == "true":
+            raise InputError(f"resume_from_checkpoint: there is no run in {run} to resume")
+        return None, False
+    old = read_run(run)
+    differences = find_differences(old, record)
+    if differences:
+        raise InputError(
+            f"{run} holds another run: {'; '.join(differences)}. Choose another output_dir, "
+            "or start over with --overwrite true, which deletes it"
+        )
+    for folder in run.glob(f"checkpoint-*/{INCOMPLETE}"):
+        shutil.rmtree(folder.parent)
+    return last_checkpoint(run), old["finished"] is not None
+
+
+def save_record(run: Path, record: dict, **changes) -> dict:
+    record = {**record, **changes}
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / RUN_FILE, record)
+    return record
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

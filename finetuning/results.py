@@ -1,0 +1,78 @@
+"""
+Rows of predictions and evaluations: JSON lines that are appended as they are finished and joined on `id`.
+
+    prediction   id, messages, references [str], prediction, num_prompt_tokens, num_new_tokens, finish_reason stop|length|error, error
+    evaluation   id, status ok|refusal|truncated|content_filter|invalid|error, evaluation {criterion: {score, explanation}} or null, usage, error
+
+Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows were made. Imports without torch.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from finetuning.errors import InputError
+from finetuning.runs import write_json
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read the finished rows; a last line that a kill has torn is left out."""
+    if not path.is_file():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+class RowFile:
+    """The rows of one model, opened to be appended to.
+
+    Args:
+        path: The JSON lines file; it is made, with its folder, if it is missing.
+        identity: What makes rows comparable (model, settings). It is written to the JSON file beside `path`.
+        overwrite: Delete the rows there are.
+
+    Raises:
+        InputError: There are rows that were made under another identity; says which field differs.
+    """
+
+    def __init__(self, path: Path, identity: dict, overwrite: bool = False):
+        self.path = path
+        self.info_path = path.with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            path.unlink(missing_ok=True)
+            self.info_path.unlink(missing_ok=True)
+        self.rows = read_rows(path)
+        info = json.loads(self.info_path.read_text(encoding="utf-8")) if self.info_path.is_file() else {}
+        if self.rows:
+            self._check_identity(info.get("identity", {}), json.loads(json.dumps(identity)))
+        self.info = {**info, "identity": identity}
+        self._cut_torn_line()
+        self._file = path.open("a", encoding="utf-8")
+        write_json(self.info_path, self.info)
+
+    def _check_identity(self, old: dict, new: dict) -> None:
+        differing = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+        if differing:
+            what = "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(differing))
+            raise InputError(f"{self.path} was made under other conditions: {what}. Start over with --overwrite true")
+
+    def _cut_torn_line(self) -> None:
+        if self.path.is_file():
+            content = self.path.read_bytes()
+            if content and not content.endswith(b"\n"):
+                os.truncate(self.path, content.rfind(b"\n") + 1)
+
+    def append(self, row: dict) -> None:
+        """Add one finished row; it is in the file when this returns, whatever happens to the process next."""
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.rows.append(row)
+
+    def write_info(self, **info) -> None:
+        """Record what is known of all rows (metrics, usage) beside their identity."""
+        self.info.update(info)
+        write_json(self.info_path, self.info)
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,107 @@
+"""
+A run is one folder. What stands where in it, how the steps find it, and its record `run.json`.
+
+    run.json                                what was run, written by step 1 and read by all that follow
+    checkpoint-148/                         complete: from_pretrained needs nothing else
+    predictions/<checkpoint>.jsonl .json    written by step 3
+    qa_evaluation_results/<checkpoint>.jsonl .json    written by step 4
+    report.html                             written by step 5
+
+Imports without torch.
+"""
+
+import fnmatch
+import json
+import os
+import re
+from pathlib import Path
+
+from finetuning.errors import InputError
+
+OUTPUTS = Path("outputs")
+RUN_FILE = "run.json"
+PREDICTIONS = "predictions"
+EVALUATIONS = "qa_evaluation_results"
+INCOMPLETE = "INCOMPLETE"  # stands in a checkpoint's folder while it is written
+BASE = "base"
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` so that a reader, or a start after a kill, finds the old file or the new one and never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def find_run(output_dir: str | None) -> Path:
+    """The folder of the run: `output_dir`, or the newest run under outputs/."""
+    if output_dir is not None:
+        if not (Path(output_dir) / RUN_FILE).is_file():
+            raise InputError(f"{output_dir} is no run (no {RUN_FILE} in it); run 1_train_full_fine_tuning.py first")
+        return Path(output_dir)
+    run_files = sorted(OUTPUTS.glob(f"*/{RUN_FILE}"), key=lambda f: f.stat().st_mtime)
+    if not run_files:
+        raise InputError(f"no run under {OUTPUTS}/; run 1_train_full_fine_tuning.py first, or set --output_dir")
+    run = run_files[-1].parent
+    print(f"run: {run} (the newest; another one with --output_dir)")
+    return run
+
+
+def read_run(run: Path) -> dict:
+    """The record of the run."""
+    return json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+
+
+def checkpoint_step(name: str) -> int:
+    """Training step of a checkpoint, after its name; the base model is step 0, other models are -1.
+
+    >>> checkpoint_step("checkpoint-148"), checkpoint_step("base"), checkpoint_step("Qwen/Qwen2.5-0.5B")
+    (148, 0, -1)
+    """
+    if name == BASE:
+        return 0
+    match = re.fullmatch(r"checkpoint-(\d+)(-merged)?", name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of the run by training step, merged ones after the adapter that they were merged from."""
+    folders = [f for f in run.glob("checkpoint-*") if f.is_dir() and not (f / INCOMPLETE).exists()]
+    return sorted((f for f in folders if checkpoint_step(f.name) > 0), key=lambda f: (checkpoint_step(f.name), f.name))
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint of the highest step that training can go on from."""
+    checkpoints = [f for f in list_checkpoints(run) if (f / "trainer_state.json").is_file()]
+    return checkpoints[-1] if checkpoints else None
+
+
+def find_models(run: Path, model_name: str) -> dict[str, str]:
+    """Names and paths (or Hub ids) of the models that `model_name` means, in the order of their training steps.
+
+    Args:
+        model_name: A checkpoint of the run, `base`, `all` (base and every checkpoint), a glob over the checkpoints,
+            the path of a model, or a Hub id.
+    """
+    checkpoints = {f.name: str(f) for f in list_checkpoints(run)}
+    models = {BASE: read_run(run)["config"]["model_name_or_path"], **checkpoints}
+    if model_name == "all":
+        return models
+    if model_name in models:
+        return {model_name: models[model_name]}
+    matching = {name: path for name, path in checkpoints.items() if fnmatch.fnmatchcase(name, model_name)}
+    if matching:
+        return matching
+    if (Path(model_name) / "config.json").is_file() or (Path(model_name) / "adapter_config.json").is_file():
+        return {Path(model_name).name: model_name}
+    if checkpoint_step(model_name) > 0 or any(c in model_name for c in "*?[") or Path(model_name).exists():
+        raise InputError(f"no model `{model_name}`; {run} has {', '.join(models)}")
+    return {model_name.replace("/", "--"): model_name}
+
+
+def names_of_files(folder: Path, model_name: str) -> list[str]:
+    """Names of the models with rows in `folder` that `model_name` (a name, a glob or `all`) means, by training step."""
+    names = sorted((f.stem for f in folder.glob("*.jsonl")), key=lambda name: (checkpoint_step(name), name))
+    if model_name == "all":
+        return names
+    return [name for name in names if fnmatch.fnmatchcase(name, model_name)]

@@ -1,0 +1,445 @@
+"""
+From predictions and evaluations to a verdict per checkpoint, with its uncertainty. Imports without torch.
+
+    python -m finetuning.scores --output_dir outputs/demo     # the tables in the terminal, and report.html
+
+Every table has one row a model, in the order of the training steps. Means are over samples, with a 95 % interval from
+the BCa bootstrap (Efron 1987). What has no score counts in no mean and is counted beside it.
+"""
+
+import base64
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import numpy as np
+import pandas as pd
+import scipy.stats
+from matplotlib.figure import Figure
+
+from finetuning.configs import RunArguments, run_step
+from finetuning.errors import InputError
+from finetuning.judge import CRITERIA, prediction_hash
+from finetuning.results import read_rows
+from finetuning.runs import (
+    BASE,
+    EVALUATIONS,
+    PREDICTIONS,
+    checkpoint_step,
+    find_run,
+    list_checkpoints,
+    names_of_files,
+    read_run,
+)
+
+ROUGE_COLUMNS = ["rouge1", "rouge2", "rougeL"]
+MEASURES = {  # column: (title, decimals)
+    "overall": ("judge, overall", 2),
+    **{criterion: (f"judge, {criterion.replace('_', ' ')}", 2) for criterion in CRITERIA},
+    "rouge1": ("ROUGE-1", 3),
+    "rouge2": ("ROUGE-2", 3),
+    "rougeL": ("ROUGE-L", 3),
+    "stopped": ("stopped", 2),
+    "seq_rep_4": ("seq-rep-4", 3),
+    "num_new_tokens": ("tokens", 1),
+}
+COVERAGE_NEEDED = 0.95  # of its answers a model must have a judgement of, to be ranked by the judge
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # Okabe and Ito 2008
+NUM_RESAMPLES = 2000
+
+
+def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
+    """Every prediction of a run.
+
+    Returns:
+        One row a model and sample: model, step, id, messages, references, prediction, finish_reason, error, num_new_tokens,
+        stopped (1 or 0), rouge1, rouge2, rougeL, seq_rep_4, seconds (of the whole model). NaN where there is no answer.
+
+    Raises:
+        InputError: There are no predictions, or a model's answers were not scored because step 3 was stopped.
+    """
+    names = names_of_files(run / PREDICTIONS, "all") if names is None else names
+    records = []
+    for name in names:
+        rows = read_rows(run / PREDICTIONS / f"{name}.jsonl")
+        info = json.loads((run / PREDICTIONS / f"{name}.json").read_text(encoding="utf-8"))
+        per_sample = info.get("metrics", {}).get("per_sample", {})
+        answered = {row["id"] for row in rows if row["finish_reason"] != "error"}
+        if answered != per_sample.keys():
+            raise InputError(f"{run / PREDICTIONS / name}: step 3 has not finished; start it again and it goes on")
+        for row in rows:
+            measured = per_sample.get(row["id"], {})
+            records.append(
+                {
+                    "model": name,
+                    "step": checkpoint_step(name),
+                    **row,
+                    **{column: measured.get(column, math.nan) for column in [*ROUGE_COLUMNS, "seq_rep_4"]},
+                    "stopped": float(row["finish_reason"] == "stop") if measured else math.nan,
+                    "num_new_tokens": row["num_new_tokens"] if measured else math.nan,
+                    "prediction_hash": prediction_hash(row),
+                    "seconds": info["seconds"],
+                }
+            )
+    if not records:
+        raise InputError(f"no predictions in {run / PREDICTIONS}; run 3_test.py first")
+    return pd.DataFrame(records).sort_values(["step", "model", "id"], ignore_index=True)
+
+
+def load_samples(run: Path) -> pd.DataFrame:
+    """Every prediction of a run with its evaluation, if it has one.
+
+    Returns:
+        The columns of `load_predictions`, and status (ok, or why there is no score; None where it was not judged), the
+        score of each criterion, overall (their mean), evaluation (the scores with their explanations).
+    """
+    samples = load_predictions(run)
+    evaluations = {}
+    for name in names_of_files(run / EVALUATIONS, "all"):
+        for row in read_rows(run / EVALUATIONS / f"{name}.jsonl"):
+            # of several tries, a success counts before a later failure
+            key = (name, row["prediction_hash"])
+            if row["status"] == "ok" or evaluations.get(key, {}).get("status") != "ok":
+                evaluations[key] = row
+    found = [evaluations.get(key, {}) for key in zip(samples["model"], samples["prediction_hash"], strict=True)]
+    samples["status"] = [row.get("status") for row in found]
+    samples["evaluation"] = [row.get("evaluation") for row in found]
+    for criterion in CRITERIA:
+        samples[criterion] = [
+            row["evaluation"][criterion]["score"] if row.get("status") == "ok" else math.nan for row in found
+        ]
+    samples["overall"] = samples[list(CRITERIA)].mean(axis=1, skipna=False)
+    return samples
+
+
+def bootstrap_interval(values) -> tuple[float, float]:
+    """95 % interval of the mean: BCa bootstrap over samples, the same on every call.
+
+    (nan, nan) for fewer than two values; the value itself where all are equal. Values that no resample can vary enough
+    for BCa (one outlier among equals) get the percentile interval.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return math.nan, math.nan
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    for method in ("BCa", "percentile"):
+        with np.errstate(all="ignore"):
+            result = scipy.stats.bootstrap(
+                (values,), np.mean, n_resamples=NUM_RESAMPLES, method=method, rng=np.random.default_rng(0)
+            )
+        low, high = result.confidence_interval
+        if not math.isnan(low):
+            break
+    return float(low), float(high)
+
+
+def summarize(samples: pd.DataFrame, measures: list[str] | None = None) -> pd.DataFrame:
+    """Means with intervals.
+
+    Returns:
+        Indexed by model, in the order of steps: samples, errors (no answer), judged, failed (no score though it was
+        asked for), and for each measure that was taken `<measure>`, `<measure>_low`, `<measure>_high`.
+    """
+    wanted = measures or [m for m in MEASURES if m in samples and samples[m].notna().any()]
+    rows = {}
+    for name, group in samples.groupby("model", sort=False):
+        row = {
+            "step": group["step"].iloc[0],
+            "samples": len(group),
+            "errors": int((group["finish_reason"] == "error").sum()),
+        }
+        if "status" in group:
+            row["judged"] = int((group["status"] == "ok").sum())
+            row["failed"] = int((group["status"].notna() & (group["status"] != "ok")).sum())
+        row["seconds"] = group["seconds"].iloc[0]
+        for measure in wanted:
+            row[measure] = group[measure].mean()
+            row[f"{measure}_low"], row[f"{measure}_high"] = bootstrap_interval(group[measure])
+        rows[name] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def format_table(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
+    """The summary as text, `0.712 [0.680, 0.741]`, under readable titles."""
+    table = pd.DataFrame(index=summary.index)
+    counts = ["samples"] + [c for c in ("errors", "judged", "failed") if c in summary and summary[c].any()]
+    for column in counts:
+        table[column] = summary[column].astype(str)
+    for measure, (title, decimals) in MEASURES.items():
+        if measure not in summary:
+            continue
+        table[title] = [
+            "-"
+            if math.isnan(mean)
+            else f"{mean:.{decimals}f}"
+            + (f" [{low:.{decimals}f}, {high:.{decimals}f}]" if intervals and not math.isnan(low) else "")
+            for mean, low, high in zip(
+                summary[measure], summary[f"{measure}_low"], summary[f"{measure}_high"], strict=True
+            )
+        ]
+    table["seconds"] = [f"{seconds:.1f}" for seconds in summary["seconds"]]
+    return table
+
+
+def summarize_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Readable table of what step 3 measures."""
+    return format_table(summarize(predictions), intervals=False)
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """Print a table in aligned columns, none of them left out."""
+    print("\n" + table.reset_index().to_string(index=False) + "\n")
+
+
+@dataclass
+class Comparison:
+    """Paired difference of two models over the samples that both have a score of."""
+
+    better: str
+    other: str
+    num_samples: int
+    difference: float  # mean of better - other
+    low: float  # 95 % interval
+    high: float
+    detectable: float  # smallest difference that so many samples show with a probability of 80 %
+
+    @property
+    def is_clear(self) -> bool:
+        return self.low > 0
+
+
+def compare(samples: pd.DataFrame, measure: str, better: str, other: str) -> Comparison:
+    """Compare two models on the same samples."""
+    pivot = samples[samples["model"].isin([better, other])].pivot(index="id", columns="model", values=measure).dropna()
+    differences = (pivot[better] - pivot[other]).to_numpy()
+    low, high = bootstrap_interval(differences)
+    spread = np.std(differences, ddof=1) if len(differences) > 1 else math.nan
+    detectable = (
+        (scipy.stats.norm.ppf(0.975) + scipy.stats.norm.ppf(0.8)) * spread / math.sqrt(max(len(differences), 1))
+    )
+    mean = float(differences.mean()) if len(differences) else math.nan
+    return Comparison(better, other, len(differences), mean, low, high, float(detectable))
+
+
+@dataclass
+class Verdict:
+    """Which model to use, by which measure, and how sure that is."""
+
+    best: str | None  # None where no model has an answer
+    measure: str
+    comparisons: list[Comparison]  # the best against each other model
+    sentences: list[str]
+
+
+def choose_measure(samples: pd.DataFrame) -> tuple[str, str]:
+    """The measure that models are ranked by, and why: the judge's overall score if (nearly) all answers have one."""
+    coverage = samples.groupby("model")["overall"].apply(lambda scores: scores.notna().mean())
+    if coverage.min() >= COVERAGE_NEEDED:
+        return "overall", "the judge has scored the answers of every model"
+    if coverage.max() == 0:
+        return "rouge1", "nothing was judged"
+    worst = coverage.idxmin()
+    return (
+        "rouge1",
+        f"only {coverage.min():.0%} of the answers of {worst} have a judgement, under {COVERAGE_NEEDED:.0%}",
+    )
+
+
+def decide(samples: pd.DataFrame) -> Verdict:
+    """Name the best model and say what the samples can and cannot show."""
+    measure, reason = choose_measure(samples)
+    title, decimals = MEASURES[measure]
+    unit = " points of 10" if measure == "overall" else ""
+    means = samples.groupby("model", sort=False)[measure].mean().dropna()
+    if means.empty:
+        return Verdict(
+            None, measure, [], ["No model has an answer that could be scored; see the errors of the samples."]
+        )
+    best = means.idxmax()
+    comparisons = [compare(samples, measure, best, other) for other in means.index if other != best]
+    sentences = [f"Ranked by {title}, since {reason}."]
+    if not comparisons:
+        sentences.append(f"{best} is the only model with answers, so there is nothing to compare it with.")
+        return Verdict(best, measure, comparisons, sentences)
+
+    def figures(c: Comparison) -> str:
+        return f"{c.difference:.{decimals}f}{unit} (95 % {c.low:.{decimals}f} to {c.high:.{decimals}f})"
+
+    close = [c for c in comparisons if not c.is_clear]
+    if close:
+        names = ", ".join(f"{c.other} by {figures(c)}" for c in close)
+        earliest = min([best, *(c.other for c in close)], key=checkpoint_step)
+        sentences.append(
+            f"{best} has the highest mean, but these samples do not show that it is better than {names}. "
+            f"With {close[0].num_samples} samples, differences under about {max(c.detectable for c in close):.{decimals}f} "
+            "cannot be seen; answer more samples to tell them apart"
+            + (f", or use {earliest}, which had the least training of them." if earliest != best else ".")
+        )
+    clear = [c for c in comparisons if c.is_clear]
+    if clear:
+        sentences.append(f"{best} is better than " + "; than ".join(f"{c.other} by {figures(c)}" for c in clear) + ".")
+    group = samples[samples["model"] == best]
+    if len(group) and group["stopped"].mean() < COVERAGE_NEEDED:
+        sentences.append(
+            f"Only {group['stopped'].mean():.0%} of its answers ended by themselves: raise --max_new_tokens, or the "
+            "model has not learned to stop."
+        )
+    if best == BASE:
+        sentences.append("No checkpoint is better than the model that training started from.")
+    return Verdict(best, measure, comparisons, sentences)
+
+
+def load_training_log(run: Path) -> pd.DataFrame:
+    """Loss, grad_norm, learning_rate, tokens_per_second and the like by step, from the last checkpoint's log."""
+    states = [f / "trainer_state.json" for f in list_checkpoints(run) if (f / "trainer_state.json").is_file()]
+    if not states:
+        return pd.DataFrame(columns=["step", "loss"])
+    log = pd.DataFrame(json.loads(states[-1].read_text(encoding="utf-8"))["log_history"])
+    return log
+
+
+def _style(axes, title: str, x_label: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_measures(summary: pd.DataFrame) -> Figure | None:
+    """Each measure over the training steps, with its interval; models that are no checkpoint are left out.
+
+    None where there is nothing to plot.
+    """
+    groups = [
+        ("judge, mean of the criteria (1 to 10)", ["overall"]),
+        ("ROUGE F1", ROUGE_COLUMNS),
+        ("share of answers that stopped", ["stopped"]),
+        ("repetition (seq-rep-4)", ["seq_rep_4"]),
+    ]
+    groups = [(title, [m for m in measures if m in summary]) for title, measures in groups]
+    groups = [(title, measures) for title, measures in groups if measures]
+    checkpoints = summary[summary["step"] >= 0]
+    if not groups or checkpoints.empty:
+        return None
+    figure = Figure(figsize=(4.2 * len(groups), 3.2), layout="constrained")
+    for axes, (title, measures) in zip(np.atleast_1d(figure.subplots(1, len(groups))), groups, strict=True):
+        for color, measure in zip(COLORS, measures, strict=False):
+            mean = checkpoints[measure]
+            errors = [mean - checkpoints[f"{measure}_low"], checkpoints[f"{measure}_high"] - mean]
+            axes.errorbar(
+                checkpoints["step"], mean, np.nan_to_num(np.clip(errors, 0, None)), color=color, marker="o", markersize=4,
+                capsize=3, linewidth=1.3, label=MEASURES[measure][0],
+            )  # fmt: skip
+        if "stopped" in measures:
+            axes.set_ylim(-0.05, 1.05)
+        if "seq_rep_4" in measures:
+            axes.set_ylim(bottom=0)
+        if len(measures) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        _style(axes, title, "training step (0 is the base model)")
+    return figure
+
+
+def plot_criteria(summary: pd.DataFrame) -> Figure | None:
+    """The judge's criteria side by side for each model; None where nothing was judged."""
+    criteria = [c for c in CRITERIA if c in summary]
+    if not criteria:
+        return None
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(summary)
+    for i, (name, row) in enumerate(summary.iterrows()):
+        places = np.arange(len(criteria)) + (i - (len(summary) - 1) / 2) * width
+        means = np.array([row[c] for c in criteria])
+        errors = [means - [row[f"{c}_low"] for c in criteria], [row[f"{c}_high"] for c in criteria] - means]
+        axes.bar(places, means, width * 0.92, color=COLORS[i % len(COLORS)], label=name)
+        axes.errorbar(places, means, np.nan_to_num(np.clip(errors, 0, None)), fmt="none", ecolor="#444444", capsize=2)
+    axes.set_xticks(range(len(criteria)), [c.replace("_", " ") for c in criteria])
+    axes.set_ylim(0, 10.5)
+    axes.legend(fontsize=8, frameon=False, ncols=len(summary), loc="lower left", bbox_to_anchor=(0, 1.08))
+    _style(axes, "judge, mean score of each criterion (1 to 10)", "")
+    return figure
+
+
+def plot_training(log: pd.DataFrame) -> Figure | None:
+    """Loss and gradient norm over the training steps; None without a log."""
+    columns = [c for c in ("loss", "grad_norm") if c in log and log[c].notna().any()]
+    if not columns:
+        return None
+    figure = Figure(figsize=(4.2 * len(columns), 3.2), layout="constrained")
+    for axes, column in zip(np.atleast_1d(figure.subplots(1, len(columns))), columns, strict=True):
+        known = log[log[column].notna()]
+        axes.plot(known["step"], known[column], color=COLORS[0], linewidth=1.3, label="training")
+        if column == "loss" and "eval_loss" in log:
+            known = log[log["eval_loss"].notna()]
+            axes.plot(known["step"], known["eval_loss"], color=COLORS[1], marker="o", markersize=4, label="validation")
+            axes.legend(fontsize=8, frameon=False)
+        _style(axes, {"loss": "loss", "grad_norm": "gradient norm"}[column], "training step")
+    return figure
+
+
+def _to_svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "report"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_report(run: Path, samples: pd.DataFrame) -> Path:
+    """Write `report.html`: verdict, tables, plots, and the samples of all models side by side, in one file."""
+    record = read_run(run)
+    summary = summarize(samples)
+    plots = [plot_measures(summary), plot_criteria(summary), plot_training(load_training_log(run))]
+    models = list(summary.index)
+    cards = []
+    for sample_id, group in samples.groupby("id", sort=False):
+        by_model = group.set_index("model")
+        first = group.iloc[0]
+        cards.append(
+            {
+                "id": sample_id,
+                "messages": first["messages"],
+                "references": first["references"],
+                "answers": [
+                    {"model": name, **(by_model.loc[name].to_dict() if name in by_model.index else {"missing": True})}
+                    for name in models
+                ],
+            }
+        )
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["number"] = lambda value: isinstance(value, (int, float)) and not math.isnan(value)
+    template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
+    verdict = decide(samples)
+    page = template.render(
+        run=run.name,
+        record=record,
+        verdict=verdict,
+        measure_title=MEASURES[verdict.measure][0],
+        table=format_table(summary),
+        plots=[_to_svg(plot) for plot in plots if plot is not None],
+        cards=cards,
+        models=models,
+        criteria=CRITERIA,
+    )
+    path = run / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def main(args: RunArguments) -> None:
+    run = find_run(args.output_dir)
+    samples = load_samples(run)
+    print_table(format_table(summarize(samples)))
+    print("\n".join(decide(samples).sentences))
+    print(f"\nThe report is at {write_report(run, samples)}")
+
+
+if __name__ == "__main__":
+    run_step(main, RunArguments)

@@ -1,0 +1,290 @@
+"""
+What step 1 adds to trl's SFTTrainer: settings that fit the hardware, FSDP2 with and without a GPU, checkpoints that are
+complete and stand once, and training that survives SIGTERM.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from finetuning.chat import end_token_ids
+from finetuning.hardware import accelerator_available, bf16_available, env_flag, tf32_available
+from finetuning.records import save_record
+from finetuning.runs import INCOMPLETE
+
+OPTIMIZER_FOLDER = "optimizer"
+
+
+@dataclass
+class TrainingArguments(SFTConfig):
+    """trl's SFTConfig, fitted to the machine it is read on: what the hardware cannot do is replaced, and said."""
+
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Fill sequences of max_length with several rows, which do not see each other."},
+    )
+
+    def __post_init__(self):
+        self.hardware_choices: list[str] = []
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if not accelerator_available():
+            self.use_cpu = True
+        self._choose_precision()
+        self._choose_sharding(world_size)
+        super().__post_init__()
+        if self.use_cpu and self.fsdp:
+            # accelerate takes its FSDP path for the types of accelerators only, and would fall back to DDP without a
+            # word; the path itself works on any device. Step 1 asserts that parameters are sharded in the end.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    def _choose_precision(self) -> None:
+        if self.tf32 and not tf32_available():
+            self.tf32 = None
+            self.hardware_choices.append("tf32: off, this machine has no GPU that can")
+        if self.use_cpu:
+            if self.bf16 or self.fp16:
+                self.hardware_choices.append("bf16/fp16: off, training on the CPU in float32")
+            self.bf16 = self.fp16 = False
+        elif not bf16_available() and (self.bf16 or not self.fp16):
+            cuda = torch.cuda.is_available()
+            self.hardware_choices.append(f"bf16: off, this device has none; {'fp16' if cuda else 'float32'} instead")
+            self.bf16, self.fp16 = False, cuda
+
+    def _choose_sharding(self, world_size: int) -> None:
+        if str(self.fsdp).lower() in ("true", "false"):  # as the command line gives it
+            self.fsdp = str(self.fsdp).lower() == "true"
+        requested = env_flag("ACCELERATE_USE_FSDP") if self.fsdp is None else bool(self.fsdp)
+        if requested and world_size > 1:
+            self.fsdp = self.fsdp or True
+            if self.fsdp_config is None:
+                self.fsdp_config = {}
+            if isinstance(self.fsdp_config, dict):
+                # The model is loaded by rank 0 alone when the variable is set, so the wrapper must be told to hand the
+                # weights on; transformers passes its own default, which is not to.
+                ram_efficient = env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING")
+                self.fsdp_config.setdefault("cpu_ram_efficient_loading", ram_efficient)
+            return
+        if requested and world_size == 1:
+            self.hardware_choices.append("fsdp: off, there is only one process (start more with torchrun)")
+        self.fsdp = None
+        # transformers reads these while loading weights, and would leave every rank but the first without any
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+def parameter_shares(model: PreTrainedModel) -> list[float]:
+    """Share of all parameters that each rank holds, one number a rank: 1.0 unless the model is sharded."""
+    total = sum(p.numel() for p in model.parameters())
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+    if not dist.is_initialized():
+        return [held / total]
+    shares: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(shares, held / total)
+    return shares
+
+
+class ResumableSFTTrainer(SFTTrainer):
+    """SFTTrainer whose checkpoints are complete, hold everything once, and can be resumed on any number of devices.
+
+    A checkpoint has the weights as from_pretrained reads them, the tokenizer, a generation config with every end token,
+    and the optimizer's state in torch's distributed format, written by each rank for its own share. There is no second
+    copy of the weights: training goes on from the ones that from_pretrained reads.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._logged_tokens = 0
+        self._logged_at = time.perf_counter()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # wall-clock time since the last line, with what was saved and evaluated in between
+            now = time.perf_counter()
+            logs["tokens_per_second"] = (self._total_train_tokens - self._logged_tokens) / (now - self._logged_at)
+            self._logged_tokens, self._logged_at = self._total_train_tokens, now
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None is written: run.json says more, and a card would stand in the run's folder as if it held a model."""
+
+    def _save_checkpoint(self, model, trial) -> None:
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            if checkpoint.exists():
+                shutil.rmtree(checkpoint)
+            checkpoint.mkdir(parents=True)
+            (checkpoint / INCOMPLETE).touch()
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (checkpoint / INCOMPLETE).unlink()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        base_model = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+        generation_config = base_model.generation_config
+        generation_config.eos_token_id = end_token_ids(self.processing_class, generation_config)
+        generation_config.pad_token_id = self.processing_class.pad_token_id
+        generation_config.use_cache = True
+        base_model.config.use_cache = True
+        if state_dict is not None:
+            state_dict = without_tied_copies(base_model, state_dict)
+        super()._save(output_dir, state_dict)
+        base_model.config.use_cache = self.args.use_cache
+        generation_config.save_pretrained(output_dir)  # an adapter is saved without one
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer_state = get_optimizer_state_dict(self.model_wrapped, self.optimizer)
+        with quiet_checkpointing():
+            dcp.save({"optimizer": optimizer_state}, checkpoint_id=os.path.join(output_dir, OPTIMIZER_FOLDER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Nothing to do: step 1 built the model from the checkpoint's own weights."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = os.path.join(checkpoint, OPTIMIZER_FOLDER)
+        if not os.path.isdir(folder):
+            raise ValueError(
+                f"{checkpoint} has no optimizer state (saved with save_only_model?), training cannot go on from it"
+            )
+        state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, self.optimizer)}
+        with quiet_checkpointing():
+            dcp.load(state, checkpoint_id=folder)
+        set_optimizer_state_dict(self.model_wrapped, self.optimizer, state["optimizer"])
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
+        log_history = json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]
+        self._total_train_tokens = self._logged_tokens = max(
+            (entry.get("num_tokens", 0) for entry in log_history), default=0
+        )
+
+
+def without_tied_copies(model: PreTrainedModel, state_dict: dict) -> dict:
+    """Leave out of a gathered state dict the names that are tied to another one.
+
+    `save_pretrained` finds tied weights by their storage, which gathering has duplicated.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in state_dict.items() if name not in tied}
+
+
+@contextlib.contextmanager
+def quiet_checkpointing():
+    """torch warns about what is meant: a single process saves without a process group."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class SaveOnTermination(TrainerCallback):
+    """On SIGTERM, finish the step, save a checkpoint, and end training; all ranks do so at the same step.
+
+    torchrun passes the signal on and kills what still runs after 30 s; a large model needs
+    `torchrun --shutdown-timeout 600`.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.stopped = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, signum, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = self.received
+        if dist.is_initialized():  # one rank may get the signal a step before another
+            flag = torch.tensor(float(received), device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            received = bool(flag.item())
+        if received and not control.should_training_stop:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class RecordShares(TrainerCallback):
+    """Before the first step, assert that FSDP shards the parameters, and record each rank's share in `run.json`."""
+
+    def __init__(self, run: Path, record: dict):
+        self.run, self.record = run, record
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        shares = parameter_shares(model)
+        if args.fsdp:
+            assert max(shares) < 1, f"FSDP was asked for, but a rank holds every parameter: {shares}"
+        if state.is_world_process_zero:
+            kind = "fsdp2" if args.fsdp else "ddp" if len(shares) > 1 else "single process"
+            self.record["parallelism"] = {
+                "kind": kind,
+                "world_size": len(shares),
+                "parameter_share_per_rank": [round(share, 4) for share in shares],
+            }
+            save_record(self.run, self.record)
+            percent = ", ".join(f"{share:.1%}" for share in shares)
+            print(
+                f"parallelism: {kind}, world size {len(shares)}; each rank holds {percent} of the parameters",
+                flush=True,
+            )
+
+
+def prepare_wandb(args: TrainingArguments, say: Callable[[str], None]) -> None:
+    """Let W&B write into the run's folder, and offline where nobody is logged in."""
+    if "wandb" not in args.report_to:
+        return
+    import wandb
+
+    os.environ.setdefault("WANDB_DIR", args.output_dir)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if "WANDB_MODE" not in os.environ and wandb.api.api_key is None:
+        os.environ["WANDB_MODE"] = "offline"
+        say(
+            f"wandb: nobody is logged in, so the run is logged offline; send it later with `wandb sync {args.output_dir}/wandb/offline-*`"
+        )
+
+
+class LineProgress(ProgressCallback):
+    """A progress bar with ETA, and one line of numbers for each log entry, from the main process only."""
+
+    SHOWN = {
+        "loss": "loss {:.4f}",
+        "eval_loss": "eval_loss {:.4f}",
+        "grad_norm": "grad_norm {:.3f}",
+        "learning_rate": "lr {:.2e}",
+        "mean_token_accuracy": "accuracy {:.3f}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+    }
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = [text.format(logs[key]) for key, text in self.SHOWN.items() if key in logs]
+        if state.is_world_process_zero and shown and "train_runtime" not in logs:
+            tqdm.write(
+                f"step {state.global_step}/{state.max_steps}  epoch {logs.get('epoch', 0):.2f}  " + "  ".join(shown)
+            )

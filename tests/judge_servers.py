@@ -1,0 +1,140 @@
+"""
+Judges for the tests: a real OpenAI-compatible server (llama.cpp) whose tiny model prefers chosen characters, and a stub
+for the replies that it cannot give.
+"""
+
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import gguf
+import numpy as np
+import xllamacpp
+
+NUM_SPECIAL = 3  # <unk>, <s>, </s>; then one token a byte
+EMBEDDING = 32
+
+
+def write_model(path: Path, preferences: dict[str, float]) -> None:
+    """A GGUF of one layer that adds nothing, so that every next byte has the same logits: `preferences`, 0 elsewhere."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(16_384)
+    writer.add_embedding_length(EMBEDDING)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(EMBEDDING)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(NUM_SPECIAL + 256)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
+    writer.add_token_scores([0.0] * (NUM_SPECIAL + 256))
+    kind = gguf.TokenType
+    writer.add_token_types([kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *([kind.BYTE] * 256)])
+    writer.add_add_space_prefix(False)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    embeddings = np.zeros((NUM_SPECIAL + 256, EMBEDDING), dtype=np.float32)
+    embeddings[:, 0] = 1  # normalised to sqrt(EMBEDDING)
+    output = np.zeros_like(embeddings)
+    for character, logit in preferences.items():
+        output[NUM_SPECIAL + ord(character), 0] = logit / np.sqrt(EMBEDDING)
+    writer.add_tensor("token_embd.weight", embeddings)
+    writer.add_tensor("output.weight", output)
+    writer.add_tensor("output_norm.weight", np.ones(EMBEDDING, dtype=np.float32))
+    square = np.zeros((EMBEDDING, EMBEDDING), dtype=np.float32)
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", square)
+    for name in ("attn_norm", "ffn_norm"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones(EMBEDDING, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def start_llama_server(folder: Path, preferences: dict[str, float]) -> str:
+    """Start a server in this process and return its base URL; it runs until the process ends."""
+    path = folder / "model.gguf"
+    write_model(path, preferences)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 32_768
+    params.n_parallel = 2
+    params.cpuparams.n_threads = 1
+    params.port = 0
+    params.warmup = False
+    server = xllamacpp.Server(params)
+    _running.append(server)
+    return f"{server.listening_address}/v1"
+
+
+_running: list = []
+
+
+class StubJudge:
+    """Answers each request with the next of `replies`, the last one for ever, and remembers what it was sent.
+
+    A reply is an evaluation's JSON text, or (status, headers, body), or a dict that updates the choice, or "hang up".
+    """
+
+    def __init__(self, *replies):
+        self.replies = list(replies)
+        self.requests: list[dict] = []
+        self.lock = threading.Lock()
+
+    def next_reply(self, request: dict):
+        with self.lock:
+            self.requests.append(request)
+            return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+
+
+@contextlib.contextmanager
+def serve(stub: StubJudge):
+    """Serve a stub judge on 127.0.0.1 and give its base URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            reply = stub.next_reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if reply == "hang up":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b'{"choices": [')
+                self.wfile.flush()
+                self.connection.close()
+                return
+            status, headers, body = reply if isinstance(reply, tuple) else (200, {}, completion(reply))
+            content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+
+
+def completion(reply: str | dict) -> dict:
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
+    if isinstance(reply, dict):
+        message = {"role": "assistant", "content": None, **reply.get("message", {})}
+        choice = {**choice, **reply, "message": message}
+    usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "stub", "choices": [choice], "usage": usage}
+
+
+def evaluation(score: int) -> str:
+    from finetuning.judge import CRITERIA
+
+    return json.dumps({criterion: {"explanation": "because", "score": score} for criterion in CRITERIA})

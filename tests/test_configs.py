@@ -1,0 +1,79 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, command, run
+
+from finetuning import configs
+from finetuning.configs import JudgeArguments, ModelArguments, Parser, ScriptArguments
+from finetuning.training import TrainingArguments
+
+YAMLS = sorted([*ROOT.glob("0_*.yaml"), *(ROOT / "recipes").rglob("*.yaml")])
+SCRIPTS = ["1_train_full_fine_tuning.py", "2_merge_lora.py", "3_test.py", "4_openai_test.py"]
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
+def test_every_yaml_parses_and_trains_where_there_is_no_gpu(path, tmp_path):
+    arguments = ["--config", str(path), "--output_dir", str(tmp_path)]
+    script, training, model = Parser((ScriptArguments, TrainingArguments, ModelArguments)).parse_args_and_config(
+        arguments
+    )
+    for key, value in yaml.safe_load(path.read_text()).items():
+        if key not in ("output_dir", "report_to"):
+            assert value == next(getattr(a, key) for a in (script, training, model) if hasattr(a, key)), key
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_printed(script):
+    assert "--output_dir" in run(command(script, "--help")).stdout
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("judge_modle: x\n", "unknown key `judge_modle`; did you mean `judge_model`?"),
+        ("- a\n", "must hold `key: value` lines"),
+        ("a: [\n", "not valid YAML"),
+        ("concurrency: 0\n", "concurrency must be at least 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_a_faulty_yaml_is_one_line_and_status_2(tmp_path, capsys, text, message, form):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        Parser((JudgeArguments,)).parse_args_and_config(form.format(path).split(" "))
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"learning_rate: 2e-5\ndataset_name: x\nmodel_name_or_path: y\noutput_dir: {tmp_path}\n")
+    _, training, _ = Parser((ScriptArguments, TrainingArguments, ModelArguments)).parse_args_and_config(
+        ["--config", str(path)]
+    )
+    assert training.learning_rate == 2e-5
+
+
+def test_contradicting_generation_settings_are_refused():
+    with pytest.raises(ValueError, match="temperature has no effect without `do_sample: true`"):
+        configs.TestArguments(temperature=0.7)
+
+
+WITHOUT_TORCH = """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, NoTorch())
+import finetuning.configs, finetuning.judge, finetuning.metrics, finetuning.results, finetuning.runs, finetuning.scores
+assert finetuning.metrics.compute_rouge(["안녕"], [["안녕"]])["rouge1"] == 1
+"""
+
+
+def test_judging_and_scoring_need_no_torch():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

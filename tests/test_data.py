@@ -1,0 +1,132 @@
+import json
+
+import pandas as pd
+import pytest
+
+from finetuning.configs import ScriptArguments
+from finetuning.data import find_row_format, load_split, load_test_samples, load_training_rows, to_sample
+from finetuning.errors import InputError
+
+ROWS = [{"dialogue": f"#Person1#: 안녕 {i}", "summary": f"요약 {i}"} for i in range(10)]
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    elif path.suffix == ".csv":
+        pd.DataFrame(rows).to_csv(path, index=False)
+    else:
+        pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train_dataset.json", "train.csv", "train-00000-of-00001.parquet"])
+@pytest.mark.parametrize("as_folder", [True, False], ids=["folder", "file"])
+def test_local_data_is_read_in_every_form(tmp_path, name, as_folder):
+    path = write(tmp_path / name, ROWS)
+    source = tmp_path if as_folder else path
+    assert list(load_split(str(source), "train")) == ROWS
+    assert list(load_split(str(source), "train[-3:]")) == ROWS[-3:]
+
+
+@pytest.mark.parametrize(
+    "row, prompt, references",
+    [
+        (
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+            [{"role": "user", "content": "Q"}],
+            ["A"],
+        ),
+        ({"prompt": "Q", "completion": "A"}, [{"role": "user", "content": "Q"}], ["A"]),
+        (
+            {"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]},
+            [{"role": "user", "content": "Q"}],
+            ["A"],
+        ),
+        ({"instruction": "I", "input": "X", "output": "A"}, [{"role": "user", "content": "I\n\nX"}], ["A"]),
+        ({"instruction": "I", "input": "", "output": "A"}, [{"role": "user", "content": "I"}], ["A"]),
+        ({"instruction": "I", "output": 42}, [{"role": "user", "content": "I"}], ["42"]),
+    ],
+)
+def test_rows_are_recognised_by_their_columns(row, prompt, references):
+    assert to_sample(row, find_row_format(list(row))) == {"prompt": prompt, "references": references}
+
+
+def test_two_columns_can_be_named_and_numbered_ones_are_several_references():
+    row = {"dialogue": "D", "summary1": "A", "summary2": "B", "summary10": "C", "topic1": "T"}
+    row_format = find_row_format(list(row), "dialogue", "summary")
+    assert row_format.reference_keys == ("summary1", "summary2", "summary10")
+    assert to_sample(row, row_format)["references"] == ["A", "B", "C"]
+
+
+def test_system_prompt_goes_in_front_of_rows_that_have_none():
+    own = {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant")]}
+    none = {"messages": own["messages"][1:]}
+    row_format = find_row_format(["messages"], system_prompt="Be brief.")
+    assert to_sample(own, row_format)["prompt"][0]["content"] == "system"
+    assert to_sample(none, row_format)["prompt"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_earlier_turns_belong_to_the_prompt():
+    row = {
+        "messages": [{"role": r, "content": str(i)} for i, r in enumerate(["user", "assistant", "user", "assistant"])]
+    }
+    sample = to_sample(row, find_row_format(["messages"]))
+    assert [m["content"] for m in sample["prompt"]] == ["0", "1", "2"] and sample["references"] == ["3"]
+
+
+@pytest.mark.parametrize(
+    "rows, arguments, message",
+    [
+        (ROWS, {}, "set question_key and answer_key"),
+        (ROWS, {"question_key": "dialog", "answer_key": "summary"}, "no column `dialog`; the columns are dialogue, summary"),
+        ([*ROWS, {"dialogue": None, "summary": "x"}], {"question_key": "dialogue", "answer_key": "summary"}, "row 10: `dialogue` is empty"),
+        ([{"messages": [{"role": "user", "content": "Q"}]}], {}, "row 0: `messages` must end with an assistant's"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_named(tmp_path, rows, arguments, message):
+    path = write(tmp_path / "train.jsonl", rows)
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        load_training_rows(ScriptArguments(dataset_name=str(path), **arguments))
+
+
+@pytest.mark.parametrize(
+    "name, split, message",
+    [
+        ("{}/none.json", "train", "no such file"),
+        ("{}", "valid", "no file for the split `valid`.*it holds notes.txt, train.jsonl"),
+        ("{}/notes.txt", "train", "cannot read .txt files"),
+        ("{}/train.jsonl", "train[oops]", "could not load the split"),
+        ("someone/some-dataset", "train", "neither a local path nor a dataset that could be fetched"),
+    ],
+)
+def test_missing_data_says_what_was_looked_for(tmp_path, name, split, message):
+    write(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(InputError, match=message):
+        load_split(name.format(tmp_path), split)
+
+
+def test_ids_of_samples_do_not_depend_on_their_order_and_duplicates_count_once(tmp_path):
+    config = {
+        "dataset_name": str(tmp_path),
+        "dataset_test_split": "test",
+        "question_key": "dialogue",
+        "answer_key": "summary",
+    }
+    write(tmp_path / "test.jsonl", ROWS)
+    samples = load_test_samples(config)
+    write(tmp_path / "test.jsonl", [*reversed(ROWS), ROWS[0]])
+    assert load_test_samples(config) == samples
+    assert len({sample["id"] for sample in samples}) == len(ROWS)
+
+
+def test_an_edited_file_is_read_anew(tmp_path):
+    arguments = ScriptArguments(dataset_name=str(tmp_path), question_key="dialogue", answer_key="summary")
+    write(tmp_path / "train.jsonl", ROWS)
+    first, _, _ = load_training_rows(arguments)
+    write(tmp_path / "train.jsonl", [{"dialogue": "new", "summary": "neu"}])
+    second, _, _ = load_training_rows(arguments)
+    assert len(first) == 10 and second["completion"] == [[{"role": "assistant", "content": "neu"}]]

@@ -1,0 +1,71 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from finetuning.errors import InputError
+from finetuning.results import RowFile, read_rows
+
+WRITER = """
+import sys
+from pathlib import Path
+from finetuning.results import RowFile
+file = RowFile(Path(sys.argv[1]), {"model": "m"})
+print(len(file.rows), flush=True)
+for i in range(len(file.rows), 10**9):
+    file.append({"id": str(i), "prediction": "안녕 " * 200})
+"""
+
+
+def test_rows_survive_being_killed_at_any_moment(tmp_path):
+    path = tmp_path / "predictions" / "m.jsonl"
+    num_rows = 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert int(process.stdout.readline()) == num_rows
+        time.sleep(0.2)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        rows = read_rows(path)
+        assert len(rows) > num_rows
+        assert [row["id"] for row in rows] == [str(i) for i in range(len(rows))]
+        num_rows = len(rows)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7, 30])
+def test_a_torn_last_line_is_repaired(tmp_path, cut):
+    path = tmp_path / "m.jsonl"
+    file = RowFile(path, {})
+    for i in range(3):
+        file.append({"id": str(i), "prediction": "안녕하세요"})
+    file.close()
+    os.truncate(path, path.stat().st_size - cut)
+    assert [row["id"] for row in read_rows(path)] == ["0", "1"]
+    file = RowFile(path, {})
+    file.append({"id": "2", "prediction": "다시"})
+    assert [row["id"] for row in read_rows(path)] == ["0", "1", "2"]
+
+
+def test_rows_of_another_identity_are_refused_by_name_and_kept(tmp_path):
+    path = tmp_path / "m.jsonl"
+    file = RowFile(path, {"model": "a", "dtype": "float32"})
+    file.append({"id": "0"})
+    file.close()
+    with pytest.raises(InputError, match="model was 'a' and is 'b'.*--overwrite true"):
+        RowFile(path, {"model": "b", "dtype": "float32"})
+    assert read_rows(path) == [{"id": "0"}]
+    assert RowFile(path, {"model": "b", "dtype": "float32"}, overwrite=True).rows == []
+
+
+def test_info_is_kept_beside_the_identity(tmp_path):
+    file = RowFile(tmp_path / "m.jsonl", {"model": "a"})
+    file.append({"id": "0"})
+    file.write_info(metrics={"rouge1": 0.5})
+    again = RowFile(tmp_path / "m.jsonl", {"model": "a"})
+    assert again.info == {"identity": {"model": "a"}, "metrics": {"rouge1": 0.5}}
+    assert json.loads((tmp_path / "m.json").read_text()) == again.info

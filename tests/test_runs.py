@@ -1,0 +1,63 @@
+import os
+
+import pytest
+
+from finetuning import runs
+from finetuning.errors import InputError
+from finetuning.runs import find_models, find_run, last_checkpoint, list_checkpoints, write_json
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "outputs" / "first"
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-10-merged", "checkpoint-12", "notes"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").touch()
+        if "merged" not in name:
+            (folder / name / "trainer_state.json").touch()
+    (folder / "checkpoint-12" / "INCOMPLETE").touch()
+    write_json(folder / "run.json", {"config": {"model_name_or_path": "demo/model"}})
+    return folder
+
+
+def test_only_complete_checkpoints_count_by_their_step(run):
+    assert [f.name for f in list_checkpoints(run)] == ["checkpoint-9", "checkpoint-10", "checkpoint-10-merged"]
+    assert last_checkpoint(run).name == "checkpoint-10"
+
+
+@pytest.mark.parametrize(
+    "model_name, names",
+    [
+        ("all", ["base", "checkpoint-9", "checkpoint-10", "checkpoint-10-merged"]),
+        ("base", ["base"]),
+        ("checkpoint-9", ["checkpoint-9"]),
+        ("checkpoint-1*", ["checkpoint-10", "checkpoint-10-merged"]),
+        ("{run}/checkpoint-9", ["checkpoint-9"]),
+        ("Qwen/Qwen3-0.6B", ["Qwen--Qwen3-0.6B"]),
+    ],
+)
+def test_model_name_means(run, model_name, names):
+    assert list(find_models(run, model_name.format(run=run))) == names
+
+
+@pytest.mark.parametrize("model_name", ["checkpoint-11", "checkpoint-12", "checkpoint-7*", "."])
+def test_a_missing_model_is_an_error_that_lists_what_there_is(run, model_name):
+    with pytest.raises(InputError, match="has base, checkpoint-9, checkpoint-10"):
+        find_models(run, model_name)
+
+
+def test_the_newest_run_is_found_and_named(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.parents[1])
+    second = run.parent / "second"
+    second.mkdir()
+    write_json(second / "run.json", {})
+    os.utime(second / "run.json", (1, 1))
+    assert find_run(None) == runs.OUTPUTS / "first"
+    assert "outputs/first" in capsys.readouterr().out
+
+
+def test_no_run_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output_dir in (None, "outputs/none"):
+        with pytest.raises(InputError, match="run 1_train_full_fine_tuning.py first"):
+            find_run(output_dir)

@@ -1,0 +1,165 @@
+"""Step 1, as users run it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import CONFIG, FSDP, ROOT, SMALL, command, read_losses, run, train
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+
+def test_parameters_are_really_sharded_without_a_gpu(fsdp_run):
+    record = json.loads((fsdp_run / "run.json").read_text())
+    assert record["parallelism"] == {"kind": "fsdp2", "world_size": 2, "parameter_share_per_rank": [0.5, 0.5]}
+    assert record["finished"] is not None
+
+
+def test_the_command_of_the_readme_works_word_for_word(fsdp_run, tmp_path):
+    """But for the budget."""
+    words = re.search(r"ACCELERATE_USE_FSDP=1 .*?config.yaml", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert words == (
+        "ACCELERATE_USE_FSDP=1 FSDP_CPU_RAM_EFFICIENT_LOADING=1 torchrun --nproc_per_node=2 "
+        "./1_train_full_fine_tuning.py --config ./0_full_fine_tuning_config.yaml"
+    )
+    budget = f"--max_steps 1 --save_steps 1 --max_length 128 --output_dir '{tmp_path}/run with spaces'"
+    run(["bash", "-c", f"{words} {budget}"])
+    assert (tmp_path / "run with spaces" / "checkpoint-1" / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_is_complete_and_holds_the_weights_once(fsdp_run):
+    checkpoint = fsdp_run / "checkpoint-10"
+    names = {f.name for f in checkpoint.iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "trainer_state.json",
+    } <= names
+    assert not [
+        n for n in names if n.startswith("pytorch_model") or n in ("optimizer.pt", "optimizer.bin", "INCOMPLETE")
+    ]
+    with safe_open(checkpoint / "model.safetensors", "pt") as weights:
+        assert "lm_head.weight" not in weights.keys()  # tied to the embeddings
+        num_saved = sum(
+            weights.get_slice(k).get_shape()[0] * (weights.get_slice(k).get_shape() + [1])[1] for k in weights.keys()
+        )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert num_saved == model.num_parameters()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    generation_config = GenerationConfig.from_pretrained(checkpoint)
+    ends = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    assert generation_config.eos_token_id == ends
+    assert generation_config.use_cache and model.config.use_cache
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ROOT / "demo/model").chat_template
+
+
+def test_training_changes_every_weight(fsdp_run):
+    before = AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=torch.float32).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(fsdp_run / "checkpoint-10").state_dict()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_output_is_for_people(fsdp_run):
+    printed = (fsdp_run / "printed.txt").read_text()
+    lines = [line for line in re.split(r"[\r\n]", printed) if line.lstrip().startswith("step 10/10")]
+    assert len(lines) == 1, lines  # from rank 0 only
+    for what in ("loss", "grad_norm", "lr", "tokens/s"):
+        assert what in lines[0]
+    for noise in ("Warning", "warning", "deprecated", "kernels"):
+        assert noise not in printed, printed
+
+
+def test_single_process_and_ddp_have_the_losses_of_fsdp(fsdp_run, tmp_path):
+    """One process takes the batch of both ranks. It logs to W&B as well, where nobody is logged in."""
+    result = train(tmp_path / "single", "--per_device_train_batch_size", 4, "--report_to", "wandb", WANDB_API_KEY="")
+    assert "wandb: nobody is logged in" in result.stdout
+    assert list((tmp_path / "single" / "wandb").glob("offline-run-*"))
+    train(tmp_path / "ddp", "--fsdp", "false", num_processes=2, **FSDP)
+    kinds = [json.loads((tmp_path / n / "run.json").read_text())["parallelism"]["kind"] for n in ("single", "ddp")]
+    assert kinds == ["single process", "ddp"]
+    sharded = read_losses(fsdp_run)
+    assert sorted(sharded) == list(range(1, 11))
+    for name in ("single", "ddp"):
+        losses = read_losses(tmp_path / name)
+        assert losses == pytest.approx(sharded, abs=1e-4), name
+
+
+def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(fsdp_run, copy_of_run):
+    shutil.rmtree(copy_of_run / "checkpoint-10")
+    record = json.loads((copy_of_run / "run.json").read_text())
+    (copy_of_run / "run.json").write_text(json.dumps({**record, "finished": None}))
+    result = train(copy_of_run, "--resume_from_checkpoint", "true", num_processes=2, **FSDP)
+    assert f"going on from {copy_of_run}/checkpoint-5" in result.stdout
+    assert read_losses(copy_of_run) == pytest.approx(read_losses(fsdp_run), abs=1e-6)
+
+
+def test_a_sharded_run_goes_on_in_a_single_process(fsdp_run, copy_of_run):
+    shutil.rmtree(copy_of_run / "checkpoint-10")
+    record = json.loads((copy_of_run / "run.json").read_text())
+    (copy_of_run / "run.json").write_text(json.dumps({**record, "finished": None}))
+    train(copy_of_run, "--per_device_train_batch_size", 4)
+    assert read_losses(copy_of_run) == pytest.approx(read_losses(fsdp_run), abs=1e-4)
+
+
+def wait_for(path, process, timeout=120):
+    end = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+    output_dir = tmp_path / "run"
+    args = ["--config", CONFIG, *SMALL, "--max_steps", 400, "--save_steps", 400, "--output_dir", output_dir]
+    launch = command("1_train_full_fine_tuning.py", *args, num_processes=2)
+    process = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "step 3/400" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    printed = process.stdout.read()
+    assert process.wait() != 0
+    assert "stopped by SIGTERM" in printed
+    (checkpoint,) = output_dir.glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert 3 <= step < 400 and not (checkpoint / "INCOMPLETE").exists()
+    result = run([*launch, "--max_steps", str(step + 2), "--overwrite", "false"], check=False)
+    assert f"max_steps was 400 and is {step + 2}" in result.stderr  # the schedule would not be the same
+    assert checkpoint.exists()
+
+
+def test_a_run_killed_while_it_saves_loses_nothing(fsdp_run, tmp_path):
+    output_dir = tmp_path / "run"
+    args = ["--config", CONFIG, *SMALL, "--output_dir", output_dir]
+    launch = command("1_train_full_fine_tuning.py", *args, num_processes=2)
+    process = subprocess.Popen(
+        launch, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, **FSDP},
+    )  # fmt: skip
+    wait_for(output_dir / "checkpoint-10", process)  # checkpoint-5 is complete, this one is being written
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (output_dir / "checkpoint-10" / "INCOMPLETE").touch()
+    result = train(output_dir, num_processes=2, **FSDP)
+    assert "going on from" in result.stdout
+    assert sorted(f.name for f in output_dir.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
+    assert not (output_dir / "checkpoint-10" / "INCOMPLETE").exists()
+    assert read_losses(output_dir) == pytest.approx(read_losses(fsdp_run), abs=1e-6)
+
+
+def test_a_finished_run_is_not_trained_twice_nor_mixed_with_another(copy_of_run):
+    before = (copy_of_run / "run.json").read_text()
+    assert "is finished" in train(copy_of_run, "--per_device_train_batch_size", 4).stdout
+    result = train(copy_of_run, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "learning_rate was 0.0005 and is 0.001" in result.stderr and "--overwrite true" in result.stderr
+    assert (copy_of_run / "run.json").read_text() == before
