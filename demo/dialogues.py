@@ -353,7 +353,7 @@ def make_example(language: str, rng: random.Random) -> Example:
         "told": told,
     }
     wordings = [rng.randrange(len(turn)) for turn in spec["turns"]]
-    turns = [turn[wording].format(**slots) for turn, wording in zip(spec["turns"], wordings)]
+    turns = [turn[wording].format(**slots) for turn, wording in zip(spec["turns"], wordings, strict=True)]
     if rng.random() < 0.5:
         turns[0] = f"{rng.choice(SMALL_TALK[language])} {turns[0]}"
     if "outcomes" in spec:  # what the last turn said

@@ -47,10 +47,9 @@ def test_a_checkpoint_is_complete_and_holds_the_weights_once(fsdp_run):
         n for n in names if n.startswith("pytorch_model") or n in ("optimizer.pt", "optimizer.bin", "INCOMPLETE")
     ]
     with safe_open(checkpoint / "model.safetensors", "pt") as weights:
-        assert "lm_head.weight" not in weights.keys()  # tied to the embeddings
-        num_saved = sum(
-            weights.get_slice(k).get_shape()[0] * (weights.get_slice(k).get_shape() + [1])[1] for k in weights.keys()
-        )
+        shapes = {name: weights.get_tensor(name).shape for name in weights.keys()}  # noqa: SIM118
+    assert "lm_head.weight" not in shapes  # tied to the embeddings
+    num_saved = sum(shape.numel() for shape in shapes.values())
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert num_saved == model.num_parameters()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
