@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from finetuning.configs import ModelArguments, ScriptArguments, is_main_process, run_step
+from finetuning.errors import InputError
 from finetuning.quiet import quiet_libraries
 
 quiet_libraries()
@@ -66,6 +67,8 @@ def choose_model_settings(model_args: ModelArguments, training_args: TrainingArg
 
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
+    if (script_args.dataset_eval_split is None) != (training_args.eval_strategy == "no"):
+        raise InputError("dataset_eval_split and eval_strategy (steps or epoch) go together: set both, or neither")
     run = Path(training_args.output_dir)
     settings = choose_model_settings(model_args, training_args)
     train_rows, eval_rows, row_format = load_training_rows(script_args)

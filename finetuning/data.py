@@ -207,8 +207,9 @@ def fingerprint_rows(rows: Dataset) -> str:
 def load_test_samples(config: dict) -> list[dict]:
     """Load the test split as samples, ordered by `id`.
 
-    An id is a hash of the sample's content, so it stays the same wherever the sample stands in the file, and the first
-    N samples are a random choice that contains the first N - 1.
+    Rows that ask the same are one sample with several references, as in DialogSum's test split on the Hub. An id is a
+    hash of the sample's content, so it stays the same wherever the sample stands in the file, and the first N samples
+    are a random choice that contains the first N - 1.
 
     Args:
         config: The keys of ScriptArguments, as `run.json` has them.
@@ -220,13 +221,16 @@ def load_test_samples(config: dict) -> list[dict]:
     dataset = load_split(name, split, config.get("dataset_config"))
     format_keys = {key: config.get(key) for key in ("question_key", "answer_key", "system_prompt")}
     row_format = find_row_format(dataset.column_names, **format_keys)
-    samples = {}
+    by_prompt: dict[str, dict] = {}
     for index, row in enumerate(dataset):
         try:
             sample = to_sample(row, row_format)
         except InputError as error:
             raise InputError(f"{name} ({split}), row {index}: {error}") from error
-        content = json.dumps(sample, ensure_ascii=False, sort_keys=True)
-        sample_id = hashlib.sha256(content.encode()).hexdigest()[:12]
-        samples[sample_id] = {"id": sample_id, **sample}  # a sample that stands twice in the file is answered once
-    return [samples[sample_id] for sample_id in sorted(samples)]
+        known = by_prompt.setdefault(json.dumps(sample["prompt"]), {"prompt": sample["prompt"], "references": []})
+        known["references"] += [r for r in sample["references"] if r not in known["references"]]
+    samples = []
+    for sample in by_prompt.values():
+        content = json.dumps([sample["prompt"], sorted(sample["references"])], ensure_ascii=False)
+        samples.append({"id": hashlib.sha256(content.encode()).hexdigest()[:12], **sample})
+    return sorted(samples, key=lambda sample: sample["id"])

@@ -18,7 +18,10 @@ from openai import (
     NotFoundError,
     OpenAIError,
     PermissionDeniedError,
+    RateLimitError,
 )
+from openai.types.chat import ChatCompletion
+from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetuning.configs import JudgeArguments
@@ -123,6 +126,7 @@ async def judge_row(client: AsyncOpenAI, row: dict, args: JudgeArguments) -> dic
         InputError: No request can succeed: the key is refused, or there is no such model.
     """
     result = {"id": row["id"], "prediction_hash": prediction_hash(row)}
+    failed = {**result, "status": "error", "evaluation": None, "usage": None}
     settings = {} if args.temperature is None else {"temperature": args.temperature}
     try:
         completion = await client.chat.completions.create(
@@ -135,29 +139,29 @@ async def judge_row(client: AsyncOpenAI, row: dict, args: JudgeArguments) -> dic
             max_completion_tokens=args.max_tokens,
             **settings,
         )
-        choice = completion.choices[0]
     except (AuthenticationError, PermissionDeniedError) as error:
         raise InputError(
             f"the judge's endpoint refuses the key (status {error.status_code}); check OPENAI_API_KEY"
         ) from error
     except NotFoundError as error:
         raise InputError(f"the judge's endpoint has no model `{args.judge_model}`; set --judge_model") from error
-    except (
-        OpenAIError,
-        json.JSONDecodeError,
-        IndexError,
-        TypeError,
-    ) as error:  # the last three: a body that is no completion
-        return {**result, "status": "error", "evaluation": None, "usage": None, "error": describe_error(error)}
+    except RateLimitError as error:
+        if error.code == "insufficient_quota":  # waiting does not help
+            raise InputError("the judge's endpoint says that the quota of this key is used up") from error
+        return {**failed, "error": describe_error(error)}
+    except (OpenAIError, json.JSONDecodeError) as error:
+        return {**failed, "error": describe_error(error)}
+    if not isinstance(completion, ChatCompletion) or not completion.choices:  # a proxy's page, say
+        return {**failed, "error": "the reply is no chat completion"}
     usage = completion.usage and {
         "prompt_tokens": completion.usage.prompt_tokens,
         "completion_tokens": completion.usage.completion_tokens,
     }
-    status, evaluation, error = read_choice(choice)
+    status, evaluation, error = read_choice(completion.choices[0])
     return {**result, "status": status, "evaluation": evaluation, "usage": usage, "error": error}
 
 
-def read_choice(choice) -> tuple[str, dict | None, str | None]:
+def read_choice(choice: Choice) -> tuple[str, dict | None, str | None]:
     """Status, evaluation and error of one choice of a completion."""
     if choice.message.refusal:
         return "refusal", None, choice.message.refusal
@@ -178,7 +182,7 @@ def describe_error(error: Exception) -> str:
         return f"{type(error).__name__}: status {error.status_code}"
     if isinstance(error, APIConnectionError):
         return f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
-    return f"{type(error).__name__}: the reply is no chat completion"
+    return f"{type(error).__name__}: the reply is not JSON"
 
 
 async def judge_rows(client: AsyncOpenAI, rows: list[dict], args: JudgeArguments) -> AsyncIterator[dict]:

@@ -1,0 +1,171 @@
+"""Step 3, as users run it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, command, run, train
+
+from finetuning.chat import load_tokenizer
+from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
+from finetuning.inference import build_generation_config, fingerprint_model, generate_answers, load_model
+from finetuning.results import read_rows
+
+
+def answer(run_dir, *args: str, check: bool = True, **env):
+    return run(command("3_test.py", "--output_dir", run_dir, *args), check, **env)
+
+
+@pytest.fixture(scope="module")
+def answered_run(fsdp_run, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("answered") / "run"
+    shutil.copytree(fsdp_run, run_dir)
+    result = answer(run_dir, "--num_samples", 8, "--max_new_tokens", 48)
+    (run_dir / "printed.txt").write_text(result.stdout)
+    return run_dir
+
+
+def predictions(run_dir, name):
+    return read_rows(run_dir / "predictions" / f"{name}.jsonl")
+
+
+def test_base_and_every_checkpoint_answer_the_same_samples(answered_run):
+    ids = [[row["id"] for row in predictions(answered_run, n)] for n in ("base", "checkpoint-5", "checkpoint-10")]
+    assert len(ids[0]) == 8 and sorted(ids[0]) == sorted(ids[1]) == sorted(ids[2])
+    printed = (answered_run / "printed.txt").read_text()
+    names = re.findall(r"^\s*(base|checkpoint-\d+)\s", printed, re.MULTILINE)
+    assert names == ["base", "checkpoint-5", "checkpoint-10"]
+    for title in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "stopped", "seq-rep-4"):
+        assert title in printed
+
+
+def test_rows_hold_what_the_design_says(answered_run):
+    for row in predictions(answered_run, "checkpoint-10"):
+        assert list(row) == [
+            "id", "messages", "references", "prediction", "num_prompt_tokens", "num_new_tokens", "finish_reason", "error",
+        ]  # fmt: skip
+        assert row["messages"][-1]["role"] == "user" and isinstance(row["references"], list)
+        assert row["finish_reason"] == ("stop" if row["num_new_tokens"] < 48 else row["finish_reason"])
+        assert "<|" not in row["prediction"]
+    assert any("#Person" in row["prediction"] for row in predictions(answered_run, "base"))
+
+
+def test_more_samples_add_to_those_there_are(answered_run, tmp_path):
+    run_dir = shutil.copytree(answered_run, tmp_path / "run")
+    before = predictions(run_dir, "checkpoint-10")
+    answer(run_dir, "--model_name", "checkpoint-10", "--num_samples", 12, "--max_new_tokens", 48)
+    after = predictions(run_dir, "checkpoint-10")
+    assert after[:8] == before and len({row["id"] for row in after}) == len(after) == 12
+    assert json.loads((run_dir / "predictions/checkpoint-10.json").read_text())["metrics"]["num_samples"] == 12
+
+
+def test_other_settings_are_not_mixed_in(answered_run, tmp_path):
+    run_dir = shutil.copytree(answered_run, tmp_path / "run")
+    result = answer(run_dir, "--model_name", "base", "--num_samples", 8, "--max_new_tokens", 20, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "'max_new_tokens': 48" in result.stderr and "--overwrite true" in result.stderr
+    answer(run_dir, "--model_name", "base", "--num_samples", 4, "--max_new_tokens", 20, "--overwrite", "true")
+    assert len(predictions(run_dir, "base")) == 4
+
+
+def test_a_test_killed_in_the_middle_goes_on_with_nothing_lost_or_double(answered_run, tmp_path):
+    run_dir = shutil.copytree(answered_run, tmp_path / "run")
+    arguments = ["--output_dir", run_dir, "--model_name", "base", "--num_samples", 40, "--batch_size", 2]
+    shutil.rmtree(run_dir / "predictions")
+    process = subprocess.Popen(command("3_test.py", *arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
+    while len(predictions(run_dir, "base")) < 4:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = predictions(run_dir, "base")
+    assert 4 <= len(before) < 40
+    run(command("3_test.py", *arguments))
+    after = predictions(run_dir, "base")
+    assert after[: len(before)] == before and len({row["id"] for row in after}) == len(after) == 40
+
+
+def test_a_batch_answers_what_each_prompt_alone_would(tokenizer):
+    model = load_model(str(ROOT / "demo/model"), torch.float32)
+    config = build_generation_config(Arguments(max_new_tokens=24), tokenizer, model.generation_config)
+    texts = [
+        "#Person1#: Hello, Ella.",
+        "#Person1#: " + "안녕하세요, 민수 씨. " * 6,
+        "Hi",
+        "#Person2#: See you at 3:30 on Friday.",
+    ]
+    prompts = [[{"role": "user", "content": text}] for text in texts]
+    batched = {a.index: a for batch in generate_answers(model, tokenizer, prompts, config, 4, 0) for a in batch}
+    for index, prompt in enumerate(prompts):
+        ((alone,),) = generate_answers(model, tokenizer, [prompt], config, 1, 0)
+        assert (alone.prediction, alone.num_new_tokens) == (batched[index].prediction, batched[index].num_new_tokens)
+
+
+def test_a_prompt_longer_than_the_context_is_an_error_row_and_the_others_are_answered(tokenizer):
+    model = load_model(str(ROOT / "demo/model"), torch.float32)
+    config = build_generation_config(Arguments(max_new_tokens=8), tokenizer, model.generation_config)
+    prompts = [[{"role": "user", "content": "x" * 5000}], [{"role": "user", "content": "Hi"}]]
+    answers = {a.index: a for batch in generate_answers(model, tokenizer, prompts, config, 4, 0) for a in batch}
+    assert answers[0].finish_reason == "error" and "exceed the context of 2048" in answers[0].error
+    assert answers[1].finish_reason != "error"
+
+
+def test_what_is_not_set_comes_from_the_checkpoint(tokenizer):
+    model = load_model(str(ROOT / "demo/model"), torch.float32)
+    own = model.generation_config
+    own.temperature, own.top_p = 0.6, 0.9
+    greedy = build_generation_config(Arguments(), tokenizer, own)
+    assert not greedy.do_sample and greedy.temperature is None
+    sampled = build_generation_config(Arguments(do_sample=True, top_p=0.5), tokenizer, own)
+    assert (sampled.temperature, sampled.top_p) == (0.6, 0.5)
+    assert len(greedy.eos_token_id) == 2
+
+
+def test_other_weights_have_another_fingerprint(fsdp_run):
+    five, ten = (fingerprint_model(str(fsdp_run / f"checkpoint-{step}")) for step in (5, 10))
+    assert five != ten and five == fingerprint_model(str(fsdp_run / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("model_name, message", [("checkpoint-77", "has base, checkpoint-5, checkpoint-10"), ("none/such", "could not load")])  # fmt: skip
+def test_a_missing_model_is_one_line(fsdp_run, model_name, message):
+    result = answer(fsdp_run, "--model_name", model_name, check=False)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_adapter_is_trained_under_fsdp_merged_and_answers_alike(tmp_path):
+    run_dir = tmp_path / "lora"
+    lora = ["--use_peft", "true", "--lora_r", 8, "--lora_dropout", 0, "--learning_rate", 5e-3]
+    lora += ["--lora_target_modules", "q_proj", "v_proj", "down_proj"]
+    result = train(run_dir, *lora, "--fsdp", "true", num_processes=2)
+    assert json.loads((run_dir / "run.json").read_text())["parallelism"]["kind"] == "fsdp2", result.stdout
+    names = {f.name for f in (run_dir / "checkpoint-10").iterdir()}
+    assert {"adapter_model.safetensors", "generation_config.json", "tokenizer.json"} <= names
+    assert not any(name.startswith(("model", "pytorch_model")) for name in names)
+
+    merge = ["--output_dir", run_dir, "--model_name", "checkpoint-10"]
+    failed = run(command("2_merge_lora.py", *merge, "--tolerance", 1e-9), check=False)
+    assert failed.returncode == 1 and "does not survive being merged" in failed.stderr
+    assert not list(run_dir.glob("*merged*"))
+    merged = run(command("2_merge_lora.py", *merge))
+    assert re.search(r"largest logit difference \d+\.\d+ over \d+ tokens", merged.stdout), merged.stdout
+    again = run(command("2_merge_lora.py", *merge), check=False)
+    assert again.returncode == 2 and "exists" in again.stderr
+
+    model = load_model(str(run_dir / "checkpoint-10-merged"), "auto")
+    base = load_model(str(ROOT / "demo/model"), "auto")
+    assert model.dtype == base.dtype == torch.bfloat16
+    assert len(model.generation_config.eos_token_id) == 2 and model.config.use_cache
+    assert load_tokenizer(str(run_dir / "checkpoint-10-merged")).chat_template
+    answer(run_dir, "--model_name", "checkpoint-10*", "--num_samples", 8, "--max_new_tokens", 16)
+    assert len(predictions(run_dir, "checkpoint-10")) == len(predictions(run_dir, "checkpoint-10-merged")) == 8
+
+
+def test_a_full_checkpoint_is_not_merged(fsdp_run):
+    result = run(command("2_merge_lora.py", "--output_dir", fsdp_run, "--model_name", "checkpoint-10"), check=False)
+    assert result.returncode == 2 and "is no LoRA adapter" in result.stderr
