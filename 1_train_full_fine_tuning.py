@@ -20,7 +20,7 @@ from pathlib import Path
 
 from finetuning.configs import ModelArguments, ScriptArguments, is_main_process, run_step
 from finetuning.errors import InputError
-from finetuning.quiet import quiet_libraries
+from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
 
@@ -67,6 +67,7 @@ def choose_model_settings(model_args: ModelArguments, training_args: TrainingArg
 
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
+    quiet_weight_bars()
     if (script_args.dataset_eval_split is None) != (training_args.eval_strategy == "no"):
         raise InputError("dataset_eval_split and eval_strategy (steps or epoch) go together: set both, or neither")
     run = Path(training_args.output_dir)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from finetuning.configs import MergeArguments, run_step
 from finetuning.errors import InputError
-from finetuning.quiet import quiet_libraries
+from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
 
@@ -68,6 +68,7 @@ def measure_difference(logits: list[torch.Tensor], other: list[torch.Tensor]) ->
 
 
 def main(args: MergeArguments) -> None:
+    quiet_weight_bars()
     run = find_run(args.output_dir)
     record = read_run(run)
     last = last_checkpoint(run)

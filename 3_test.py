@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from finetuning.configs import TestArguments, run_step
-from finetuning.quiet import quiet_libraries
+from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
 
@@ -40,6 +40,7 @@ from finetuning.scores import load_predictions, print_table, summarize_predictio
 
 
 def main(args: TestArguments) -> None:
+    quiet_weight_bars()
     run = find_run(args.output_dir)
     record = read_run(run)
     models = find_models(run, args.model_name)

@@ -6,12 +6,24 @@ import logging
 import os
 import warnings
 
+from finetuning.configs import is_main_process
+
 
 def quiet_libraries() -> None:
     """Call before torch and transformers are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of a data loader
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "No module named 'kernels'": an optional speed-up
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.*process group.*")
+    if not is_main_process():  # one rank speaks for all
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def quiet_weight_bars() -> None:
+    """No bars for loading and writing weights; downloads keep theirs. Call after transformers is imported."""
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if is_main_process():
+        huggingface_hub.utils.enable_progress_bars()
