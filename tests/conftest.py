@@ -22,11 +22,11 @@ SMALL = ["--max_steps", "10", "--save_steps", "5", "--logging_steps", "1", "--ma
 def command(script: str, *args: str, num_processes: int = 1) -> list[str]:
     launcher = [sys.executable]
     if num_processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", "--master_port=0"]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", "--standalone"]
     return [*launcher, f"./{script}", *map(str, args)]
 
 
-def run(args: list[str], check: bool = True, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+def run(args: list[str], check: bool = True, timeout: int = 150, **env: str) -> subprocess.CompletedProcess:
     """Run a command in the project's folder and return what it printed; `check` asserts that it succeeds."""
     environment = {**os.environ, **env}
     result = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -80,7 +80,8 @@ def test_rows_packed_into_one_sequence_do_not_see_each_other(tokenizer, attentio
     batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)(list(packed))
     assert "attention_mask" not in batch
     with torch.no_grad():
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+        # without a cache, as in training: transformers builds the block-diagonal mask only then
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0]
         alone = [model(input_ids=torch.tensor([row])).logits[0] for row in rows]
     start = 0
     ids = batch["input_ids"][0].tolist()
@@ -88,6 +89,18 @@ def test_rows_packed_into_one_sequence_do_not_see_each_other(tokenizer, attentio
         index = next(i for i, row in enumerate(rows) if ids[start : start + len(row)] == row)
         assert torch.allclose(logits[start : start + len(rows[index])], alone[index], atol=1e-5)
         start += len(rows[index])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_trainer_has_the_same_loss_packed_and_padded(tmp_path, tokenizer, attention):
+    losses = []
+    for packing in (True, False):
+        trainer = build_trainer(tmp_path, tokenizer, packing)
+        trainer.model.set_attn_implementation(attention)
+        (batch,) = trainer.get_train_dataloader()
+        assert batch["input_ids"].shape[0] == (1 if packing else 3)
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_demo_model_is_what_its_script_says():

@@ -124,7 +124,12 @@ def test_ids_of_samples_do_not_depend_on_their_order_and_duplicates_count_once(t
 
 
 def test_rows_that_ask_the_same_are_one_sample_with_several_references(tmp_path):
-    config = {"dataset_name": str(tmp_path), "dataset_test_split": "test", "question_key": "dialogue", "answer_key": "summary"}
+    config = {
+        "dataset_name": str(tmp_path),
+        "dataset_test_split": "test",
+        "question_key": "dialogue",
+        "answer_key": "summary",
+    }
     write(tmp_path / "test.jsonl", [{"dialogue": "D", "summary": s} for s in ("A", "B", "A")])
     (sample,) = load_test_samples(config)
     assert sample["references"] == ["A", "B"]
