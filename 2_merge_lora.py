@@ -121,7 +121,8 @@ def main(args: MergeArguments) -> None:
         )
         tolerance = args.tolerance
         if tolerance is None:
-            tolerance = TOLERANCE_OF_SCALE[base_dtype] * difference.scale
+            # rounding may move logits by so much, but never by a tenth of what the adapter does
+            tolerance = min(TOLERANCE_OF_SCALE[base_dtype] * difference.scale, adapter_effect / 10)
         print(
             f"largest logit difference {difference.largest:.5f} over {difference.num_tokens} tokens (tolerance "
             f"{tolerance:.5f}; the adapter itself moves logits by up to {adapter_effect:.3f}); "

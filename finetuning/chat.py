@@ -21,9 +21,12 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
             finetuning/plain_chat_template.jinja, which needs no special token but the end token.
 
     Raises:
-        InputError: The tokenizer has no end token.
+        InputError: There is no such model, or its tokenizer has no end token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except OSError as error:
+        raise InputError(f"could not load {name_or_path}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{name_or_path}: the tokenizer has no eos_token, so no answer could ever end; set one with eos_token"

@@ -105,7 +105,7 @@ class MergeArguments(RunArguments):
         default=None,
         metadata={
             "help": "Largest allowed difference of a logit. Unset: 0.02 times the largest logit where the base is "
-            "bfloat16, 0.005 float16, 0.0001 float32."
+            "bfloat16, 0.005 float16, 0.0001 float32, and at most a tenth of what the adapter changes."
         },
     )
 
