@@ -125,6 +125,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LineProgress())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.accelerator.end_training()
 
     last = run / f"checkpoint-{trainer.state.global_step}"
     if termination.stopped:

@@ -36,8 +36,9 @@ demo: install
 
 report: install
 	@test -n "$(RUN)" || { echo "error: no run under outputs/; run step 1 first"; exit 2; }
-	papermill --no-progress-bar --log-level WARNING --log-output -p output_dir "$(RUN)" \
+	@papermill --no-progress-bar --log-level WARNING -p output_dir "$(RUN)" \
 		5_score_notebook.ipynb "$(RUN)/5_score_notebook.ipynb"
+	@echo "The report is at $(RUN)/report.html (and the executed notebook beside it)"
 
 test: install-dev
 	python -m pytest

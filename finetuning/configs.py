@@ -199,6 +199,10 @@ def run_step(main: Callable, *dataclass_types: type) -> None:
         main(*arguments)
     except InputError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + 2)
 
 
 class Parser(TrlParser):

@@ -20,13 +20,14 @@ from finetuning.runs import INCOMPLETE, RUN_FILE, last_checkpoint, read_run, wri
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
 # What may change between a run and its continuation: where it is logged and saved, and how the same global batch is
-# spread over devices. Everything else would make the checkpoints of one folder incomparable.
+# spread over devices. Everything else would make the checkpoints of one folder incomparable. The data is compared by its
+# content, whatever its path.
 MAY_CHANGE = {
     "output_dir", "overwrite", "resume_from_checkpoint", "logging_steps", "logging_dir", "report_to", "run_name",
     "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "disable_tqdm", "log_level",
     "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_num_workers",
     "fsdp", "fsdp_config", "use_cpu", "local_rank", "attn_implementation", "gradient_checkpointing", "dtype",
-    "bf16", "fp16", "tf32", "dataset_test_split", "dataset_num_proc", "hub_token", "token",
+    "bf16", "fp16", "tf32", "dataset_test_split", "dataset_num_proc", "dataset_name", "dataset_config", "dataset_train_split", "dataset_eval_split", "hub_token", "token",
 }  # fmt: skip
 SECRETS = ("token", "api_key", "password", "secret")
 

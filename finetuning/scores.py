@@ -4,7 +4,7 @@ From predictions and evaluations to a verdict per checkpoint, with its uncertain
     python -m finetuning.scores --output_dir outputs/demo     # the tables in the terminal, and report.html
 
 Every table has one row a model, in the order of the training steps. Means are over samples, with a 95 % interval from
-the BCa bootstrap (Efron 1987). What has no score counts in no mean and is counted beside it.
+the BCa bootstrap (Efron 1987), shares with Wilson's. What has no score counts in no mean and is counted beside it.
 """
 
 import base64
@@ -139,6 +139,16 @@ def bootstrap_interval(values) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def share_interval(values) -> tuple[float, float]:
+    """95 % interval of a share of ones among ones and zeros (Wilson 1927), which is no point where all are equal."""
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return math.nan, math.nan
+    interval = scipy.stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def summarize(samples: pd.DataFrame, measures: list[str] | None = None) -> pd.DataFrame:
     """Means with intervals.
 
@@ -160,7 +170,8 @@ def summarize(samples: pd.DataFrame, measures: list[str] | None = None) -> pd.Da
         row["seconds"] = group["seconds"].iloc[0]
         for measure in wanted:
             row[measure] = group[measure].mean()
-            row[f"{measure}_low"], row[f"{measure}_high"] = bootstrap_interval(group[measure])
+            interval = share_interval if measure == "stopped" else bootstrap_interval
+            row[f"{measure}_low"], row[f"{measure}_high"] = interval(group[measure])
         rows[name] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
@@ -342,7 +353,7 @@ def plot_measures(summary: pd.DataFrame) -> Figure | None:
         if "seq_rep_4" in measures:
             axes.set_ylim(bottom=0)
         if len(measures) > 1:
-            axes.legend(fontsize=8, frameon=False)
+            axes.legend(fontsize=8, frameon=False, loc="lower right")
         _style(axes, title, "training step (0 is the base model)")
     return figure
 

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from finetuning.chat import end_token_ids
+from finetuning.errors import InputError
 from finetuning.hardware import accelerator_available, bf16_available, env_flag, tf32_available
 from finetuning.records import save_record
 from finetuning.runs import INCOMPLETE
@@ -170,7 +171,7 @@ class ResumableSFTTrainer(SFTTrainer):
             return
         folder = os.path.join(checkpoint, OPTIMIZER_FOLDER)
         if not os.path.isdir(folder):
-            raise ValueError(
+            raise InputError(
                 f"{checkpoint} has no optimizer state (saved with save_only_model?), training cannot go on from it"
             )
         state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, self.optimizer)}

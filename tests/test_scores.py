@@ -20,6 +20,7 @@ from finetuning.scores import (
     decide,
     format_table,
     load_samples,
+    share_interval,
     summarize,
     write_report,
 )
@@ -57,6 +58,11 @@ def test_interval_is_scipys_and_repeatable():
 def test_degenerate_intervals(values, low, high):
     result = bootstrap_interval(values)
     assert result == (low, high) if low is not None else all(map(math.isnan, result))
+
+
+def test_all_of_50_answers_stopped_is_no_certainty():
+    low, high = share_interval([1.0] * 50)
+    assert low == pytest.approx(1 / (1 + 1.959964**2 / 50), abs=1e-4) and high == 1  # Wilson's closed form
 
 
 def test_one_outlier_among_equals_has_an_interval():
