@@ -23,7 +23,7 @@ install-dev: .venv/requirements-dev.installed
 	$(PYTHON) -m venv .venv
 
 .venv/%.installed: %.txt requirements.txt | .venv/bin/python
-	@echo "Installing $< into .venv (once; some minutes)"
+	@echo "Installing $< into .venv (once; a minute or more)"
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 

@@ -66,6 +66,7 @@ def start_llama_server(folder: Path, preferences: dict[str, float]) -> str:
     params.cpuparams.n_threads = 1
     params.port = 0
     params.warmup = False
+    params.verbosity = -1
     server = xllamacpp.Server(params)
     _running.append(server)
     return f"{server.listening_address}/v1"
