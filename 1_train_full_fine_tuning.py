@@ -31,7 +31,7 @@ from transformers import ProgressCallback  # noqa: E402
 from trl import get_peft_config, get_quantization_config  # noqa: E402
 
 from finetuning.chat import load_tokenizer  # noqa: E402
-from finetuning.data import load_training_rows  # noqa: E402
+from finetuning.data import describe_test_split, load_training_rows  # noqa: E402
 from finetuning.hardware import choose_attention  # noqa: E402
 from finetuning.records import build_record, now, open_run, save_record  # noqa: E402
 from finetuning.training import (  # noqa: E402
@@ -60,8 +60,9 @@ def choose_model_settings(model_args: ModelArguments, training_args: TrainingArg
     if model_args.attn_implementation == "flash_attention_2" and problem:
         training_args.hardware_choices.append(f"attn_implementation: sdpa instead of flash_attention_2, {problem}")
     settings = {"revision": model_args.model_revision, "dtype": dtype, "attn_implementation": attention}
-    quantization_config = get_quantization_config(model_args)
+    quantization_config = get_quantization_config(dataclasses.replace(model_args, dtype=None))
     if quantization_config is not None:
+        quantization_config.bnb_4bit_compute_dtype = compute_dtype
         settings |= {"quantization_config": quantization_config, "device_map": {"": training_args.device}}
     return settings
 
@@ -73,23 +74,33 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     run = Path(training_args.output_dir)
     settings = choose_model_settings(model_args, training_args)
     train_rows, eval_rows, row_format = load_training_rows(script_args)
+    chat_template = None
+    if training_args.chat_template_path is not None:
+        if not Path(training_args.chat_template_path).is_file():
+            raise InputError(f"chat_template_path: {training_args.chat_template_path} is no file")
+        chat_template = Path(training_args.chat_template_path).read_text(encoding="utf-8")
+        training_args.chat_template_path = None  # it is in the tokenizer from here on
     tokenizer = load_tokenizer(
         model_args.model_name_or_path,
-        chat_template=training_args.chat_template_path
-        and Path(training_args.chat_template_path).read_text(encoding="utf-8"),
+        chat_template,
         revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
     )
-    training_args.chat_template_path = None  # it is in the tokenizer now
 
     # Where to start: at the beginning, or where a run that was stopped has left off.
     config = {**training_args.to_dict(), **dataclasses.asdict(model_args), **dataclasses.asdict(script_args)}
     record = build_record(config, tokenizer.chat_template, train_rows, eval_rows)
-    start = [None, False]
+    start = [None, False, None]
     if is_main_process():
-        start = list(open_run(run, record, script_args.overwrite, training_args.resume_from_checkpoint))
+        try:
+            start[:2] = open_run(run, record, script_args.overwrite, training_args.resume_from_checkpoint)
+        except InputError as error:
+            start[2] = str(error)
     if dist.is_initialized():
         dist.broadcast_object_list(start, src=0)
-    checkpoint, finished = start
+    checkpoint, finished, problem = start
+    if problem is not None:
+        raise InputError(problem)
     if finished:
         say(f"{run} is finished; its last checkpoint is {checkpoint}. To train again: --overwrite true")
         return
@@ -102,14 +113,19 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     say(f"data: {len(train_rows)} rows of {script_args.dataset_name}, read as {row_format.describe()}")
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
+    if is_main_process():
+        say(describe_test_split(script_args, train_rows))
     prepare_wandb(training_args, say)
 
     # The weights come from the model, or from the checkpoint to go on from; both load in the same way.
     peft_config = get_peft_config(model_args)  # None unless the recipe sets use_peft
     model = model_args.model_name_or_path if checkpoint is None else str(checkpoint)
     if checkpoint is not None and peft_config is not None:
+        del settings["revision"]  # the adapter names that of its base
         model, peft_config = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **settings), None
     else:
+        if peft_config is not None:
+            peft_config.revision = model_args.model_revision
         training_args.model_init_kwargs = settings
     termination = SaveOnTermination()
     trainer = ResumableSFTTrainer(
@@ -125,7 +141,6 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LineProgress())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.accelerator.end_training()
 
     last = run / f"checkpoint-{trainer.state.global_step}"
     if termination.stopped:

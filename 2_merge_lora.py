@@ -73,7 +73,10 @@ def main(args: MergeArguments) -> None:
     record = read_run(run)
     last = last_checkpoint(run)
     model_name = args.model_name or (last.name if last else "")
-    ((name, path),) = find_models(run, model_name).items()
+    models = find_models(run, model_name)
+    if len(models) > 1:
+        raise InputError(f"--model_name {model_name} means {', '.join(models)}; name one of them")
+    ((name, path),) = models.items()
     if not (Path(path) / "adapter_config.json").is_file():
         raise InputError(f"{path} is no LoRA adapter (no adapter_config.json in it), so there is nothing to merge")
     merged_dir = Path(args.merged_dir or f"{path.rstrip('/')}-merged")

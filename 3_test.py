@@ -52,8 +52,11 @@ def main(args: TestArguments) -> None:
 
     for name, path in models.items():
         in_run = name == BASE or Path(path).parent == run  # another model has a chat template of its own
-        tokenizer = load_tokenizer(path, chat_template=record["chat_template"] if in_run else None)
-        model = load_model(path, dtype)
+        options = {"trust_remote_code": record["config"].get("trust_remote_code", False)}
+        if name == BASE:
+            options["revision"] = record["config"].get("model_revision", "main")
+        tokenizer = load_tokenizer(path, record["chat_template"] if in_run else None, **options)
+        model = load_model(path, dtype, **options)
         generation_config = build_generation_config(args, tokenizer, model.generation_config)
         identity = {
             "model": fingerprint_model(path),
@@ -63,6 +66,7 @@ def main(args: TestArguments) -> None:
             "engine": "transformers generate",
         }
         file = RowFile(run / PREDICTIONS / f"{name}.jsonl", identity, args.overwrite)
+        file.write_info(path=path, seconds=file.info.get("seconds", 0.0))
         answered = {row["id"] for row in file.rows}
         missing = [sample for sample in samples if sample["id"] not in answered]
         if not missing:
@@ -90,7 +94,7 @@ def main(args: TestArguments) -> None:
                 progress.update(len(answers))
                 seconds = time.perf_counter() - start
                 progress.set_postfix_str(f"{num_tokens / seconds:.0f} tokens/s")
-                file.write_info(path=path, seconds=round(seconds, 2))
+                file.write_info(seconds=round(seconds, 2))
         file.write_info(metrics=score_predictions(file.rows))
         file.close()
 

@@ -29,7 +29,7 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
         raise InputError(f"could not load {name_or_path}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"{name_or_path}: the tokenizer has no eos_token, so no answer could ever end; set one with eos_token"
+            f"{name_or_path}: the tokenizer has no eos_token, so no answer could ever end; use a tokenizer that has one"
         )
     if chat_template is not None:
         tokenizer.chat_template = chat_template

@@ -20,11 +20,14 @@ READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 
 def find_split_files(folder: Path, split: str) -> list[Path]:
-    """Files of a split in a folder: `split.jsonl`, `split_dataset.json`, `split-00000-of-00002.parquet` or `split/*`."""
-    pattern = re.compile(rf"{re.escape(split)}([._-].*)?")
+    """Files of a split in a folder: `split.jsonl`, `split_dataset.json`, `split/*`, or `split-00000-of-00002.parquet` and on."""
+    pattern = re.compile(rf"{re.escape(split)}(_dataset)?(-\d+-of-\d+)?")
     files = [f for f in folder.iterdir() if f.suffix in READERS and pattern.fullmatch(f.stem)]
-    if (folder / split).is_dir():
-        files += [f for f in (folder / split).iterdir() if f.suffix in READERS]
+    if not files and (folder / split).is_dir():
+        files = [f for f in (folder / split).iterdir() if f.suffix in READERS]
+    elif len(files) > 1 and not all(re.search(r"-\d+-of-\d+$", f.stem) for f in files):
+        names = ", ".join(sorted(f.name for f in files))
+        raise InputError(f"{folder}: several files could be the split `{split}`: {names}; keep one of them, or name it")
     if len({READERS[f.suffix] for f in files}) != 1:
         present = ", ".join(sorted(f.name for f in folder.iterdir())[:20]) or "nothing"
         problem = "several kinds of files" if files else "no file"
@@ -48,6 +51,11 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
     path = Path(name)
     split_name = split.split("[")[0]
     if path.exists():
+        if path.is_file() and split_name != "train":
+            raise InputError(
+                f"{name} is one file, and all of it is the split `train`: name a part of it, as in `train[-50:]`, or a "
+                f"folder with a file for `{split_name}`"
+            )
         files = [path] if path.is_file() else find_split_files(path, split_name)
         if files[0].suffix not in READERS:
             raise InputError(f"{name}: cannot read {files[0].suffix or 'this'} files; use json, jsonl, csv or parquet")
@@ -145,7 +153,8 @@ def to_sample(row: dict, row_format: RowFormat) -> dict:
         prompt, references = messages[:-1], [messages[-1]["content"]]
     elif kind == "prompt" and isinstance(row["prompt"], list):
         prompt = [{"role": m["role"], "content": _text(m, "content")} for m in row["prompt"]]
-        references = [_text(row["completion"][-1], "content")]
+        answer = row["completion"]
+        references = [_text(answer[-1], "content") if isinstance(answer, list) and answer else _text(row, "completion")]
     else:
         question = _text(row, row_format.question_key)
         if kind == "instruction" and row.get("input"):
@@ -234,3 +243,15 @@ def load_test_samples(config: dict) -> list[dict]:
         content = json.dumps([sample["prompt"], sorted(sample["references"])], ensure_ascii=False)
         samples.append({"id": hashlib.sha256(content.encode()).hexdigest()[:12], **sample})
     return sorted(samples, key=lambda sample: sample["id"])
+
+
+def describe_test_split(args: ScriptArguments, train_rows: Dataset) -> str:
+    """One line on what step 3 will answer, said before training: that there is none, or that it was trained on."""
+    try:
+        samples = load_test_samples(vars(args))
+    except InputError as error:
+        return f"test split: step 3 will have nothing to answer: {error}"
+    trained_on = {json.dumps(prompt) for prompt in train_rows["prompt"]}
+    num_seen = sum(json.dumps(sample["prompt"]) in trained_on for sample in samples)
+    warning = f"; WARNING: {num_seen} of them are training rows, so their scores say nothing" if num_seen else ""
+    return f"test split: {len(samples)} samples{warning}"

@@ -30,7 +30,7 @@ def fingerprint_model(name_or_path: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*config.json")):
         digest.update(path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*model*.bin")]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -40,13 +40,13 @@ def fingerprint_model(name_or_path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(name_or_path: str, dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     """Load a model, or an adapter on its base model, for inference.
 
     Raises:
         InputError: There is no such model.
     """
-    settings = {"dtype": dtype, "attn_implementation": choose_attention(None, dtype)[0]}
+    settings = {"dtype": dtype, "attn_implementation": choose_attention(None, dtype)[0], **kwargs}
     if torch.cuda.is_available():
         settings["device_map"] = "auto"
     try:
@@ -73,6 +73,8 @@ def build_generation_config(
         value = getattr(own_config, key, None) if value is None else value
         if value is not None:
             settings[key] = value
+    if args.do_sample:  # transformers would sample from 50 tokens unless told otherwise
+        settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **settings}
     return GenerationConfig(
         do_sample=args.do_sample,
         max_new_tokens=args.max_new_tokens,

@@ -8,6 +8,7 @@ follow from the fields.
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import AsyncIterator
 
 from openai import (
@@ -179,7 +180,8 @@ def read_choice(choice: Choice) -> tuple[str, dict | None, str | None]:
 def describe_error(error: Exception) -> str:
     """One line that names the fault and cannot hold the key."""
     if isinstance(error, APIStatusError):
-        return f"{type(error).__name__}: status {error.status_code}"
+        message = " ".join(str(error.message).split())[:300]
+        return f"{type(error).__name__}: {message}".replace(os.environ.get("OPENAI_API_KEY") or "\0", "***")
     if isinstance(error, APIConnectionError):
         return f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
     return f"{type(error).__name__}: the reply is not JSON"
@@ -196,8 +198,10 @@ async def judge_rows(client: AsyncOpenAI, rows: list[dict], args: JudgeArguments
             if not running:
                 return
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            # a fault ends the whole judging, but not before what has arrived with it is kept
+            for task in sorted(done, key=lambda task: task.exception() is not None):
                 yield task.result()
     finally:
         for task in running:
             task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

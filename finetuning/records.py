@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from finetuning.data import fingerprint_rows
 from finetuning.errors import InputError
-from finetuning.runs import INCOMPLETE, RUN_FILE, last_checkpoint, read_run, write_json
+from finetuning.runs import INCOMPLETE, RUN_FILE, checkpoint_step, last_checkpoint, read_run, write_json
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
 # What may change between a run and its continuation: where it is logged and saved, and how the same global batch is
@@ -40,6 +40,21 @@ def without_secrets(values: dict) -> dict:
         if value is not None
         and not (key.endswith(SECRETS) and isinstance(value, str) and not key.startswith(("eos", "pad")))
     }
+
+
+def mask_secrets(arguments: list[str]) -> list[str]:
+    """Command-line arguments without the values of keys that name a secret.
+
+    >>> mask_secrets(["--hub_token", "hf_x", "--api_key=sk-x", "--seed", "1"])
+    ['--hub_token', '***', '--api_key=***', '--seed', '1']
+    """
+    masked = []
+    for argument in arguments:
+        if masked and masked[-1].startswith("--") and masked[-1].endswith(SECRETS):
+            argument = "***"
+        key, equals, _ = argument.partition("=")
+        masked.append(f"{key}=***" if equals and key.startswith("--") and key.endswith(SECRETS) else argument)
+    return masked
 
 
 def git_commit() -> str | None:
@@ -76,7 +91,7 @@ def build_record(config: dict, chat_template: str, train_rows: Dataset, eval_row
     batch_size = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * hardware["world_size"]
     splits = {"train": train_rows, "eval": eval_rows}
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *mask_secrets(sys.argv[1:])],
         "started": now(),
         "finished": None,
         "config": without_secrets(config),
@@ -122,21 +137,30 @@ def open_run(run: Path, record: dict, overwrite: bool, requested: str | bool | N
     Raises:
         InputError: The folder holds another run, or there is no such checkpoint.
     """
+    requested = None if requested is None else str(requested)
     if overwrite and run.exists():
+        needed = [requested, record["config"]["model_name_or_path"], record["config"]["dataset_name"]]
+        for path in filter(None, needed):
+            if run.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
+                raise InputError(
+                    f"overwrite would delete {path}, which this run starts from; choose another output_dir"
+                )
         if any(run.iterdir()) and not (run / RUN_FILE).is_file():
             raise InputError(
                 f"{run} is not empty and holds no run, so overwrite does not delete it; choose another output_dir"
             )
         shutil.rmtree(run)
-    if requested and str(requested).lower() not in ("true", "false"):
-        checkpoint = Path(str(requested))
+    checkpoint = None
+    if requested is not None and requested.lower() not in ("true", "false"):
+        checkpoint = Path(requested)
         if not (checkpoint / "trainer_state.json").is_file() or (checkpoint / INCOMPLETE).exists():
             raise InputError(f"resume_from_checkpoint: {checkpoint} is no complete checkpoint")
-        return checkpoint, False
     if not (run / RUN_FILE).is_file():
-        if str(requested).lower() == "true":
+        if requested is not None and requested.lower() == "true":
             raise InputError(f"resume_from_checkpoint: there is no run in {run} to resume")
-        return None, False
+        return checkpoint, False
+    if requested is not None and requested.lower() == "false":
+        raise InputError(f"{run} holds a run that resume_from_checkpoint: false would mix with; use --overwrite true")
     old = read_run(run)
     differences = find_differences(old, record)
     if differences:
@@ -146,7 +170,14 @@ def open_run(run: Path, record: dict, overwrite: bool, requested: str | bool | N
         )
     for folder in run.glob(f"checkpoint-*/{INCOMPLETE}"):
         shutil.rmtree(folder.parent)
-    return last_checkpoint(run), old["finished"] is not None
+    last = last_checkpoint(run)
+    if checkpoint is None:
+        return last, old["finished"] is not None
+    if last is not None and checkpoint_step(last.name) > checkpoint_step(checkpoint.name):
+        raise InputError(
+            f"{run} has {last.name}, which is later than {checkpoint}; delete it, or choose another output_dir"
+        )
+    return checkpoint, False
 
 
 def save_record(run: Path, record: dict, **changes) -> dict:

@@ -93,7 +93,9 @@ def find_models(run: Path, model_name: str) -> dict[str, str]:
     if matching:
         return matching
     if (Path(model_name) / "config.json").is_file() or (Path(model_name) / "adapter_config.json").is_file():
-        return {Path(model_name).name: model_name}
+        path = Path(model_name)
+        inside = path.resolve().parent == run.resolve()  # another run's checkpoint-148 is not this one's
+        return {path.name if inside else f"{path.resolve().parent.name}--{path.name}": model_name}
     if checkpoint_step(model_name) > 0 or any(c in model_name for c in "*?[") or Path(model_name).exists():
         raise InputError(f"no model `{model_name}`; {run} has {', '.join(models)}")
     return {model_name.replace("/", "--"): model_name}

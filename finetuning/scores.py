@@ -250,7 +250,10 @@ class Verdict:
 
 def choose_measure(samples: pd.DataFrame) -> tuple[str, str]:
     """The measure that models are ranked by, and why: the judge's overall score if (nearly) all answers have one."""
-    coverage = samples.groupby("model")["overall"].apply(lambda scores: scores.notna().mean())
+    answered = samples[samples["finish_reason"] != "error"]
+    if answered.empty:
+        return "rouge1", "nothing was answered"
+    coverage = answered.groupby("model")["overall"].apply(lambda scores: scores.notna().mean())
     if coverage.min() >= COVERAGE_NEEDED:
         return "overall", "the judge has scored the answers of every model"
     if coverage.max() == 0:
@@ -267,14 +270,26 @@ def decide(samples: pd.DataFrame) -> Verdict:
     measure, reason = choose_measure(samples)
     title, decimals = MEASURES[measure]
     unit = " points of 10" if measure == "overall" else ""
-    means = samples.groupby("model", sort=False)[measure].mean().dropna()
+    scored = samples[samples[measure].notna()]
+    num_models = scored["model"].nunique()
+    by_all = scored.groupby("id")["model"].transform("nunique") == num_models
+    left_out = scored["id"].nunique() - scored[by_all]["id"].nunique()
+    samples = scored[by_all]
+    means = samples.groupby("model", sort=False)[measure].mean()
     if means.empty:
         return Verdict(
-            None, measure, [], ["No model has an answer that could be scored; see the errors of the samples."]
+            None,
+            measure,
+            [],
+            ["There is no sample that every model has a score of; answer the same samples with each of them."],
         )
     best = means.idxmax()
     comparisons = [compare(samples, measure, best, other) for other in means.index if other != best]
     sentences = [f"Ranked by {title}, since {reason}."]
+    if left_out:
+        sentences.append(
+            f"Compared on the {samples['id'].nunique()} samples that every model has a score of; {left_out} others are left out."
+        )
     if not comparisons:
         sentences.append(f"{best} is the only model with answers, so there is nothing to compare it with.")
         return Verdict(best, measure, comparisons, sentences)

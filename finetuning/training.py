@@ -51,6 +51,17 @@ class TrainingArguments(SFTConfig):
         self._choose_precision()
         self._choose_sharding(world_size)
         super().__post_init__()
+        if self.fsdp:
+            # Rank 0 alone loads the weights when this is set, and the wrapper hands them on only if it is told the same:
+            # where they disagree, all other ranks would train from empty weights without a word.
+            ram_efficient = self.fsdp_plugin_args["cpu_ram_efficient_loading"]
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(ram_efficient).lower()
+        elif world_size == 1:
+            self._n_gpu = min(self.n_gpu, 1)  # one process means one GPU; trl refuses nn.DataParallel
+        if self.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end has no use here: step 5 chooses the checkpoint; remove it")
+        if self.save_strategy == "no":
+            raise ValueError("save_strategy: no would leave nothing to test; use steps or epoch")
         if self.use_cpu and self.fsdp:
             # accelerate takes its FSDP path for the types of accelerators only, and would fall back to DDP without a
             # word; the path itself works on any device. Step 1 asserts that parameters are sharded in the end.
@@ -64,7 +75,7 @@ class TrainingArguments(SFTConfig):
             if self.bf16 or self.fp16:
                 self.hardware_choices.append("bf16/fp16: off, training on the CPU in float32")
             self.bf16 = self.fp16 = False
-        elif not bf16_available() and (self.bf16 or not self.fp16):
+        elif not bf16_available() and (self.bf16 or (self.bf16 is None and not self.fp16)):
             cuda = torch.cuda.is_available()
             self.hardware_choices.append(f"bf16: off, this device has none; {'fp16' if cuda else 'float32'} instead")
             self.bf16, self.fp16 = False, cuda
@@ -77,11 +88,8 @@ class TrainingArguments(SFTConfig):
             self.fsdp = self.fsdp or True
             if self.fsdp_config is None:
                 self.fsdp_config = {}
-            if isinstance(self.fsdp_config, dict):
-                # The model is loaded by rank 0 alone when the variable is set, so the wrapper must be told to hand the
-                # weights on; transformers passes its own default, which is not to.
-                ram_efficient = env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING")
-                self.fsdp_config.setdefault("cpu_ram_efficient_loading", ram_efficient)
+            if isinstance(self.fsdp_config, dict):  # transformers takes its own default over the variable
+                self.fsdp_config.setdefault("cpu_ram_efficient_loading", env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING"))
             return
         if requested and world_size == 1:
             self.hardware_choices.append("fsdp: off, there is only one process (start more with torchrun)")
@@ -157,9 +165,9 @@ class ResumableSFTTrainer(SFTTrainer):
         generation_config.save_pretrained(output_dir)  # an adapter is saved without one
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        optimizer_state = get_optimizer_state_dict(self.model_wrapped, self.optimizer)
+        state = get_optimizer_state_dict(self.model_wrapped, self.optimizer.optimizer)
         with quiet_checkpointing():
-            dcp.save({"optimizer": optimizer_state}, checkpoint_id=os.path.join(output_dir, OPTIMIZER_FOLDER))
+            dcp.save({"optimizer": state}, checkpoint_id=os.path.join(output_dir, OPTIMIZER_FOLDER))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
@@ -174,10 +182,12 @@ class ResumableSFTTrainer(SFTTrainer):
             raise InputError(
                 f"{checkpoint} has no optimizer state (saved with save_only_model?), training cannot go on from it"
             )
-        state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, self.optimizer)}
+        # the optimizer itself, not accelerate's wrapper, whose fp16 scaler has no scale before the first step
+        optimizer = self.optimizer.optimizer
+        state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, optimizer)}
         with quiet_checkpointing():
             dcp.load(state, checkpoint_id=folder)
-        set_optimizer_state_dict(self.model_wrapped, self.optimizer, state["optimizer"])
+        set_optimizer_state_dict(self.model_wrapped, optimizer, state["optimizer"])
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
         log_history = json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]
         self._total_train_tokens = self._logged_tokens = max(
@@ -214,7 +224,10 @@ class SaveOnTermination(TrainerCallback):
         self.stopped = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._receive)
+        self.previous_handler = signal.signal(signal.SIGTERM, self._receive)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.previous_handler)
 
     def _receive(self, signum, frame):
         self.received = True
@@ -229,6 +242,10 @@ class SaveOnTermination(TrainerCallback):
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:  # the checkpoint is saved; a second one, or a validation, would eat the time that is left
+            control.should_save = control.should_evaluate = False
 
 
 class RecordShares(TrainerCallback):

@@ -17,6 +17,8 @@ def run(tmp_path):
             (folder / name / "trainer_state.json").touch()
     (folder / "checkpoint-12" / "INCOMPLETE").touch()
     write_json(folder / "run.json", {"config": {"model_name_or_path": "demo/model"}})
+    (folder.parent / "other" / "checkpoint-9").mkdir(parents=True)
+    (folder.parent / "other" / "checkpoint-9" / "config.json").touch()
     return folder
 
 
@@ -33,6 +35,7 @@ def test_only_complete_checkpoints_count_by_their_step(run):
         ("checkpoint-9", ["checkpoint-9"]),
         ("checkpoint-1*", ["checkpoint-10", "checkpoint-10-merged"]),
         ("{run}/checkpoint-9", ["checkpoint-9"]),
+        ("{run}/../other/checkpoint-9", ["other--checkpoint-9"]),
         ("Qwen/Qwen3-0.6B", ["Qwen--Qwen3-0.6B"]),
     ],
 )

@@ -121,6 +121,18 @@ def test_the_judge_decides_where_all_are_judged(run_dir):
     assert "use checkpoint-9, which had the least training" in text or verdict.best == "checkpoint-9"
 
 
+def test_models_are_ranked_on_the_samples_that_all_have(tmp_path):
+    run_dir = make_run(tmp_path / "run", {"checkpoint-9": FAIR, "checkpoint-10": GOOD[:5]})
+    verdict = decide(load_samples(run_dir))
+    assert "Compared on the 5 samples that every model has a score of; 15 others are left out." in verdict.sentences
+
+
+def test_prompts_without_an_answer_do_not_lower_the_coverage(tmp_path):
+    run_dir = make_run(tmp_path / "run", {"checkpoint-9": [*GOOD[:10], *[None] * 10]})
+    add_evaluations(run_dir, "checkpoint-9", [8] * 10)
+    assert choose_measure(load_samples(run_dir))[0] == "overall"
+
+
 def test_comparison_is_paired(run_dir):
     samples = load_samples(run_dir)
     comparison = compare(samples, "rouge1", "checkpoint-10", "checkpoint-9")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, run, train
+from conftest import ROOT, command, read_losses, run, train
 
 from finetuning.chat import load_tokenizer
 from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
@@ -123,7 +123,7 @@ def test_what_is_not_set_comes_from_the_checkpoint(tokenizer):
     greedy = build_generation_config(Arguments(), tokenizer, own)
     assert not greedy.do_sample and greedy.temperature is None
     sampled = build_generation_config(Arguments(do_sample=True, top_p=0.5), tokenizer, own)
-    assert (sampled.temperature, sampled.top_p) == (0.6, 0.5)
+    assert (sampled.temperature, sampled.top_p, sampled.top_k) == (0.6, 0.5, 0)
     assert len(greedy.eos_token_id) == 2
 
 
@@ -147,6 +147,13 @@ def test_an_adapter_is_trained_under_fsdp_merged_and_answers_alike(tmp_path):
     names = {f.name for f in (run_dir / "checkpoint-10").iterdir()}
     assert {"adapter_model.safetensors", "generation_config.json", "tokenizer.json"} <= names
     assert not any(name.startswith(("model", "pytorch_model")) for name in names)
+
+    losses = read_losses(run_dir)
+    shutil.rmtree(run_dir / "checkpoint-10")
+    record = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**record, "finished": None}))
+    assert "going on from" in train(run_dir, *lora, "--fsdp", "true", num_processes=2).stdout
+    assert read_losses(run_dir) == pytest.approx(losses, abs=1e-6)
 
     merge = ["--output_dir", run_dir, "--model_name", "checkpoint-10"]
     failed = run(command("2_merge_lora.py", *merge, "--tolerance", 1e-9), check=False)

@@ -122,11 +122,14 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     output_dir = tmp_path / "run"
-    args = ["--config", CONFIG, *SMALL, "--max_steps", 400, "--save_steps", 400, "--output_dir", output_dir]
+    args = ["--config", CONFIG, *SMALL, "--max_steps", 80, "--save_strategy", "epoch", "--output_dir", output_dir]
     launch = command("1_train_full_fine_tuning.py", *args, num_processes=2)
-    process = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, **FSDP}
+    process = subprocess.Popen(
+        launch, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for line in process.stdout:
-        if "step 3/400" in line:
+        if "step 3/80" in line:
             break
     process.send_signal(signal.SIGTERM)
     printed = process.stdout.read()
@@ -134,10 +137,10 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     assert "stopped by SIGTERM" in printed
     (checkpoint,) = output_dir.glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
-    assert 3 <= step < 400 and not (checkpoint / "INCOMPLETE").exists()
-    result = run([*launch, "--max_steps", str(step + 2), "--overwrite", "false"], check=False)
-    assert f"max_steps was 400 and is {step + 2}" in result.stderr  # the schedule would not be the same
-    assert checkpoint.exists()
+    assert 3 <= step < 80 and not (checkpoint / "INCOMPLETE").exists()
+    result = run(launch, **FSDP)
+    assert f"going on from {checkpoint}" in result.stdout
+    assert sorted(read_losses(output_dir)) == list(range(1, 81))
 
 
 def test_a_run_killed_while_it_saves_loses_nothing(fsdp_run, tmp_path):
@@ -166,3 +169,22 @@ def test_a_finished_run_is_not_trained_twice_nor_mixed_with_another(copy_of_run)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "learning_rate was 0.0005 and is 0.001" in result.stderr and "--overwrite true" in result.stderr
     assert (copy_of_run / "run.json").read_text() == before
+
+
+def test_what_a_run_starts_from_is_not_deleted_nor_mixed(copy_of_run):
+    same = ["--per_device_train_batch_size", 4]
+    inside = train(
+        copy_of_run, *same, "--overwrite", "true", "--model_name_or_path", copy_of_run / "checkpoint-5", check=False
+    )
+    assert inside.returncode == 2 and "overwrite would delete" in inside.stderr
+    earlier = train(copy_of_run, *same, "--resume_from_checkpoint", copy_of_run / "checkpoint-5", check=False)
+    assert earlier.returncode == 2 and "has checkpoint-10, which is later" in earlier.stderr
+    assert (copy_of_run / "checkpoint-10" / "model.safetensors").is_file()
+
+
+def test_ranks_agree_on_who_loads_the_weights(tmp_path, fsdp_run):
+    """Whatever the YAML says against the environment, no rank may start from empty weights."""
+    settings = ["--fsdp_config", '{"cpu_ram_efficient_loading": false}']
+    train(tmp_path / "run", *settings, "--max_steps", 3, "--save_steps", 3, "--lr_scheduler_type", "constant",
+          num_processes=2, **FSDP)  # fmt: skip
+    assert read_losses(tmp_path / "run")[1] == pytest.approx(read_losses(fsdp_run)[1], abs=1e-4)
