@@ -280,10 +280,10 @@ def prepare_wandb(args: TrainingArguments, say: Callable[[str], None]) -> None:
     import wandb
 
     os.environ.setdefault("WANDB_DIR", args.output_dir)
-    os.environ.setdefault("WANDB_SILENT", "true")
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
         wandb.teardown()  # it has read the environment when it looked for the login
         os.environ["WANDB_MODE"] = "offline"
+        os.environ.setdefault("WANDB_SILENT", "true")
         say(
             f"wandb: nobody is logged in, so the run is logged offline; send it later with `wandb sync {args.output_dir}/wandb/offline-*`"
         )
