@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 NUM_PROCESSES ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),2)
-RUN ?= $(shell ls -td outputs/*/run.json 2>/dev/null | head -1 | xargs -r -d '\n' dirname)
+RUN ?= $(shell ls -td outputs/*/run.json 2>/dev/null | head -1 | sed 's|/run.json$$||')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
