@@ -38,8 +38,8 @@ from finetuning.runs import (
 
 ROUGE_COLUMNS = ["rouge1", "rouge2", "rougeL"]
 MEASURES = {  # column: (title, decimals)
-    "overall": ("judge, overall", 2),
-    **{criterion: (f"judge, {criterion.replace('_', ' ')}", 2) for criterion in CRITERIA},
+    "overall": ("judge overall", 2),
+    **{criterion: (criterion.replace("_", " "), 2) for criterion in CRITERIA},
     "rouge1": ("ROUGE-1", 3),
     "rouge2": ("ROUGE-2", 3),
     "rougeL": ("ROUGE-L", 3),
@@ -269,6 +269,7 @@ def decide(samples: pd.DataFrame) -> Verdict:
     """Name the best model and say what the samples can and cannot show."""
     measure, reason = choose_measure(samples)
     title, decimals = MEASURES[measure]
+    title = "the judge's overall score" if measure == "overall" else title
     unit = " points of 10" if measure == "overall" else ""
     scored = samples[samples[measure].notna()]
     num_models = scored["model"].nunique()
@@ -447,7 +448,6 @@ def write_report(run: Path, samples: pd.DataFrame) -> Path:
         run=run.name,
         record=record,
         verdict=verdict,
-        measure_title=MEASURES[verdict.measure][0],
         table=format_table(summary),
         plots=[_to_svg(plot) for plot in plots if plot is not None],
         cards=cards,
