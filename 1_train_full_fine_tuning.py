@@ -8,9 +8,11 @@ Without torchrun it is one process: `python 1_train_full_fine_tuning.py --config
 overridden on the command line: `--learning_rate 1e-5`.
 
 Reads   the dataset and the model that the YAML names
-Writes  <output_dir>/run.json           what was run: configuration, data, libraries, hardware
+Writes  <output_dir>/preflight.json     what was found in the rows as the trainer gets them; eda/*.png, the plots
+        <output_dir>/run.json           what was run: configuration, data, libraries, hardware
         <output_dir>/checkpoint-<step>  complete: loads with from_pretrained on any number of devices
 
+A run that cannot learn, never stops or does not fit is refused before its first step; `--preflight_only true` only looks.
 Stop it (SIGTERM saves a checkpoint first) or kill it at any time: the same command goes on from the last checkpoint.
 """
 
@@ -18,28 +20,33 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from finetuning.configs import ModelArguments, ScriptArguments, is_main_process, run_step
-from finetuning.errors import InputError
+from finetuning.configs import ModelArguments, ScriptArguments, run_step
+from finetuning.errors import InputError, is_main_process
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from peft import AutoPeftModelForCausalLM  # noqa: E402
 from transformers import ProgressCallback  # noqa: E402
 from trl import get_peft_config, get_quantization_config  # noqa: E402
 
-from finetuning.chat import load_tokenizer  # noqa: E402
-from finetuning.data import describe_test_split, load_training_rows  # noqa: E402
-from finetuning.hardware import choose_attention  # noqa: E402
+from finetuning.batches import RowPreparation  # noqa: E402
+from finetuning.chat import add_tokens, load_tokenizer  # noqa: E402
+from finetuning.data import load_training_rows, tokens_to_add  # noqa: E402
+from finetuning.hardware import bf16_available, choose_attention  # noqa: E402
+from finetuning.memory import MemoryPeak  # noqa: E402
+from finetuning.preflight import run_preflight  # noqa: E402
 from finetuning.records import build_record, now, open_run, save_record  # noqa: E402
+from finetuning.runs import EDA, PREFLIGHT_FILE  # noqa: E402
 from finetuning.training import (  # noqa: E402
     LineProgress,
     RecordShares,
     ResumableSFTTrainer,
     SaveOnTermination,
     TrainingArguments,
+    load_with_new_tokens,
+    on_main_process,
     prepare_wandb,
 )
 
@@ -49,83 +56,114 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def choose_model_settings(model_args: ModelArguments, training_args: TrainingArguments) -> dict:
-    """Keyword arguments of from_pretrained; what the YAML leaves open is chosen for the hardware."""
+def fit_to_hardware(
+    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+) -> dict[str, str]:
+    """Replace what this machine cannot do, and choose what the YAML leaves open; gives the reasons by key."""
+    reasons = training_args.hardware_choices
     compute_dtype = training_args.compute_dtype
-    if model_args.dtype is None:
-        dtype = compute_dtype if model_args.use_peft else torch.float32
-    else:
-        dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
+    low_precision = model_args.dtype in ("bfloat16", "float16")
+    if low_precision and (compute_dtype == torch.float32 or (model_args.dtype == "bfloat16" and not bf16_available())):
+        reasons["dtype"] = f"float32, this machine does not compute in {model_args.dtype}"
+        model_args.dtype = "float32"
+    elif model_args.dtype == "float16" and not model_args.use_peft:
+        reasons["dtype"] = "float32, weights in float16 cannot be trained; fp16: true computes in it"
+        model_args.dtype = "float32"
     attention, problem = choose_attention(model_args.attn_implementation, compute_dtype)
     if model_args.attn_implementation == "flash_attention_2" and problem:
-        training_args.hardware_choices.append(f"attn_implementation: sdpa instead of flash_attention_2, {problem}")
-    settings = {"revision": model_args.model_revision, "dtype": dtype, "attn_implementation": attention}
+        reasons["attn_implementation"] = f"sdpa, {problem}"
+    model_args.attn_implementation = attention
+    if training_args.eval_strategy != "no" and script_args.dataset_eval_split is None:
+        script_args.dataset_eval_split = script_args.dataset_test_split
+        reasons["dataset_eval_split"] = f"{script_args.dataset_test_split}, as eval_strategy needs a split to measure"
+    return reasons
+
+
+def choose_model_settings(model_args: ModelArguments, training_args: TrainingArguments) -> dict:
+    """Keyword arguments of from_pretrained."""
+    if model_args.dtype is None:
+        dtype = training_args.compute_dtype if model_args.use_peft else torch.float32
+    else:
+        dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
+    settings = {
+        "revision": model_args.model_revision,
+        "dtype": dtype,
+        "attn_implementation": model_args.attn_implementation,
+    }
     quantization_config = get_quantization_config(dataclasses.replace(model_args, dtype=None))
     if quantization_config is not None:
-        quantization_config.bnb_4bit_compute_dtype = compute_dtype
+        quantization_config.bnb_4bit_compute_dtype = training_args.compute_dtype
         settings |= {"quantization_config": quantization_config, "device_map": {"": training_args.device}}
     return settings
 
 
+def read_chat_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"chat_template_path: {path} is no file")
+    return Path(path).read_text(encoding="utf-8")
+
+
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
     quiet_weight_bars()
-    if (script_args.dataset_eval_split is None) != (training_args.eval_strategy == "no"):
-        raise InputError("dataset_eval_split and eval_strategy (steps or epoch) go together: set both, or neither")
     run = Path(training_args.output_dir)
     settings = choose_model_settings(model_args, training_args)
     train_rows, eval_rows, row_format = load_training_rows(script_args)
-    chat_template = None
-    if training_args.chat_template_path is not None:
-        if not Path(training_args.chat_template_path).is_file():
-            raise InputError(f"chat_template_path: {training_args.chat_template_path} is no file")
-        chat_template = Path(training_args.chat_template_path).read_text(encoding="utf-8")
-        training_args.chat_template_path = None  # it is in the tokenizer from here on
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        chat_template,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    chat_template = read_chat_template(training_args.chat_template_path)
+    training_args.chat_template_path = None  # it is in the tokenizer from here on
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    tokenizer = load_tokenizer(model_args.model_name_or_path, chat_template, **source)
+    new_ids = add_tokens(tokenizer, tokens_to_add(script_args))
 
     # Where to start: at the beginning, or where a run that was stopped has left off.
     config = {**training_args.to_dict(), **dataclasses.asdict(model_args), **dataclasses.asdict(script_args)}
     record = build_record(config, tokenizer.chat_template, train_rows, eval_rows)
-    start = [None, False, None]
-    if is_main_process():
-        try:
-            start[:2] = open_run(run, record, script_args.overwrite, training_args.resume_from_checkpoint)
-        except InputError as error:
-            start[2] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(start, src=0)
-    checkpoint, finished, problem = start
-    if problem is not None:
-        raise InputError(problem)
-    if finished:
+    checkpoint, finished = on_main_process(
+        lambda: open_run(run, record, script_args.overwrite, training_args.resume_from_checkpoint)
+    )
+    if finished and not script_args.preflight_only:
         say(f"{run} is finished; its last checkpoint is {checkpoint}. To train again: --overwrite true")
         return
 
-    for choice in training_args.hardware_choices:
-        say(choice)
+    for key, choice in training_args.hardware_choices.items():
+        say(f"{key}: {choice}")
     devices = ", ".join(dict.fromkeys(record["hardware"]["devices"]))
     dtype, compute_dtype = (str(d).removeprefix("torch.") for d in (settings["dtype"], training_args.compute_dtype))
     say(f"hardware: {devices}; weights {dtype}, compute {compute_dtype}, attention {settings['attn_implementation']}")
     say(f"data: {len(train_rows)} rows of {script_args.dataset_name}, read as {row_format.describe()}")
-    if checkpoint is not None:
-        say(f"going on from {checkpoint}")
-    if is_main_process():
-        say(describe_test_split(script_args, train_rows))
-    prepare_wandb(training_args, say)
+
+    # What the trainer will get, and what is wrong with it, before a model is loaded.
+    peft_config = get_peft_config(model_args)  # None unless the recipe sets use_peft
+    if peft_config is not None:
+        peft_config.revision = model_args.model_revision
+        peft_config.trainable_token_indices = new_ids or None
+    preparation = RowPreparation(tokenizer, training_args)
+    train_rows = preparation.tokenize(train_rows, "train")
+    prepared_rows = preparation.cut_and_pack(train_rows, "train")  # the trainer will find it in the cache
+    if eval_rows is not None:
+        eval_rows = preparation.tokenize(eval_rows, "eval")
+    model_parts = (model_args, settings, peft_config, tokenizer, len(new_ids))
+    checkpointing, estimate = on_main_process(
+        lambda: run_preflight(run, script_args, training_args, *model_parts, train_rows, prepared_rows, eval_rows)
+    )
+    training_args.gradient_checkpointing = checkpointing
+    if script_args.preflight_only:
+        say(f"preflight only: {run / PREFLIGHT_FILE} and {run / EDA} are written, nothing is trained")
+        return
 
     # The weights come from the model, or from the checkpoint to go on from; both load in the same way.
-    peft_config = get_peft_config(model_args)  # None unless the recipe sets use_peft
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    prepare_wandb(training_args, say)
+    memory = MemoryPeak()
     model = model_args.model_name_or_path if checkpoint is None else str(checkpoint)
     if checkpoint is not None and peft_config is not None:
         del settings["revision"]  # the adapter names that of its base
         model, peft_config = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **settings), None
+    elif checkpoint is None and new_ids:
+        model = load_with_new_tokens(model, new_ids, training_args, settings)
     else:
-        if peft_config is not None:
-            peft_config.revision = model_args.model_revision
         training_args.model_init_kwargs = settings
     termination = SaveOnTermination()
     trainer = ResumableSFTTrainer(
@@ -149,9 +187,9 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         )
         sys.exit(128 + 15)
     if is_main_process():
-        save_record(run, record, finished=now())
+        save_record(run, record, finished=now(), memory={"estimate": estimate, "measured_peak": memory.bytes()})
     say(f"finished: {last}. Next: python 3_test.py --output_dir {run}")
 
 
 if __name__ == "__main__":
-    run_step(main, ScriptArguments, TrainingArguments, ModelArguments)
+    run_step(main, ScriptArguments, TrainingArguments, ModelArguments, fit_to_hardware=fit_to_hardware)

@@ -4,7 +4,8 @@ Tokenizers and chat templates: how messages become tokens, which tokens end an a
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import AddedToken, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from finetuning.errors import InputError
 
@@ -35,10 +36,32 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
         tokenizer.chat_template = chat_template
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
+    try:
+        end_of_turn_id(tokenizer)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{name_or_path}: the chat template cannot phrase a question and its answer: {error}"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked by position, never by its id, so the end stays trained
     tokenizer.padding_side = "left"  # generation continues from the last token, which must not be padding
     return tokenizer
+
+
+def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:
+    """The model's own generation config, or what its config says where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(name_or_path, **kwargs)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name_or_path, **kwargs))
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
+    """Add tokens that stay whole and are shown in answers; gives the ids of those that were not there before."""
+    known = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(new)
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -46,6 +69,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     answer = "ANSWER"
     messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
+    if answer not in text:
+        raise ValueError("it leaves out what the assistant says")
     tail = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
     added = set(tokenizer.added_tokens_decoder)
     return next((token_id for token_id in tail if token_id in added), None)

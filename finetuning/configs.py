@@ -4,22 +4,128 @@ The arguments of every step, each key declared once, and the parser that reads t
 Imports without torch; what needs torch (the training arguments, which subclass trl's SFTConfig) is in training.py.
 """
 
-import dataclasses
-import difflib
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import yaml
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
-from finetuning.errors import InputError
+from finetuning.errors import InputError, fail, is_main_process
+from finetuning.parsing import Parser
+
+# Lowest and highest value of a key, both allowed. Keys of every step; None is always allowed where it is the default.
+RANGES = {
+    "per_device_train_batch_size": (1, None), "per_device_eval_batch_size": (1, None),
+    "gradient_accumulation_steps": (1, None), "max_length": (8, None), "save_total_limit": (1, None),
+    "seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1), "dataloader_num_workers": (0, None),
+    "dataset_num_proc": (1, None), "warmup_steps": (0, None), "weight_decay": (0, 1), "max_grad_norm": (0, None),
+    "adam_beta1": (0, 0.9999999), "adam_beta2": (0, 0.9999999), "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, None), "lora_r": (1, None), "lora_alpha": (1, None), "lora_dropout": (0, 0.9999999),
+    "num_prompts": (1, None), "num_samples": (1, None), "batch_size": (1, None), "max_new_tokens": (1, None),
+    "top_p": (0, 1), "top_k": (0, None), "concurrency": (1, None), "max_tokens": (1, None), "max_retries": (0, None),
+    "preview_rows": (0, None),
+}  # fmt: skip
+POSITIVE = {
+    "learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps", "tolerance",
+    "repetition_penalty", "timeout",
+}  # fmt: skip
+
+
+def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
+    """What is out of range or contradicts itself in the arguments of a step.
+
+    Args:
+        values: Any of the keys of a step; those that are not there are not looked at.
+
+    Returns:
+        [(keys, text), ...], the text naming every key of the fault.
+    """
+    faults = []
+    for key, value in values.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        low, high = RANGES.get(key, (None, None))
+        if (low is not None and value < low) or (high is not None and value > high):
+            at_most = "" if high is None else f" and at most {high}"
+            faults.append(((key,), f"{key}: must be at least {low}{at_most}, got {value}"))
+        if key in POSITIVE and not value > 0:
+            faults.append(((key,), f"{key}: must be more than 0, got {value}"))
+    if "learning_rate" in values and values["learning_rate"] > 1:
+        faults.append((("learning_rate",), f"learning_rate: {values['learning_rate']} cannot learn; write it as 2e-5"))
+    if values.get("max_steps", -1) != -1 and values["max_steps"] < 1:
+        faults.append((("max_steps",), f"max_steps: must be at least 1, or -1 for epochs, got {values['max_steps']}"))
+    if "model_name_or_path" in values and values["model_name_or_path"] is None:
+        text = "model_name_or_path is not set: name a folder with a model, or a model on the Hub"
+        faults.append((("model_name_or_path",), text))
+    for keys, wrong, text in CONTRADICTIONS:
+        if set(keys) <= values.keys() and wrong(*(values[key] for key in keys)):
+            faults.append((keys, text.format(**{key: values[key] for key in keys})))
+    for quantised in ("load_in_8bit", "load_in_4bit"):
+        if values.get(quantised) and values.get("use_peft") is False:
+            keys = (quantised, "use_peft")
+            faults.append((keys, f"{quantised} freezes the weights, so nothing would train without use_peft: true"))
+    return faults
+
+
+def _no(strategy) -> bool:
+    return str(getattr(strategy, "value", strategy)) == "no"
+
+
+# Keys, when their values are a fault, and what to do.
+CONTRADICTIONS = (
+    (("question_key", "answer_key"), lambda q, a: (q is None) != (a is None),
+     "question_key and answer_key go together: set both, or neither"),
+    (("dataset_eval_split", "eval_strategy"), lambda split, strategy: split is not None and _no(strategy),
+     "dataset_eval_split and eval_strategy go together: eval_strategy is no, so {dataset_eval_split} would not be used; "
+     "set eval_strategy to steps or epoch"),
+    (("bf16", "fp16"), lambda bf16, fp16: bf16 and fp16, "bf16 and fp16 are both true; keep one of them"),
+    (("load_in_8bit", "load_in_4bit"), lambda a, b: a and b, "load_in_8bit and load_in_4bit are both true; keep one of them"),
+    (("packing", "max_length"), lambda packing, length: packing and length is None,
+     "packing fills sequences of max_length, which is null; set max_length, or packing: false"),
+    (("packing", "truncation_mode"), lambda packing, mode: packing and mode == "keep_end",
+     "truncation_mode: keep_end has no effect with packing, which cuts the end; set packing: false, or leave it out"),
+    (("packing", "padding_free"), lambda packing, free: free and not packing,
+     "padding_free does not enforce max_length without packing: true; set packing: true, or leave it out"),
+    (("assistant_only_loss", "completion_only_loss"), lambda assistant, completion: assistant and completion is False,
+     "assistant_only_loss: true and completion_only_loss: false contradict each other; remove one of them"),
+    (("overwrite", "resume_from_checkpoint"), lambda overwrite, resume: overwrite and resume not in (None, "false", "False"),
+     "overwrite deletes the run that resume_from_checkpoint goes on with; keep one of them"),
+    (("use_peft", "use_dora"), lambda peft, dora: dora and not peft, "use_dora has no effect without use_peft: true"),
+    (("use_peft", "use_rslora"), lambda peft, rs: rs and not peft, "use_rslora has no effect without use_peft: true"),
+    (("use_peft", "lora_target_modules"), lambda peft, modules: modules and not peft,
+     "lora_target_modules has no effect without use_peft: true; add it, or leave the lora_ keys out"),
+    (("save_strategy", "output_dir"), lambda strategy, _: _no(strategy),
+     "save_strategy: no would leave nothing to test; use steps or epoch"),
+    (("save_strategy", "save_only_model"), lambda strategy, only: str(getattr(strategy, "value", strategy)) == "best",
+     "save_strategy: best has no use here, step 5 chooses the checkpoint; use steps or epoch"),
+    (("load_best_model_at_end", "output_dir"), lambda best, _: best,
+     "load_best_model_at_end has no use here, step 5 chooses the checkpoint; remove it"),
+    (("deepspeed", "output_dir"), lambda deepspeed, _: deepspeed is not None,
+     "deepspeed is not used here, FSDP2 shards; write fsdp: true instead"),
+    (("dataset_kwargs", "output_dir"), lambda kwargs, _: kwargs is not None,
+     "dataset_kwargs would skip the preparation of the data that preflight checks; remove it"),
+    (("do_sample", "temperature"), lambda sample, t: t is not None and not sample,
+     "temperature has no effect without `do_sample: true`; set both, or neither"),
+    (("do_sample", "top_p"), lambda sample, p: p is not None and not sample,
+     "top_p has no effect without `do_sample: true`; set both, or neither"),
+    (("do_sample", "top_k"), lambda sample, k: k is not None and not sample,
+     "top_k has no effect without `do_sample: true`; set both, or neither"),
+    (("do_sample", "temperature"), lambda sample, t: sample and t is not None and t <= 0,
+     "temperature: must be more than 0 with do_sample: true, got {temperature}; for greedy answers, do_sample: false"),
+)  # fmt: skip
+
+
+class Checked:
+    """Arguments that refuse, when they are made, what find_faults finds in them."""
+
+    def __post_init__(self):
+        faults = find_faults(vars(self))
+        if faults:
+            raise ValueError("; ".join(text for _, text in faults))
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(Checked):
     """What step 1 trains on."""
 
     dataset_name: str = field(
@@ -56,10 +162,28 @@ class ScriptArguments:
     overwrite: bool = field(
         default=False, metadata={"help": "Delete the run in `output_dir`, with its checkpoints, and start over."}
     )
-
-    def __post_init__(self):
-        if (self.question_key is None) != (self.answer_key is None):
-            raise ValueError("question_key and answer_key go together: set both, or neither")
+    preflight_only: bool = field(
+        default=False, metadata={"help": "Check the data, the memory and the plan, write preflight.json, and stop."}
+    )
+    allow: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of preflight checks that may fail; it is recorded that they were allowed to."},
+    )
+    preview_rows: int = field(default=2, metadata={"help": "Rows that preflight shows token by token."})
+    clean_jamo: bool = field(
+        default=False, metadata={"help": "Remove strings of bare jamo such as ㅋㅋㅋ from questions and answers."}
+    )
+    mask_pii: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace phone, resident registration, card, passport and car numbers, e-mail addresses, birth "
+            "dates and addresses by special tokens such as #PhoneNumber#; see docs/cleaning.md for what is missed."
+        },
+    )
+    special_tokens: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tokens to add to the vocabulary, kept whole and shown in answers, e.g. '#Person1#'."},
+    )
 
 
 @dataclass
@@ -77,12 +201,11 @@ class ModelArguments(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.model_name_or_path is None:
-            raise ValueError("model_name_or_path is not set: name a folder with a model, or a model on the Hub")
+        Checked.__post_init__(self)
 
 
 @dataclass
-class RunArguments:
+class RunArguments(Checked):
     """Arguments by which steps 2 to 5 find their run."""
 
     output_dir: str | None = field(
@@ -108,10 +231,6 @@ class MergeArguments(RunArguments):
             "bfloat16, 0.005 float16, 0.0001 float32, and at most a tenth of what the adapter changes."
         },
     )
-
-    def __post_init__(self):
-        if self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}")
 
 
 @dataclass
@@ -146,14 +265,6 @@ class TestArguments(RunArguments):
     )
     overwrite: bool = field(default=False, metadata={"help": "Answer again, and replace the predictions there are."})
 
-    def __post_init__(self):
-        for key in ("num_samples", "batch_size", "max_new_tokens"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        sampling = [key for key in ("temperature", "top_p", "top_k") if getattr(self, key) is not None]
-        if sampling and not self.do_sample:
-            raise ValueError(f"{sampling[0]} has no effect without `do_sample: true`; set both, or neither")
-
 
 @dataclass
 class JudgeArguments(RunArguments):
@@ -174,28 +285,26 @@ class JudgeArguments(RunArguments):
     max_retries: int = field(default=8, metadata={"help": "Retries of the client on 429, 5xx and broken connections."})
     overwrite: bool = field(default=False, metadata={"help": "Judge again, and replace the evaluations there are."})
 
-    def __post_init__(self):
-        for key in ("concurrency", "max_tokens"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+
+OTHER_STEPS = {"2_merge_lora.py": MergeArguments, "3_test.py": TestArguments, "4_openai_test.py": JudgeArguments}
 
 
-def is_main_process() -> bool:
-    """Whether this process speaks for all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+def run_step(
+    main: Callable, *dataclass_types: type, fit_to_hardware: Callable[..., dict[str, str]] | None = None
+) -> None:
+    """Parse the arguments and run `main` with them; a fault in what the user gave ends it without a traceback.
 
-
-def fail(message: str) -> None:
-    """Say once a machine what is wrong and what to do, and exit with status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # a path may be missing on one machine only
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def run_step(main: Callable, *dataclass_types: type) -> None:
-    """Parse the arguments and run `main` with them; a fault in what the user gave ends it without a traceback."""
-    arguments = Parser(dataclass_types).parse_args_and_config()
+    Args:
+        fit_to_hardware: Takes the arguments, changes in them what this machine cannot do, and gives the reasons by key.
+    """
+    parser = Parser(dataclass_types, check=find_faults, other_steps=OTHER_STEPS)
+    arguments = parser.parse_args_and_config()
     try:
+        reasons = fit_to_hardware(*arguments) if fit_to_hardware is not None else {}
+        if parser.print_config:
+            if is_main_process():
+                print("\n".join(parser.describe(arguments, reasons)))
+            return
         main(*arguments)
     except InputError as error:
         fail(str(error))
@@ -203,44 +312,3 @@ def run_step(main: Callable, *dataclass_types: type) -> None:
         if is_main_process():
             print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + 2)
-
-
-class Parser(TrlParser):
-    """TrlParser that accepts `--config=file`, names the nearest key for an unknown one, and prints one line on a fault."""
-
-    def error(self, message: str):
-        fail(message)
-
-    def parse_args_and_config(self, args: list[str] | None = None) -> tuple:
-        args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
-        if "--config" in args:
-            index = args.index("--config") + 1
-            if index == len(args):
-                fail("--config needs the path of a YAML file")
-            self._check_keys(Path(args[index]))
-        try:
-            return super().parse_args_and_config(args)
-        except (ValueError, TypeError) as error:
-            fail(str(error))
-
-    def _check_keys(self, path: Path) -> None:
-        if not path.is_file():
-            fail(f"{path}: no such file")
-        try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            fail(f"{path}: not valid YAML: {' '.join(str(error).split())}")
-        if not isinstance(config, dict):
-            fail(f"{path}: must hold `key: value` lines")
-        known = {f.name for dataclass_type in self.dataclass_types for f in dataclasses.fields(dataclass_type)}
-        problems = []
-        for key in config:
-            if key not in known | {"env"}:
-                nearest = difflib.get_close_matches(str(key), known, n=1)
-                problems.append(f"unknown key `{key}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
-        if problems:
-            fail("\n       ".join([f"{path}: " + problems[0], *problems[1:]]))
-
-
-def _split_config(arg: str) -> list[str]:
-    return arg.split("=", 1) if arg.startswith("--config=") else [arg]

@@ -13,6 +13,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from datasets.fingerprint import Hasher
 
+from finetuning.cleaning import PII_TOKENS, clean_jamo, mask_pii
 from finetuning.configs import ScriptArguments
 from finetuning.errors import InputError
 
@@ -77,17 +78,41 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Which columns hold what. `kind` is messages, prompt, instruction or columns."""
+    """Which columns hold what, and how their text is prepared. `kind` is messages, prompt, instruction or columns."""
 
     kind: str
     question_key: str | None
     reference_keys: tuple[str, ...]
     system_prompt: str | None = None
+    clean_jamo: bool = False
+    mask_pii: bool = False
 
     def describe(self) -> str:
         question = "messages" if self.kind == "messages" else self.question_key
         references = "" if self.kind == "messages" else f" -> {', '.join(self.reference_keys)}"
-        return f"{question}{references}" + (" with a system prompt" if self.system_prompt else "")
+        added = [
+            text
+            for text, given in (
+                ("with a system prompt", self.system_prompt),
+                ("without bare jamo", self.clean_jamo),
+                ("with personal data masked", self.mask_pii),
+            )
+            if given
+        ]
+        return " ".join([f"{question}{references}", ", ".join(added)]).strip()
+
+    def prepare(self, text: str) -> str:
+        """The text as training and testing see it."""
+        text = clean_jamo(text) if self.clean_jamo else text
+        return mask_pii(text) if self.mask_pii else text
+
+
+FORMAT_KEYS = ("question_key", "answer_key", "system_prompt", "clean_jamo", "mask_pii")
+
+
+def tokens_to_add(args: ScriptArguments) -> list[str]:
+    """Tokens that the vocabulary needs for these rows: `special_tokens`, and those that stand for personal data."""
+    return list(dict.fromkeys([*(args.special_tokens or []), *(PII_TOKENS.values() if args.mask_pii else [])]))
 
 
 def find_row_format(
@@ -95,6 +120,8 @@ def find_row_format(
     question_key: str | None = None,
     answer_key: str | None = None,
     system_prompt: str | None = None,
+    clean_jamo: bool = False,
+    mask_pii: bool = False,
 ) -> RowFormat:
     """Decide how rows with these columns are read.
 
@@ -112,14 +139,14 @@ def find_row_format(
         ]
         if missing:
             raise InputError(f"no column `{missing[0]}`; the columns are {', '.join(column_names)}")
-        return RowFormat("columns", question_key, tuple(references), system_prompt)
+        return RowFormat("columns", question_key, tuple(references), system_prompt, clean_jamo, mask_pii)
     for kind, question, answer in (
         ("messages", "messages", "messages"),
         ("prompt", "prompt", "completion"),
         ("instruction", "instruction", "output"),
     ):
         if {question, answer} <= columns:
-            return RowFormat(kind, question, (answer,), system_prompt)
+            return RowFormat(kind, question, (answer,), system_prompt, clean_jamo, mask_pii)
     raise InputError(
         f"the columns {', '.join(column_names)} are neither messages, nor prompt and completion, nor instruction and "
         "output; set question_key and answer_key to the columns with the question and its answer"
@@ -135,6 +162,23 @@ def _text(row: dict, key: str) -> str:
     return str(value)
 
 
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def _messages(row: dict, key: str) -> list[dict]:
+    """A list of messages, checked."""
+    if not isinstance(row[key], list) or not all(isinstance(m, dict) for m in row[key]):
+        raise InputError(f"`{key}` must be a list of messages, each with role and content")
+    for message in row[key]:
+        if {"role", "content"} - message.keys():
+            raise InputError(f"a message of `{key}` has {', '.join(message) or 'nothing'}, and needs role and content")
+        if message["role"] not in ROLES:
+            raise InputError(
+                f"a message of `{key}` has the role {message['role']!r}, which is none of {', '.join(ROLES)}"
+            )
+    return [{"role": m["role"], "content": _text(m, "content")} for m in row[key]]
+
+
 def to_sample(row: dict, row_format: RowFormat) -> dict:
     """Phrase one data row.
 
@@ -147,31 +191,32 @@ def to_sample(row: dict, row_format: RowFormat) -> dict:
     """
     kind = row_format.kind
     if kind == "messages":
-        messages = [{"role": m["role"], "content": _text(m, "content")} for m in row["messages"]]
+        messages = _messages(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InputError("`messages` must end with an assistant's message that answers another one")
         prompt, references = messages[:-1], [messages[-1]["content"]]
     elif kind == "prompt" and isinstance(row["prompt"], list):
-        prompt = [{"role": m["role"], "content": _text(m, "content")} for m in row["prompt"]]
-        answer = row["completion"]
-        references = [_text(answer[-1], "content") if isinstance(answer, list) and answer else _text(row, "completion")]
+        prompt = _messages(row, "prompt")
+        answers = _messages(row, "completion") if isinstance(row["completion"], list) else []
+        references = [answers[-1]["content"] if answers else _text(row, "completion")]
+        if not prompt:
+            raise InputError("`prompt` has no message")
     else:
         question = _text(row, row_format.question_key)
         if kind == "instruction" and row.get("input"):
             question = f"{question}\n\n{_text(row, 'input')}"
         prompt = [{"role": "user", "content": question}]
         references = [_text(row, key) for key in row_format.reference_keys]
+    prompt = [m if m["role"] == "system" else {**m, "content": row_format.prepare(m["content"])} for m in prompt]
+    references = [row_format.prepare(reference) for reference in references]
     if row_format.system_prompt and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": row_format.system_prompt}, *prompt]
     return {"prompt": prompt, "references": references}
 
 
-def to_prompt_completion(row: dict, index: int, row_format: RowFormat, where: str) -> dict:
+def to_prompt_completion(row: dict, row_format: RowFormat) -> dict:
     """One data row as SFTTrainer takes it; the loss is on the completion."""
-    try:
-        sample = to_sample(row, row_format)
-    except InputError as error:
-        raise InputError(f"{where}, row {index}: {error}") from error
+    sample = to_sample(row, row_format)
     return {"prompt": sample["prompt"], "completion": [{"role": "assistant", "content": sample["references"][0]}]}
 
 
@@ -182,18 +227,34 @@ def _load_prompts_and_completions(args: ScriptArguments, split: str) -> tuple[Da
     would know an imported function by its name only, and give yesterday's rows after an edit.
     """
     dataset = load_split(args.dataset_name, split, args.dataset_config)
-    row_format = find_row_format(dataset.column_names, args.question_key, args.answer_key, args.system_prompt)
-    source = inspect.getsource(sys.modules[__name__])
-    where = f"{args.dataset_name} ({split})"
-    rows = dataset.map(
-        to_prompt_completion,
-        with_indices=True,
-        fn_kwargs={"row_format": row_format, "where": where},
-        remove_columns=dataset.column_names,
-        new_fingerprint=Hasher.hash([dataset._fingerprint, source, row_format, where]),
-        desc=f"Reading {split}",
-    )
+    row_format = find_row_format(dataset.column_names, **{key: getattr(args, key) for key in FORMAT_KEYS})
+    source = [inspect.getsource(sys.modules[module]) for module in (__name__, clean_jamo.__module__)]
+    try:
+        rows = dataset.map(
+            to_prompt_completion,
+            fn_kwargs={"row_format": row_format},
+            remove_columns=dataset.column_names,
+            new_fingerprint=Hasher.hash([dataset._fingerprint, source, row_format]),
+            desc=f"Reading {split}",
+        )
+    except InputError:
+        raise InputError(describe_bad_rows(dataset, row_format, f"{args.dataset_name} ({split})")) from None
     return rows, row_format
+
+
+def describe_bad_rows(dataset: Dataset, row_format: RowFormat, where: str) -> str:
+    """Every row that cannot be read, by what is wrong with it."""
+    bad: dict[str, list[int]] = {}
+    for index, row in enumerate(dataset):
+        try:
+            to_sample(row, row_format)
+        except InputError as error:
+            bad.setdefault(str(error), []).append(index)
+    faults = []
+    for fault, rows in bad.items():
+        shown = ", ".join(str(row) for row in rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+        faults.append(f"row{'s' if len(rows) > 1 else ''} {shown}: {fault}")
+    return f"{where}, {'; '.join(faults)}. Correct or delete them (the first row is 0)"
 
 
 def load_training_rows(args: ScriptArguments) -> tuple[Dataset, Dataset | None, RowFormat]:
@@ -228,14 +289,14 @@ def load_test_samples(config: dict) -> list[dict]:
     """
     name, split = config["dataset_name"], config["dataset_test_split"]
     dataset = load_split(name, split, config.get("dataset_config"))
-    format_keys = {key: config.get(key) for key in ("question_key", "answer_key", "system_prompt")}
-    row_format = find_row_format(dataset.column_names, **format_keys)
+    given = {key: config[key] for key in FORMAT_KEYS if config.get(key) is not None}
+    row_format = find_row_format(dataset.column_names, **given)
     by_prompt: dict[str, dict] = {}
-    for index, row in enumerate(dataset):
+    for row in dataset:
         try:
             sample = to_sample(row, row_format)
-        except InputError as error:
-            raise InputError(f"{name} ({split}), row {index}: {error}") from error
+        except InputError:
+            raise InputError(describe_bad_rows(dataset, row_format, f"{name} ({split})")) from None
         known = by_prompt.setdefault(json.dumps(sample["prompt"]), {"prompt": sample["prompt"], "references": []})
         known["references"] += [r for r in sample["references"] if r not in known["references"]]
     samples = []
@@ -243,15 +304,3 @@ def load_test_samples(config: dict) -> list[dict]:
         content = json.dumps([sample["prompt"], sorted(sample["references"])], ensure_ascii=False)
         samples.append({"id": hashlib.sha256(content.encode()).hexdigest()[:12], **sample})
     return sorted(samples, key=lambda sample: sample["id"])
-
-
-def describe_test_split(args: ScriptArguments, train_rows: Dataset) -> str:
-    """One line on what step 3 will answer, said before training: that there is none, or that it was trained on."""
-    try:
-        samples = load_test_samples(vars(args))
-    except InputError as error:
-        return f"test split: step 3 will have nothing to answer: {error}"
-    trained_on = {json.dumps(prompt) for prompt in train_rows["prompt"]}
-    num_seen = sum(json.dumps(sample["prompt"]) in trained_on for sample in samples)
-    warning = f"; WARNING: {num_seen} of them are training rows, so their scores say nothing" if num_seen else ""
-    return f"test split: {len(samples)} samples{warning}"

@@ -1,5 +1,21 @@
-"""The one kind of error that steps report without a traceback."""
+"""The one kind of error that steps report without a traceback, and how they report it."""
+
+import os
+import sys
+from typing import NoReturn
 
 
 class InputError(ValueError):
     """A fault in what the user gave (a path, a file, a setting). Its text says what is wrong and what to do."""
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def fail(message: str) -> NoReturn:
+    """Say once a machine what is wrong and what to do, and exit with status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # a path may be missing on one machine only
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -16,7 +16,16 @@ from datasets import Dataset
 
 from finetuning.data import fingerprint_rows
 from finetuning.errors import InputError
-from finetuning.runs import INCOMPLETE, RUN_FILE, checkpoint_step, last_checkpoint, read_run, write_json
+from finetuning.runs import (
+    EDA,
+    INCOMPLETE,
+    PREFLIGHT_FILE,
+    RUN_FILE,
+    checkpoint_step,
+    last_checkpoint,
+    read_run,
+    write_json,
+)
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
 # What may change between a run and its continuation: where it is logged and saved, and how the same global batch is
@@ -26,7 +35,8 @@ MAY_CHANGE = {
     "output_dir", "overwrite", "resume_from_checkpoint", "logging_steps", "logging_dir", "report_to", "run_name",
     "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "disable_tqdm", "log_level",
     "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_num_workers",
-    "fsdp", "fsdp_config", "use_cpu", "local_rank", "attn_implementation", "gradient_checkpointing", "dtype",
+    "fsdp", "fsdp_config", "use_cpu", "local_rank", "attn_implementation", "gradient_checkpointing", "activation_checkpointing", "dtype",
+    "preflight_only", "allow", "preview_rows",
     "bf16", "fp16", "tf32", "dataset_test_split", "dataset_num_proc", "dataset_name", "dataset_config", "dataset_train_split", "dataset_eval_split", "hub_token", "token",
 }  # fmt: skip
 SECRETS = ("token", "api_key", "password", "secret")
@@ -127,7 +137,7 @@ def open_run(run: Path, record: dict, overwrite: bool, requested: str | bool | N
     Args:
         run: Folder of the run.
         record: What is about to be run.
-        overwrite: Start over; the run in the folder is deleted.
+        overwrite: Start over, in spite of what is in the folder.
         requested: `resume_from_checkpoint`: a path, true for the last checkpoint, or None, which goes on with a run
             that was stopped and has not finished.
 
@@ -138,18 +148,18 @@ def open_run(run: Path, record: dict, overwrite: bool, requested: str | bool | N
         InputError: The folder holds another run, or there is no such checkpoint.
     """
     requested = None if requested is None else str(requested)
-    if overwrite and run.exists():
+    if overwrite and run.exists():  # what is in the folder is deleted when training begins, not before
         needed = [requested, record["config"]["model_name_or_path"], record["config"]["dataset_name"]]
         for path in filter(None, needed):
             if run.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
                 raise InputError(
                     f"overwrite would delete {path}, which this run starts from; choose another output_dir"
                 )
-        if any(run.iterdir()) and not (run / RUN_FILE).is_file():
+        if {f.name for f in run.iterdir()} - {PREFLIGHT_FILE, EDA} and not (run / RUN_FILE).is_file():
             raise InputError(
                 f"{run} is not empty and holds no run, so overwrite does not delete it; choose another output_dir"
             )
-        shutil.rmtree(run)
+        return None, False
     checkpoint = None
     if requested is not None and requested.lower() not in ("true", "false"):
         checkpoint = Path(requested)

@@ -2,6 +2,7 @@
 A run is one folder. What stands where in it, how the steps find it, and its record `run.json`.
 
     run.json                                what was run, written by step 1 and read by all that follow
+    preflight.json  eda/*.png               what was found in the data before training
     checkpoint-148/                         complete: from_pretrained needs nothing else
     predictions/<checkpoint>.jsonl .json    written by step 3
     qa_evaluation_results/<checkpoint>.jsonl .json    written by step 4
@@ -20,6 +21,8 @@ from finetuning.errors import InputError
 
 OUTPUTS = Path("outputs")
 RUN_FILE = "run.json"
+PREFLIGHT_FILE = "preflight.json"
+EDA = "eda"
 PREDICTIONS = "predictions"
 EVALUATIONS = "qa_evaluation_results"
 INCOMPLETE = "INCOMPLETE"  # stands in a checkpoint's folder while it is written

@@ -23,10 +23,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import create_model_from_path
 
 from finetuning.chat import end_token_ids
-from finetuning.errors import InputError
+from finetuning.errors import InputError, is_main_process
 from finetuning.hardware import accelerator_available, bf16_available, env_flag, tf32_available
 from finetuning.records import save_record
 from finetuning.runs import INCOMPLETE
@@ -42,14 +44,27 @@ class TrainingArguments(SFTConfig):
         default=True,
         metadata={"help": "Fill sequences of max_length with several rows, which do not see each other."},
     )
+    activation_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "Recompute activations in the backward pass, which saves memory and costs about a third of the "
+            "speed. auto: only where training would not fit without it.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Older name of activation_checkpointing, which decides."}
+    )
 
     def __post_init__(self):
-        self.hardware_choices: list[str] = []
+        self.hardware_choices: dict[str, str] = {}
+        self.gradient_checkpointing = False  # until the memory plan has decided
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if not accelerator_available():
             self.use_cpu = True
         self._choose_precision()
         self._choose_sharding(world_size)
+        self._choose_loggers()
         super().__post_init__()
         if self.fsdp:
             # Rank 0 alone loads the weights when this is set, and the wrapper hands them on only if it is told the same:
@@ -58,10 +73,6 @@ class TrainingArguments(SFTConfig):
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(ram_efficient).lower()
         elif world_size == 1:
             self._n_gpu = min(self.n_gpu, 1)  # one process means one GPU; trl refuses nn.DataParallel
-        if self.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end has no use here: step 5 chooses the checkpoint; remove it")
-        if self.save_strategy == "no":
-            raise ValueError("save_strategy: no would leave nothing to test; use steps or epoch")
         if self.use_cpu and self.fsdp:
             # accelerate takes its FSDP path for the types of accelerators only, and would fall back to DDP without a
             # word; the path itself works on any device. Step 1 asserts that parameters are sharded in the end.
@@ -70,14 +81,15 @@ class TrainingArguments(SFTConfig):
     def _choose_precision(self) -> None:
         if self.tf32 and not tf32_available():
             self.tf32 = None
-            self.hardware_choices.append("tf32: off, this machine has no GPU that can")
+            self.hardware_choices["tf32"] = "off, this machine has no GPU that can"
         if self.use_cpu:
-            if self.bf16 or self.fp16:
-                self.hardware_choices.append("bf16/fp16: off, training on the CPU in float32")
+            for key in ("bf16", "fp16"):
+                if getattr(self, key):
+                    self.hardware_choices[key] = "off, training on the CPU in float32"
             self.bf16 = self.fp16 = False
         elif not bf16_available() and (self.bf16 or (self.bf16 is None and not self.fp16)):
             cuda = torch.cuda.is_available()
-            self.hardware_choices.append(f"bf16: off, this device has none; {'fp16' if cuda else 'float32'} instead")
+            self.hardware_choices["bf16"] = f"off, this device has none; {'fp16' if cuda else 'float32'} instead"
             self.bf16, self.fp16 = False, cuda
 
     def _choose_sharding(self, world_size: int) -> None:
@@ -85,22 +97,86 @@ class TrainingArguments(SFTConfig):
             self.fsdp = str(self.fsdp).lower() == "true"
         requested = env_flag("ACCELERATE_USE_FSDP") if self.fsdp is None else bool(self.fsdp)
         if requested and world_size > 1:
-            self.fsdp = self.fsdp or True
+            if not self.fsdp:
+                self.hardware_choices["fsdp"] = "on, the environment says ACCELERATE_USE_FSDP"
+            self.fsdp = True
             if self.fsdp_config is None:
                 self.fsdp_config = {}
-            if isinstance(self.fsdp_config, dict):  # transformers takes its own default over the variable
-                self.fsdp_config.setdefault("cpu_ram_efficient_loading", env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+            if isinstance(self.fsdp_config, str):
+                self.fsdp_config = read_fsdp_config(self.fsdp_config)
+            # transformers takes its own default over the variable
+            self.fsdp_config.setdefault("cpu_ram_efficient_loading", env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+            if self.use_cpu and self.fsdp_config.pop("cpu_offload", False):
+                self.hardware_choices["fsdp_config"] = "cpu_offload is off, the weights are on the CPU already"
             return
         if requested and world_size == 1:
-            self.hardware_choices.append("fsdp: off, there is only one process (start more with torchrun)")
+            self.hardware_choices["fsdp"] = "off, there is only one process (start more with torchrun)"
         self.fsdp = None
         # transformers reads these while loading weights, and would leave every rank but the first without any
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
+    def _choose_loggers(self) -> None:
+        """What is not installed is left out: a run is not lost for the want of a logger."""
+        wanted = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+        available = get_available_reporting_integrations()
+        missing = [name for name in wanted if name not in ("all", "none", *available)]
+        if missing:
+            self.report_to = [name for name in wanted if name not in missing] or ["none"]
+            self.hardware_choices["report_to"] = f"without {', '.join(missing)}, which is not installed"
+
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+def on_main_process(function: Callable):
+    """Call a function on the first rank only; every rank gets its result, or its InputError."""
+    result, problem = None, None
+    if is_main_process():
+        try:
+            result = function()
+        except InputError as error:
+            problem = str(error)
+    if dist.is_initialized():
+        shared = [result, problem]
+        dist.broadcast_object_list(shared, src=0)
+        result, problem = shared
+    if problem is not None:
+        raise InputError(problem)
+    return result
+
+
+def load_with_new_tokens(
+    name_or_path: str, new_ids: list[int], args: TrainingArguments, settings: dict
+) -> PreTrainedModel:
+    """Load a model whose tokenizer has been given tokens; their embeddings start as the mean of all others.
+
+    Args:
+        new_ids: Their ids; embeddings are added where there are too few.
+        settings: Keyword arguments of from_pretrained.
+    """
+    settings = {"device_map": None, "trust_remote_code": args.trust_remote_code, **settings}
+    model = create_model_from_path(name_or_path, **settings)
+    known = model.get_input_embeddings().num_embeddings
+    if max(new_ids) >= known:
+        model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
+    old_ids = [i for i in range(known) if i not in set(new_ids)]
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        # ranks that wait for the weights of the first one have none to start from
+        if embeddings is not None and embeddings.weight.device.type != "meta":
+            with torch.no_grad():
+                weight = embeddings.weight
+                weight[new_ids] = weight[old_ids].mean(dim=0, dtype=torch.float32).to(weight.dtype)
+    return model
+
+
+def read_fsdp_config(path: str) -> dict:
+    """FSDP settings from text that is JSON itself, or from a JSON file."""
+    try:
+        return json.loads(path if path.lstrip().startswith("{") else Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"fsdp_config: {path} is neither JSON nor a JSON file: {error}") from error
 
 
 def parameter_shares(model: PreTrainedModel) -> list[float]:

@@ -8,7 +8,8 @@ import yaml
 from conftest import ROOT, command, run
 
 from finetuning import configs
-from finetuning.configs import JudgeArguments, ModelArguments, Parser, ScriptArguments
+from finetuning.configs import JudgeArguments, ModelArguments, ScriptArguments, find_faults
+from finetuning.parsing import Parser
 from finetuning.training import TrainingArguments
 
 YAMLS = sorted([*ROOT.glob("0_*.yaml"), *(ROOT / "recipes").rglob("*.yaml")])
@@ -34,10 +35,10 @@ def test_help_is_printed(script):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("judge_modle: x\n", "unknown key `judge_modle`; did you mean `judge_model`?"),
-        ("- a\n", "must hold `key: value` lines"),
+        ("judge_modle: x\n", "config.yaml:1: judge_modle: unknown key; did you mean judge_model?"),
+        ("- a\n", "write `key: value` lines"),
         ("a: [\n", "not valid YAML"),
-        ("concurrency: 0\n", "concurrency must be at least 1, got 0"),
+        ("concurrency: 0\n", "concurrency: must be at least 1, got 0"),
     ],
 )
 @pytest.mark.parametrize("form", ["--config {}", "--config={}"])
@@ -45,7 +46,7 @@ def test_a_faulty_yaml_is_one_line_and_status_2(tmp_path, capsys, text, message,
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(SystemExit) as exit_:
-        Parser((JudgeArguments,)).parse_args_and_config(form.format(path).split(" "))
+        Parser((JudgeArguments,), find_faults).parse_args_and_config(form.format(path).split(" "))
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 

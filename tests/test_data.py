@@ -5,7 +5,6 @@ import pytest
 
 from finetuning.configs import ScriptArguments
 from finetuning.data import (
-    describe_test_split,
     find_row_format,
     load_split,
     load_test_samples,
@@ -50,17 +49,6 @@ def test_files_that_merely_look_like_the_split_are_not_read(tmp_path):
     write(tmp_path / "train_dataset.json", ROWS)
     with pytest.raises(InputError, match="several files could be the split `train`: train.jsonl, train_dataset.json"):
         load_split(str(tmp_path), "train")
-
-
-def test_samples_that_were_trained_on_are_said_before_training(tmp_path):
-    write(tmp_path / "train.jsonl", ROWS)
-    keys = {"dataset_name": str(tmp_path), "question_key": "dialogue", "answer_key": "summary"}
-    train_rows, _, _ = load_training_rows(ScriptArguments(**keys))
-    assert "step 3 will have nothing to answer" in describe_test_split(ScriptArguments(**keys), train_rows)
-    split = ScriptArguments(**keys, dataset_test_split="train[:4]")
-    assert "4 samples; WARNING: 4 of them are training rows" in describe_test_split(split, train_rows)
-    write(tmp_path / "test.jsonl", [{"dialogue": "another", "summary": "s"}])
-    assert describe_test_split(ScriptArguments(**keys), train_rows) == "test split: 1 samples"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""
+What the trainer really gets: rows after template, tokenisation, truncation, packing and collation, without a model.
+
+The steps are those of trl's SFTTrainer itself; training takes the tokenised rows from here, so that what was checked is
+what is trained on.
+"""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+IGNORED = -100  # a label that counts in no loss
+
+
+class RowPreparation(SFTTrainer):
+    """The part of SFTTrainer that prepares rows. It has no model, and cannot train."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: SFTConfig):
+        self._tokenizer = tokenizer
+        self.args = args
+        self.completion_only_loss = True if args.completion_only_loss is None else args.completion_only_loss
+        needs_markers = args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template)
+        self.chat_template = get_training_chat_template(tokenizer) if needs_markers else None
+
+    def tokenize(self, rows: Dataset, name: str) -> Dataset:
+        """Add `input_ids` and `labels` to rows of `prompt` and `completion`, uncut."""
+        uncut = SimpleNamespace(**{**vars(self.args), "max_length": None, "shuffle_dataset": False})
+        return self._prepare_dataset(rows, self._tokenizer, uncut, False, None, name)
+
+    def cut_and_pack(self, tokenized: Dataset, name: str) -> Dataset:
+        """What the trainer makes of tokenised rows before it collates them."""
+        return self._prepare_dataset(tokenized, self._tokenizer, self.args, self.args.packing, None, name)
+
+
+def build_collator(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> DataCollatorForLanguageModeling:
+    """The collator that SFTTrainer builds for these arguments."""
+    packed = args.packing and args.packing_strategy in ("bfd", "bfd_split")
+    return DataCollatorForLanguageModeling(
+        pad_token_id=tokenizer.pad_token_id,
+        padding_free=args.padding_free or packed,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+    )
+
+
+def sequences(prepared: Dataset, collator: Callable, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token ids and labels of every sequence of every batch, as the model will get them, padding left out."""
+    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in prepared.column_names]
+    for start in range(0, len(prepared), batch_size):
+        piece = prepared[start : start + batch_size]
+        size = len(piece["input_ids"])
+        batch = collator([{name: piece[name][i] for name in columns} for i in range(size)])
+        ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+        if "attention_mask" in batch:
+            for row, mask in enumerate(batch["attention_mask"].numpy().astype(bool)):
+                yield ids[row][mask], labels[row][mask]
+        else:  # packed: each sequence starts where positions do
+            starts = np.flatnonzero(batch["position_ids"].numpy()[0] == 0)
+            for first, last in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
+                yield ids[0, first:last], labels[0, first:last]

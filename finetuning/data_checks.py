@@ -1,0 +1,168 @@
+"""
+Faults of data that no trainer notices: empty, repeated and unreadable rows, and test rows that are trained on.
+
+Imports without torch.
+"""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from datasketch import MinHash, MinHashLSH
+
+from finetuning.cleaning import find_jamo
+
+NEAR = 0.8  # Jaccard similarity of two texts' word triples, from which they count as near-duplicates
+NUM_PERMUTATIONS = 128
+# the replacement character of a failed decoding, lone surrogates, and control characters other than tab and line ends
+UNREADABLE = re.compile("[\ufffd\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+@dataclass
+class Finding:
+    """What a check found.
+
+    Attributes:
+        check: Its name, as `allow` takes it.
+        level: ok, note, warning, refused, or allowed (refused, and let through by `allow`).
+        text: What was found and, where it is a fault, what to do.
+        rows: Numbers of the rows, the first of the split being 0.
+        numbers: What was counted, for preflight.json.
+    """
+
+    check: str
+    level: str
+    text: str
+    rows: list[int] = field(default_factory=list)
+    numbers: dict = field(default_factory=dict)
+
+
+def normalize(text: str) -> str:
+    """The text without what does not make it another one: case, width, spaces, punctuation.
+
+    >>> normalize("Ｈｉ,  there!") == normalize("hi there")
+    True
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = re.sub(r"[^\w\s]|_", " ", folded).split()
+    return " ".join(words) if words else " ".join(folded.split())
+
+
+def shingles(normalized: str, size: int = 3) -> set[str]:
+    """Runs of `size` words; of characters where a script has no spaces."""
+    words = normalized.split()
+    spaceless = len(normalized) > 12 * len(words)
+    pieces, size = (list(normalized), 5) if spaceless else (words, size)
+    joint = "" if spaceless else " "
+    return {joint.join(pieces[i : i + size]) for i in range(max(1, len(pieces) - size + 1))}
+
+
+def minhash(normalized: str) -> MinHash:
+    signature = MinHash(NUM_PERMUTATIONS, seed=1)
+    signature.update_batch([piece.encode() for piece in shingles(normalized)])
+    return signature
+
+
+def question_of(prompt: list[dict]) -> str:
+    """What a prompt asks, without the system message that all rows share."""
+    return "\n".join(message["content"] for message in prompt if message["role"] != "system")
+
+
+def check_rows(questions: list[str], answers: list[str]) -> list[Finding]:
+    """Empty, repeated and unreadable rows, and strings of bare jamo."""
+    findings = []
+    empty = [i for i, (q, a) in enumerate(zip(questions, answers, strict=True)) if not q.strip() or not a.strip()]
+    if empty:
+        text = f"{count(empty)} with an empty question or answer; delete them"
+        findings.append(Finding("empty_rows", "refused", text, empty))
+    first: dict[tuple[str, str], int] = {}
+    repeated = []
+    for i, pair in enumerate(zip(questions, answers, strict=True)):
+        key = (normalize(pair[0]), normalize(pair[1]))
+        if first.setdefault(key, i) != i:
+            repeated.append(i)
+    if repeated:
+        text = f"{count(repeated)} repeat an earlier one, question and answer; they weigh twice in training"
+        findings.append(Finding("duplicate_rows", "warning", text, repeated))
+    unreadable = [i for i, pair in enumerate(zip(questions, answers, strict=True)) if UNREADABLE.search("".join(pair))]
+    if unreadable:
+        text = f"{count(unreadable)} with undecodable or control characters; read the source in its own encoding"
+        findings.append(Finding("unreadable_text", "warning", text, unreadable))
+    jamo = [i for i, pair in enumerate(zip(questions, answers, strict=True)) if any(find_jamo(text) for text in pair)]
+    if jamo:
+        text = f"{count(jamo)} with strings of bare jamo such as ㅋㅋㅋ; clean_jamo: true removes them"
+        findings.append(Finding("bare_jamo", "note", text, jamo))
+    if not findings:
+        findings.append(Finding("rows", "ok", "no row is empty, repeated or unreadable"))
+    return findings
+
+
+def count(rows: list[int]) -> str:
+    return f"{len(rows)} row{'s' if len(rows) != 1 else ''}"
+
+
+def find_leaks(train: list[str], held_out: Iterable[str]) -> tuple[dict[int, int], dict[int, int]]:
+    """Training questions that held-out ones are equal to, or nearly so.
+
+    Returns:
+        {held-out index: training index} of equal ones after `normalize`, and of near-duplicates (estimated Jaccard
+        similarity of word triples at least `NEAR`).
+    """
+    known: dict[str, int] = {}
+    normalized = [normalize(text) for text in train]
+    for i, text in enumerate(normalized):
+        known.setdefault(text, i)
+    targets = [normalize(text) for text in held_out]
+    equal = {i: known[text] for i, text in enumerate(targets) if text in known}
+    rest = {i: minhash(text) for i, text in enumerate(targets) if i not in equal}
+    if not rest:
+        return equal, {}
+    index = MinHashLSH(threshold=NEAR, num_perm=NUM_PERMUTATIONS)
+    for i, signature in rest.items():
+        index.insert(i, signature)
+    near: dict[int, int] = {}
+    for row, text in enumerate(normalized):
+        signature = minhash(text)
+        for i in index.query(signature):
+            if i not in near and signature.jaccard(rest[i]) >= NEAR:
+                near[i] = row
+    return equal, near
+
+
+def check_leaks(train: list[str], splits: dict[str, list[str]], most: float = 0.1) -> list[Finding]:
+    """Rows of held-out splits that are in the training set.
+
+    Args:
+        train: Questions of the training set.
+        splits: Questions of each held-out split by name.
+        most: Share of a split that may be equal to training rows before the run is refused.
+    """
+    findings = []
+    found = defaultdict(dict)
+    texts = [text for questions in splits.values() for text in questions]
+    names = [(name, i) for name, questions in splits.items() for i in range(len(questions))]
+    for kind, pairs in zip(("equal", "near"), find_leaks(train, texts), strict=True):
+        for target, row in pairs.items():
+            name, i = names[target]
+            found[name].setdefault(kind, {})[i] = row
+    for name, questions in splits.items():
+        equal, near = found[name].get("equal", {}), found[name].get("near", {})
+        numbers = {"split": name, "samples": len(questions), "equal": len(equal), "near": len(near)}
+        if equal:
+            text = (
+                f"{len(equal)} of {len(questions)} {name} samples are training rows, so their scores say nothing; "
+                f"take them out of one of the two"
+            )
+            level = "refused" if len(equal) > most * len(questions) else "warning"
+            findings.append(Finding("leakage", level, text, sorted(set(equal.values())), numbers))
+        if near:
+            text = (
+                f"{len(near)} of {len(questions)} {name} samples nearly equal a training row (word triples, {NEAR:.0%})"
+            )
+            findings.append(Finding("near_leakage", "warning", text, sorted(set(near.values())), numbers))
+        if not equal and not near:
+            text = f"no {name} sample is in the training set, nor nearly ({len(questions)} samples)"
+            findings.append(Finding("leakage", "ok", text, numbers=numbers))
+    return findings

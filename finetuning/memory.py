@@ -1,0 +1,309 @@
+"""
+What training will need of a device's memory, estimated before the model is loaded.
+
+Weights, gradients and optimizer state are counted. Activations are measured: the model's own forward pass runs on
+tensors that have a shape and no data (torch's FakeTensorMode), and what autograd would keep for the backward pass is
+added up. docs/preflight.md has the estimate beside the measured peak.
+"""
+
+import contextlib
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from peft import PeftConfig, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from trl import SFTConfig
+
+from finetuning.hardware import accelerator_available
+
+GIB = 2**30
+USABLE = 0.92  # of what is free; the rest is left to fragmentation and to what else runs
+CUDA_CONTEXT = 0.6 * GIB
+CPU_BUFFERS = 0.06 * GIB  # what threads and oneDNN keep, and the pages that training touches first
+# The fused LM head of trl projects tiles of this many tokens and words (trl/kernels/chunked_logprob.py)
+HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+HEAD_COPIES_ON_CPU = 8  # temporaries of one tile in its backward pass; none on a GPU, where it is one kernel
+# Bytes of optimizer state per trained parameter; what is not listed keeps two float32 numbers
+OPTIMIZER_BYTES = {
+    "sgd": 0, "adafactor": 0.1, "rmsprop": 4, "adagrad": 4, "lion_32bit": 4, "paged_lion_32bit": 4, "lion_8bit": 1,
+    "paged_lion_8bit": 1, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adamw_torch_8bit": 2,
+    "adamw_torch_4bit": 1, "rmsprop_bnb_8bit": 1, "ademamix": 12, "ademamix_8bit": 3, "paged_ademamix_8bit": 3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one step: `rows` sequences of `length` tokens; packed ones are laid end to end in one row."""
+
+    rows: int
+    length: int
+    packed: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What of a model decides the memory: counts of parameters, and bytes that its forward pass keeps."""
+
+    parameters: int
+    trained: int
+    outside_layers: int  # parameters of embeddings, last norm and head
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    activations: int  # bytes, with nothing recomputed
+    tied: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that each rank needs at its peak, by what they are for, and what its device has (None: unknown)."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    gathered: float
+    other: float
+    available: float | None
+    activation_checkpointing: bool
+
+    @property
+    def total(self) -> float:
+        """The larger of the two peaks of a step: before the backward pass, all activations and the head; after it, all
+        gradients."""
+        steady = self.parameters + self.optimizer + self.gathered + self.other
+        return steady + max(self.activations + self.head, self.gradients + self.head / 4)
+
+    @property
+    def fits(self) -> bool:
+        return self.available is None or self.total <= USABLE * self.available
+
+    def to_dict(self) -> dict:
+        return {
+            **{k: round(v) if isinstance(v, float) else v for k, v in asdict(self).items()},
+            "total": round(self.total),
+        }
+
+    def describe(self) -> str:
+        parts = ("parameters", "gradients", "optimizer", "activations", "head", "gathered")
+        sizes = ", ".join(f"{name} {gib(getattr(self, name))}" for name in parts if getattr(self, name) >= 0.005 * GIB)
+        free = "of an unknown amount" if self.available is None else f"of {gib(self.available)} free"
+        return f"{gib(self.total)} {free} per process ({sizes})"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def available_memory(local_world_size: int) -> float | None:
+    """Bytes of free memory of this rank's device; ranks on CPUs share the machine's, or the container's limit."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    if accelerator_available():
+        return None
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        cached = int(re.search(r"^file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)[1])
+        free = min(free, limit - used + cached)
+    return free / local_world_size
+
+
+def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(name_or_path, **kwargs)
+
+
+def measure_shapes(
+    config: PreTrainedConfig,
+    batch: Batch,
+    args: SFTConfig,
+    settings: dict,
+    peft_config: PeftConfig | None,
+    num_added_tokens: int = 0,
+) -> Shapes:
+    """Run the model's forward pass without data, and add up what the backward pass would need.
+
+    Args:
+        settings: Keyword arguments of from_pretrained: dtype, attn_implementation.
+    """
+    device = args.device.type
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtype = settings["dtype"]
+    if args.fsdp and compute is not None:
+        dtype, compute = compute, None  # FSDP hands each layer its weights in the lower precision
+    # FlashAttention's own kernels do not run without data; sdpa without a mask keeps the same tensors
+    attention = "eager" if settings["attn_implementation"] == "eager" else "sdpa"
+    masked = not settings["attn_implementation"].startswith("flash")
+    kept: dict[int, int] = {}
+    tensors = []  # as long as they live, no other storage gets their address
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32 if dtype == "auto" else dtype,
+            attn_implementation=attention,
+            trust_remote_code=args.trust_remote_code,
+        )
+        if num_added_tokens:
+            model.resize_token_embeddings(
+                model.get_input_embeddings().num_embeddings + num_added_tokens, mean_resizing=False
+            )
+        text_config = config.get_text_config()
+        outside = sum(p.numel() for p in model.parameters()) - sum(
+            p.numel()
+            for layers in model.modules()
+            if isinstance(layers, torch.nn.ModuleList)
+            for p in layers.parameters()
+        )
+        output = model.get_output_embeddings()
+        tied = output is not None and output.weight is model.get_input_embeddings().weight
+        backbone = model.base_model
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        model.train()
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+                tensors.append(tensor)
+            return tensor
+
+        rows, length = (1, batch.tokens) if batch.packed else (batch.rows, batch.length)
+        inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
+        inputs["position_ids"] = torch.arange(length)[None]
+        if masked:
+            inputs["attention_mask"] = torch.zeros(rows, 1, length, length, dtype=torch.bool)
+            if attention == "eager":
+                inputs["attention_mask"] = inputs["attention_mask"].to(compute or torch.float32)
+        precision = contextlib.nullcontext() if compute is None else torch.autocast(device, compute)
+        with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            _ = backbone(**inputs, use_cache=False)
+        parameters = [p for p in model.parameters()]
+        return Shapes(
+            parameters=sum(p.numel() for p in parameters),
+            trained=sum(p.numel() for p in parameters if p.requires_grad),
+            outside_layers=outside,
+            num_layers=text_config.num_hidden_layers,
+            hidden_size=text_config.hidden_size,
+            vocab_size=text_config.vocab_size + num_added_tokens,
+            activations=sum(kept.values()),
+            tied=tied,
+        )
+
+
+def plan_memory(
+    shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict, checkpointing: bool, available: float | None
+) -> MemoryPlan:
+    """Bytes at the peak of a step.
+
+    Args:
+        checkpointing: Keep only each layer's input, and recompute one layer at a time.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    shards = world_size if args.fsdp else 1
+    on_gpu = args.device.type != "cpu"
+    dtype = torch.float32 if settings["dtype"] == "auto" else settings["dtype"]
+    weight_bytes = dtype.itemsize
+    compute_bytes = 2 if args.bf16 or args.fp16 else 4
+    quantization = settings.get("quantization_config")
+    frozen_bytes = weight_bytes
+    if quantization is not None:  # block-wise scales are a few percent
+        frozen_bytes = 0.56 if quantization.load_in_4bit else 1.05
+    frozen = shapes.parameters - shapes.trained
+    adapter_bytes = 4 if frozen else weight_bytes
+    parameters = (shapes.trained * adapter_bytes + frozen * frozen_bytes) / shards
+    if quantization is not None:  # embeddings and head are not quantised
+        parameters += shapes.outside_layers * (compute_bytes - frozen_bytes) / shards
+    gradients = shapes.trained * adapter_bytes / shards
+    if world_size > 1 and not args.fsdp:
+        gradients *= 2  # DDP reduces in buckets of its own
+    optimizer = shapes.trained * OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), 8) / shards
+
+    per_layer = shapes.activations / shapes.num_layers
+    layer_input = batch.tokens * shapes.hidden_size * compute_bytes
+    activations = shapes.num_layers * layer_input + per_layer if checkpointing else shapes.activations
+
+    tile_tokens, tile_words = min(batch.tokens, HEAD_TOKENS), min(shapes.vocab_size, HEAD_WORDS)
+    tile = tile_tokens * (HEAD_WORDS * compute_bytes if on_gpu else tile_words * 4)
+    copies = 0 if on_gpu else HEAD_COPIES_ON_CPU
+    head_trains = frozen == 0
+    head = tile * (1 + copies) + batch.tokens * shapes.hidden_size * 4
+    if head_trains:
+        head += shapes.vocab_size * shapes.hidden_size * 4  # the gradient of the head, gathered in float32
+    gathered = 0.0
+    if shards > 1:
+        one_layer = (shapes.parameters - shapes.outside_layers) / shapes.num_layers
+        gathered = (shapes.outside_layers + 2 * one_layer) * compute_bytes + shapes.vocab_size * shapes.hidden_size * 4
+        gathered += one_layer * compute_bytes  # gradients of the layer that is being reduced
+    other = CUDA_CONTEXT if on_gpu else CPU_BUFFERS
+    return MemoryPlan(parameters, gradients, optimizer, activations, head, gathered, other, available, checkpointing)
+
+
+def what_would_fit(shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict, plan: MemoryPlan) -> list[str]:
+    """Changes under which a plan that does not fit would, the smallest change first."""
+    found = []
+    row_batch = replace(batch, rows=1)
+    single = replace(shapes, activations=round(shapes.activations / batch.rows))
+    if batch.rows > 1:
+        smaller = plan_memory(single, row_batch, args, settings, True, plan.available)
+        if smaller.fits:
+            accumulation = args.gradient_accumulation_steps * batch.rows
+            found.append(
+                "per_device_train_batch_size: 1 with "
+                f"gradient_accumulation_steps: {accumulation} and activation_checkpointing: true ({gib(smaller.total)})"
+            )
+    for length in (2048, 1024, 512):
+        if not found and length < batch.length:
+            shorter = replace(single, activations=round(single.activations * length / batch.length))
+            smaller = plan_memory(shorter, Batch(1, length, batch.packed), args, settings, True, plan.available)
+            if smaller.fits:
+                found.append(
+                    f"max_length: {length}, one row a device and activation_checkpointing: true ({gib(smaller.total)})"
+                )
+    state = plan.parameters + plan.gradients + plan.optimizer
+    rest = plan_memory(single, row_batch, args, settings, True, plan.available)
+    rest = rest.total - (rest.parameters + rest.optimizer + rest.gathered)
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if args.fsdp else 1
+    room = USABLE * plan.available - rest
+    if room > 0 and not found and args.device.type != "cpu":  # processes on one CPU share its memory
+        devices = max(world_size + 1, -(-state * world_size // room))
+        found.append(f"FSDP over {devices:.0f} or more such GPUs (fsdp: true, torchrun)")
+    if shapes.trained == shapes.parameters:
+        lora_bytes = shapes.parameters * 2 / world_size
+        if lora_bytes + rest < USABLE * plan.available:
+            found.append(f"use_peft: true, which trains an adapter on weights of {gib(lora_bytes)}")
+    return found or ["a smaller model, or a device with more memory"]
+
+
+class MemoryPeak:
+    """The largest number of bytes that this process has in use from now on, above what it has now."""
+
+    def __init__(self):
+        self.start = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+        self.start = psutil.Process().memory_info().rss
+
+    def bytes(self) -> int | None:
+        """None where the system does not tell."""
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_reserved() + CUDA_CONTEXT)
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return None
+        return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024 - self.start

@@ -1,0 +1,539 @@
+"""
+Reads the arguments of a step from YAML files and the command line, and finds everything that is wrong with them at once.
+
+A YAML holds one `key: value` a line. `base: other.yaml` puts its keys under those of another file, whose path is
+relative to the file that names it; the command line goes over both. Keys that older versions of trl and transformers
+used are understood, and the new name is printed. Imports without torch.
+"""
+
+import dataclasses
+import difflib
+import enum
+import json
+import math
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from trl import TrlParser
+
+from finetuning.errors import fail, is_main_process
+from finetuning.renames import FSDP_CONFIG_KEYS, RENAMES, Change
+
+SECRET_KEYS = re.compile(r"(^|_)(token|api_key|apikey|password|secret)$")
+# what looks like a key of Hugging Face, OpenAI or another of the `sk-` kind, wherever it stands
+SECRET_VALUES = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_[A-Za-z0-9_]{20,})")
+NOT_SECRET = {"eos_token", "pad_token"}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which reads `2e-5` as the number it is in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it was set. `written` is how an older name of the key stood there."""
+
+    key: str
+    value: object
+    source: str
+    text: str | None = None
+    written: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a setting and what to write instead; `meant` is the key that was misspelt.
+
+    Any secret in the text is masked.
+    """
+
+    source: str
+    key: str | None
+    text: str
+    meant: str | None = None
+
+    def __str__(self) -> str:
+        parts = [self.source, self.key, self.text]
+        return SECRET_VALUES.sub("***", ": ".join(part for part in parts if part))
+
+
+def is_secret(key: str) -> bool:
+    """Whether a value under this key is a credential, which belongs in no file.
+
+    >>> is_secret("hub_token"), is_secret("OPENAI_API_KEY"), is_secret("eos_token"), is_secret("max_new_tokens")
+    (True, True, False, False)
+    """
+    return key not in NOT_SECRET and SECRET_KEYS.search(key.lower()) is not None
+
+
+def read_yaml(path: Path, problems: list[Problem], including: tuple[Path, ...] = ()) -> list[Setting]:
+    """Settings of a YAML file and of those under it, in the order in which later ones win.
+
+    Args:
+        path: The file.
+        problems: What is wrong with the files is added here.
+        including: The files that name this one as their base, to refuse a circle.
+    """
+    here = str(path)
+    if path.resolve() in [p.resolve() for p in including]:
+        circle = " -> ".join(str(p) for p in (*including, path))
+        problems.append(Problem(str(including[-1]), "base", f"the files name each other in a circle: {circle}"))
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        problems.append(Problem(f"{here}{line}", None, f"not valid YAML: {error.problem or error.context}"))
+        return []
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(Problem(here, None, f"not a YAML text in UTF-8: {' '.join(str(error).split())}"))
+        return []
+    except OSError as error:
+        problems.append(Problem(here, None, f"cannot be read: {error.strerror}"))
+        return []
+    if node is None:
+        problems.append(Problem(here, None, "the file is empty; write `key: value` lines"))
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        problems.append(
+            Problem(f"{here}:{node.start_mark.line + 1}", None, "write `key: value` lines, no list or text")
+        )
+        return []
+    settings, base = [], []
+    for key, value_node, line in _entries(node, here, problems):
+        source = f"{here}:{line}"
+        try:
+            value = loader.construct_object(value_node, deep=True)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            what = getattr(error, "problem", None) or str(error)
+            problems.append(Problem(source, key, f"cannot be read as a value: {what}"))
+            continue
+        if key != "base":
+            scalar = value_node.value if isinstance(value_node, yaml.ScalarNode) else None
+            settings.append(Setting(key, value, source, text=scalar))
+        elif not isinstance(value, str) or not (path.parent / value).is_file():
+            problems.append(Problem(source, key, f"no such file: {value}; paths are relative to this file"))
+        else:
+            base = read_yaml(path.parent / value, problems, (*including, path))
+    return base + settings
+
+
+def _entries(node: yaml.MappingNode, file: str, problems: list[Problem]) -> Iterator[tuple[str, yaml.Node, int]]:
+    """Keys, values and lines of a mapping; a key that stands twice, here or deeper, is a problem."""
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(Problem(f"{file}:{line}", None, "a key must be a word"))
+            continue
+        key = key_node.value
+        if key in seen:
+            problems.append(
+                Problem(f"{file}:{line}", key, f"stands twice, first in line {seen[key]}; keep one of them")
+            )
+            continue
+        seen[key] = line
+        if isinstance(value_node, yaml.MappingNode):
+            for _ in _entries(value_node, file, problems):
+                pass
+        yield key, value_node, line
+
+
+# Values
+
+
+def convert(setting: Setting, field: dataclasses.Field, hint) -> object:
+    """The value as the type of its key; raises ValueError that says what is needed.
+
+    A number or a date under a text key is the text that stands in the file (`model_revision: 1.0`); everything else
+    must have the type already.
+    """
+    value = setting.value
+    kinds = [*_kinds(hint), *([bool] if field.metadata.get("const") is True else [])]
+    choices = _choices(field, kinds)
+    if choices is not None:
+        if isinstance(value, bool):  # YAML reads a bare `no` as false
+            value = setting.text if setting.text in choices else str(value).lower()
+        if value is None and type(None) in kinds:
+            return None
+        if value not in choices:
+            nearest = _nearest(value, choices)
+            listed = ", ".join(choices) if len(choices) <= 12 else f"the {len(choices)} that --help lists"
+            raise ValueError(f"{show(value)} is none of {listed}" + (f"; write {nearest}" if nearest else ""))
+        return value
+    for kind in sorted(kinds, key=lambda kind: kind is str):  # text is what is left when nothing else fits
+        fits, converted = _try(value, setting.text, kind)
+        if fits:
+            return converted
+    raise ValueError(f"needs {_describe(kinds)}, got {show(value)}")
+
+
+def _kinds(hint) -> list:
+    return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+
+
+def _choices(field: dataclasses.Field, kinds: list) -> list[str] | None:
+    if "choices" in field.metadata:
+        return [str(choice) for choice in field.metadata["choices"]]
+    enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    return [str(member.value) for member in enums[0]] if enums else None
+
+
+def _try(value, text: str | None, kind) -> tuple[bool, object]:
+    origin = typing.get_origin(kind) or kind
+    if kind is type(None):
+        return value is None, None
+    if kind is bool:
+        return isinstance(value, bool), value
+    if kind is int:
+        whole = isinstance(value, float) and value.is_integer()  # 1e3
+        return (isinstance(value, int) and not isinstance(value, bool)) or whole, int(value) if whole else value
+    if kind is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value), value
+    if kind is str:
+        plain = isinstance(value, str) or (text is not None and value is not None and not isinstance(value, bool))
+        return plain, value if isinstance(value, str) else text
+    if origin is list:
+        values = [value] if isinstance(value, str) else value
+        return isinstance(values, list) and all(isinstance(v, str) for v in values), values
+    if origin is dict:
+        return isinstance(value, dict), value
+    return False, None
+
+
+def _describe(kinds: list) -> str:
+    names = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
+    known = [names[origin] for kind in kinds if (origin := typing.get_origin(kind) or kind) in names]
+    return " or ".join(dict.fromkeys(known))
+
+
+def show(value) -> str:
+    """A value as a message quotes it."""
+    if isinstance(value, str):
+        return f'the text "{value}"' if len(value) < 60 else f'the text "{value[:57]}..."'
+    if value is None:
+        return "nothing"
+    return json.dumps(value, ensure_ascii=False, default=str)[:60]
+
+
+def _nearest(word, known) -> str | None:
+    matches = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    return matches[0] if matches else None
+
+
+# The parser
+
+
+class Parser(TrlParser):
+    """TrlParser that refuses what it does not understand, all of it at once, and knows where each value came from.
+
+    Args:
+        dataclass_types: The arguments of the step.
+        check: Takes all values by key, gives (keys, text) for each that is out of range or contradicts another.
+        other_steps: Arguments of the other steps by script, to say where a key belongs.
+
+    Attributes:
+        settings: The settings that were given, by key.
+        print_config: Whether `--print_config true` was given.
+    """
+
+    def __init__(self, dataclass_types, check=None, other_steps: Mapping[str, type] = types.MappingProxyType({})):
+        super().__init__(dataclass_types, allow_abbrev=False)
+        self.add_argument(
+            "--config", metavar="FILE", help="YAML with any of these keys; the command line goes over it."
+        )
+        self.add_argument(
+            "--print_config",
+            "--print-config",
+            action="store",
+            nargs="?",
+            const="true",
+            default="false",
+            choices=["true", "false"],
+            help="Print every value that is not a default, with where it came from, and exit.",
+        )
+        self.check = check or (lambda values: [])
+        self.other_steps = other_steps
+        self.settings: dict[str, Setting] = {}
+        self.print_config = False
+        self.fields = {f.name: f for kind in self.dataclass_types for f in dataclasses.fields(kind) if f.init}
+        self.hints = {k: v for kind in self.dataclass_types for k, v in typing.get_type_hints(kind).items()}
+        self.notes: list[str] = []
+        self._problems: list[Problem] = []
+
+    def error(self, message: str):
+        fail_with([*self._problems, Problem("command line", None, message.removeprefix("argument "))])
+
+    def parse_args_and_config(self, args: list[str] | None = None) -> tuple:
+        given = [part for arg in (sys.argv[1:] if args is None else args) for part in arg_parts(arg)]
+        problems: list[Problem] = []
+        config = self._config_path(given)
+        settings = [] if config is None else read_yaml(config, problems)
+        environment = [s for s in settings if s.key == "env"]
+        settings = self._understand([s for s in settings if s.key != "env"], problems)
+        given, command_line = self._modernise(given, problems)
+
+        values = {}
+        for setting in settings:
+            value = self._check_setting(setting, problems)
+            values[setting.key] = value
+            self.settings[setting.key] = dataclasses.replace(setting, value=value)
+        for setting in environment:
+            self._set_environment(setting, problems)
+        self.set_defaults_with_config(**values)
+        misspelt = {problem.meant for problem in problems}
+        for action in self._actions:
+            if action.required and action.dest not in command_line | misspelt:
+                problems.append(Problem(str(config or "command line"), action.dest, "is not set; it has no default"))
+            action.required = False
+        self._problems = problems
+        namespace, unknown = self.parse_known_args(given)
+        self.print_config = namespace.print_config == "true"
+        for key in command_line & self.fields.keys():
+            self.settings[key] = Setting(key, getattr(namespace, key), "command line")
+        problems.extend(self._unknown_words(unknown))
+        found = {problem.key for problem in problems}
+        for keys, text in self.check({key: v for key, v in vars(namespace).items() if key in self.fields}):
+            if not found & set(keys):
+                problems.append(self._problem_of(keys, text))
+        if problems:
+            fail_with(problems)
+        try:
+            arguments = self._build(namespace)
+        except (ValueError, TypeError, ImportError, NotImplementedError, OSError, KeyError) as error:
+            mentioned = [key for key in self.settings if re.search(rf"\b{re.escape(key)}\b", str(error))]
+            fail_with([self._problem_of(mentioned[:1], " ".join(str(error).split()))])
+        if is_main_process():
+            for note in self.notes:
+                print(note, flush=True)
+        return arguments
+
+    def _build(self, namespace) -> tuple:
+        return tuple(
+            kind(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init})
+            for kind in self.dataclass_types
+        )
+
+    def _config_path(self, args: list[str]) -> Path | None:
+        places = [i for i, arg in enumerate(args) if arg == "--config"]
+        if not places:
+            return None
+        if len(places) > 1:
+            fail("--config: stands twice; to layer files, write `base: other.yaml` in one of them")
+        if places[0] + 1 == len(args):
+            fail("--config: needs the path of a YAML file")
+        path = Path(args[places[0] + 1])
+        if not path.is_file():
+            fail(f"{path}: no such file")
+        return path
+
+    def _understand(self, settings: list[Setting], problems: list[Problem]) -> list[Setting]:
+        """The settings under today's keys; unknown ones and secrets are left out and reported."""
+        understood: dict[str, Setting] = {}
+        for setting in settings:
+            if is_secret(setting.key) or SECRET_VALUES.search(str(setting.value)):
+                problems.append(_no_secrets(setting.source, setting.key))
+                continue
+            change = self._change_of(setting.key, setting.value)
+            if change is None and setting.key not in self.fields:
+                problems.append(self._unknown_key(setting.source, setting.key))
+                continue
+            for new in self._apply(setting, change, problems):
+                known = understood.get(new.key)
+                same_file = known and known.source.rsplit(":", 1)[0] == new.source.rsplit(":", 1)[0]
+                if known and new.key == "fsdp_config" and same_file and isinstance(known.value, dict):
+                    new = dataclasses.replace(new, value={**known.value, **new.value})
+                elif same_file and known.value != new.value:
+                    first = known.written or known.key
+                    problems.append(
+                        Problem(new.source, setting.key, f"sets the same as {first} ({known.source}); keep one of them")
+                    )
+                understood[new.key] = new
+        return list(understood.values())
+
+    def _change_of(self, key: str, value) -> Change | None:
+        change = RENAMES.get(key)
+        if change is None or not change.applies(value) or not any(new in self.fields for new in change.new_keys):
+            return None
+        return change
+
+    def _apply(self, setting: Setting, change: Change | None, problems: list[Problem]) -> list[Setting]:
+        if change is None:
+            return [setting]
+        try:
+            values = change.convert(setting.value)
+        except ValueError as error:
+            problems.append(Problem(setting.source, setting.key, str(error)))
+            return []
+        written = f"{setting.key}: {json.dumps(setting.value, ensure_ascii=False, default=str)}"
+        self.notes.append(f"{setting.source}: {setting.key}: {change.describe(values)}")
+        simple = change.renames_only
+        return [
+            Setting(key, value, setting.source, setting.text if simple else None, written)
+            for key, value in values.items()
+        ]
+
+    def _check_setting(self, setting: Setting, problems: list[Problem]) -> object:
+        try:
+            value = convert(setting, self.fields[setting.key], self.hints[setting.key])
+        except ValueError as error:
+            problems.append(Problem(setting.source, setting.key, str(error)))
+            return None
+        if setting.key == "fsdp_config" and isinstance(value, dict):
+            for key in value.keys() - FSDP_CONFIG_KEYS:
+                problems.append(Problem(setting.source, f"fsdp_config.{key}", _suggest(key, FSDP_CONFIG_KEYS)))
+        return value
+
+    def _unknown_key(self, source: str, key: str) -> Problem:
+        name = key.removeprefix("--")
+        if name in FSDP_CONFIG_KEYS:
+            return Problem(source, key, "belongs under fsdp_config")
+        for script, kind in self.other_steps.items():
+            if name in {f.name for f in dataclasses.fields(kind)}:
+                return Problem(source, key, f"is a key of {script}, not of this step")
+        return Problem(source, key, _suggest(name, self.fields), meant=_nearest(name, self.fields))
+
+    def _set_environment(self, setting: Setting, problems: list[Problem]) -> None:
+        if not isinstance(setting.value, dict):
+            problems.append(Problem(setting.source, "env", "must hold `NAME: value` lines"))
+            return
+        for name, value in setting.value.items():
+            if is_secret(str(name)) or SECRET_VALUES.search(str(value)):
+                problems.append(_no_secrets(setting.source, f"env.{name}"))
+            else:
+                os.environ[str(name)] = str(value)
+
+    # The command line
+
+    def _modernise(self, args: list[str], problems: list[Problem]) -> tuple[list[str], set[str]]:
+        """Replace older names on the command line; gives the arguments, and the keys that they set."""
+        modern, keys = [], set()
+        index = 0
+        while index < len(args):
+            arg = args[index]
+            index += 1
+            if not arg.startswith("--"):
+                modern.append(arg)
+                continue
+            name, equals, text = arg[2:].partition("=")
+            key = name.replace("-", "_")
+            separate = not equals and index < len(args) and not args[index].startswith("--")
+            text = args[index] if separate else text
+            value = _read_value(text)
+            change = self._change_of(key, value)
+            if change is None:
+                modern.append(arg)
+                keys.add(key.removeprefix("no_") if key not in self.fields else key)
+                continue
+            index += separate
+            for setting in self._apply(Setting(key, value, "command line", text), change, problems):
+                keys.add(setting.key)
+                if setting.value is not None:
+                    plain = change.renames_only and not isinstance(value, bool)
+                    modern += [f"--{setting.key}", text if plain else _as_argument(setting.value)]
+        return modern, keys
+
+    def _unknown_words(self, words: list[str]) -> Iterator[Problem]:
+        """One problem for each key that is not known, whose values come with it, and for each word without a key."""
+        after_key = False
+        for word in words:
+            if word.startswith("--"):
+                key = "--" + word[2:].partition("=")[0].replace("-", "_")
+                yield self._unknown_key("command line", key)
+            elif not after_key:
+                yield Problem("command line", None, f"{word} follows no --key that takes it")
+            after_key = word.startswith("--")
+
+    # Reports
+
+    def _problem_of(self, keys, text: str) -> Problem:
+        sources = [f"{self.settings[key].source}" for key in keys if key in self.settings]
+        return Problem(", ".join(dict.fromkeys(sources)), None, text) if sources else Problem("", None, text)
+
+    def describe(self, arguments: tuple, hardware: Mapping[str, str]) -> list[str]:
+        """One line for each value that is not a default: the key, the value, where it came from."""
+        defaults = {key: _default(field) for key, field in self.fields.items()}
+        rows = []
+        for holder in arguments:
+            for field in dataclasses.fields(holder):
+                setting, value = self.settings.get(field.name), getattr(holder, field.name)
+                if field.name in hardware:
+                    wanted = f"; {setting.source} says {_as_text(setting.value)}" if setting else ""
+                    rows.append((field.name, _as_text(value), f"hardware: {hardware[field.name]}{wanted}"))
+                elif setting is not None and setting.value != defaults[field.name]:
+                    written = f", written as {setting.written}" if setting.written else ""
+                    rows.append((field.name, _as_text(setting.value), setting.source + written))
+        width = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+        return [f"{key:{width[0]}}  {value:{width[1]}}  {source}" for key, value, source in sorted(rows)]
+
+
+def fail_with(problems: list[Problem]) -> typing.NoReturn:
+    """Print every problem on a line of its own, and exit with status 2."""
+    ordered = sorted(dict.fromkeys(problems), key=lambda problem: _place(problem.source))
+    lines = [str(problem) for problem in ordered]
+    fail(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines]))
+
+
+def _place(source: str) -> tuple[str, int]:
+    file, _, line = source.split(",")[0].rpartition(":")
+    return (file, int(line)) if line.isdigit() else (source, 0)
+
+
+def arg_parts(arg: str) -> list[str]:
+    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
+
+
+def _no_secrets(source: str, key: str) -> Problem:
+    text = "a token or key does not belong in a file; delete it, and export HF_TOKEN, WANDB_API_KEY or OPENAI_API_KEY"
+    return Problem(source, key, text)
+
+
+def _suggest(key: str, known) -> str:
+    nearest = _nearest(key, known)
+    return "unknown key" + (f"; did you mean {nearest}?" if nearest else "; --help lists all keys")
+
+
+def _default(field: dataclasses.Field) -> object:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _read_value(text: str) -> object:
+    """A value of the command line, as YAML reads it; a key without a value is a switch."""
+    try:
+        return yaml.load(text, _Loader) if text else True
+    except yaml.YAMLError:
+        return text
+
+
+def _as_argument(value) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list, bool)) or value is None else str(value)
+
+
+def _as_text(value) -> str:
+    if isinstance(value, enum.Enum):
+        value = value.value
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

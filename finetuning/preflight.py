@@ -1,0 +1,567 @@
+"""
+What stands between a run and its success, looked for before the first step in the rows that the trainer really gets.
+
+Each check has a name. A run that would never learn to stop, has nothing to learn from, or does not fit into memory is
+refused; `allow: [<check>]` lets it through, which is recorded in preflight.json.
+"""
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from finetuning.batches import IGNORED, build_collator, sequences
+from finetuning.chat import end_of_turn_id, end_token_ids, load_generation_config
+from finetuning.configs import ModelArguments, ScriptArguments
+from finetuning.data import load_test_samples
+from finetuning.data_checks import Finding, check_leaks, check_rows, question_of
+from finetuning.eda import plot_lengths
+from finetuning.errors import InputError
+from finetuning.memory import (
+    Batch,
+    MemoryPlan,
+    available_memory,
+    gib,
+    load_config,
+    measure_shapes,
+    plan_memory,
+    what_would_fit,
+)
+from finetuning.runs import EDA, PREFLIGHT_FILE, RUN_FILE, write_json
+
+LEVELS = ("refused", "allowed", "warning", "note", "ok")
+NO_END = 0.5  # share of the rows that must end in an end token
+NO_LABELS = 0.1  # share of the rows that may have nothing to learn from
+TAIL = 4  # tokens at the end of a row among which its end token is looked for, before white space
+PERCENTILES = (50, 90, 95, 99, 100)
+
+
+@dataclass
+class Report:
+    """Everything that preflight found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    lengths: dict = field(default_factory=dict)
+    plan: dict = field(default_factory=dict)
+    memory: dict = field(default_factory=dict)
+    preview: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def refused(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == "refused"]
+
+    def allow(self, names: list[str]) -> None:
+        for finding in self.findings:
+            if finding.level == "refused" and finding.check in names:
+                finding.level = "allowed"
+
+    def save(self, run: Path) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        content = asdict(self)
+        for finding in content["findings"]:
+            finding["rows"] = finding["rows"][:100]
+        write_json(run / PREFLIGHT_FILE, content)
+
+
+# Labels
+
+
+@dataclass
+class Labels:
+    """Counts over the sequences that the model will get."""
+
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    ended: int = 0
+    unsupervised_rows: int = 0
+    whole_rows: int = 0
+    double_bos: int = 0
+    pad_labels: int = 0
+    last_tokens: Counter = field(default_factory=Counter)
+
+
+def count_labels(
+    prepared: Dataset, collator: Callable, batch_size: int, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]
+) -> Labels:
+    """Go through every batch of an epoch, as collated, and count what its labels teach."""
+    labels_seen = Labels()
+    ends, blank = set(end_ids), {}
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+
+    def is_blank(token_id: int) -> bool:
+        if token_id not in blank:
+            blank[token_id] = not tokenizer.decode([token_id]).strip()
+        return blank[token_id]
+
+    for ids, labels in sequences(prepared, collator, batch_size):
+        places = np.flatnonzero(labels != IGNORED)
+        labels_seen.rows += 1
+        labels_seen.tokens += len(ids)
+        labels_seen.supervised += len(places)
+        labels_seen.double_bos += bos is not None and len(ids) > 1 and ids[0] == bos and ids[1] == bos
+        if len(places) == 0:
+            labels_seen.unsupervised_rows += 1
+            continue
+        labels_seen.whole_rows += len(places) >= len(labels) - 1  # the first token of a row is never predicted
+        labels_seen.pad_labels += pad not in ends and bool((labels == pad).any())
+        last = None
+        for token_id in labels[places[-TAIL:]][::-1].tolist():
+            if token_id in ends or not is_blank(token_id):
+                last = token_id
+                break
+        labels_seen.ended += last in ends
+        labels_seen.last_tokens[last] += 1
+    return labels_seen
+
+
+def check_labels(
+    labels: Labels, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig, answers_only: bool
+) -> list[Finding]:
+    """Whether the labels teach an answer and its end, and the end is one at which generation stops."""
+    ends = end_token_ids(tokenizer, generation_config)
+
+    def name(token_id: int | None) -> str:
+        return "nothing" if token_id is None else show_token(tokenizer, token_id)
+
+    findings = []
+    share = labels.ended / max(1, labels.rows - labels.unsupervised_rows)
+    stops = ", ".join(name(i) for i in ends)
+    numbers = {
+        "rows": labels.rows,
+        "ended": labels.ended,
+        "share": share,
+        "generation_stops_at": {name(i): i for i in ends},
+        "rows_end_in": {name(i): n for i, n in labels.last_tokens.most_common(10)},
+    }
+    special = set(tokenizer.added_tokens_decoder) - set(ends)
+    others = {i: n for i, n in labels.last_tokens.items() if i in special and n > 0.01 * labels.rows}
+    if others:
+        which = ", ".join(f"{name(i)} ({n} rows)" for i, n in others.items())
+        text = (
+            f"rows end in {which}, but generation stops at {stops}: answers would go on; end every answer of the chat "
+            "template in the same token"
+        )
+        findings.append(Finding("terminators_agree", "refused", text, numbers=numbers))
+    elif share < NO_END:
+        common = ", ".join(f"{name(i)} ({n})" for i, n in labels.last_tokens.most_common(3))
+        text = (
+            f"only {percent(share)} of the rows with labels end in a token at which generation stops ({stops}), so the "
+            f"model would not learn to stop; they end in {common}. Look at the preview: the chat template must write "
+            "the end token as one token, labels must keep it, and max_length must not cut it off"
+        )
+        findings.append(Finding("terminator", "refused", text, numbers=numbers))
+    else:
+        level = "ok" if share == 1 else "warning"
+        text = f"{percent(share)} of the answers end in {', '.join(name(i) for i in labels.last_tokens if i in ends)}, "
+        text += f"generation stops at {stops}"
+        findings.append(Finding("terminator", level, text, numbers=numbers))
+
+    declared = generation_config.eos_token_id
+    declared = [declared] if isinstance(declared, int) else declared or []
+    added = [i for i in (end_of_turn_id(tokenizer), tokenizer.eos_token_id) if i is not None and i not in declared]
+    if added and declared:
+        text = f"the model's generation config stops at {', '.join(name(i) for i in declared)} only; checkpoints will "
+        text += f"stop at {', '.join(name(i) for i in dict.fromkeys(added))} as well"
+        findings.append(Finding("generation_config", "note", text))
+
+    unsupervised = labels.unsupervised_rows / max(1, labels.rows)
+    if labels.unsupervised_rows:
+        text = f"{labels.unsupervised_rows} of {labels.rows} rows have no token to learn from"
+        text += (
+            "; the question alone fills max_length, or the mask is wrong" if unsupervised < 1 else "; no loss at all"
+        )
+        level = "refused" if unsupervised > NO_LABELS else "warning"
+        findings.append(Finding("supervision", level, text, numbers={"rows": labels.unsupervised_rows}))
+    if labels.whole_rows and answers_only:
+        text = f"in {labels.whole_rows} of {labels.rows} rows everything is learned, the question too"
+        findings.append(Finding("everything_supervised", "warning", text, numbers={"rows": labels.whole_rows}))
+    elif labels.whole_rows == labels.rows:
+        text = "everything is learned, the question too, as completion_only_loss: false asks; the loss is mostly theirs"
+        findings.append(Finding("everything_supervised", "warning", text, numbers={"rows": labels.whole_rows}))
+    if labels.double_bos:
+        text = f"{labels.double_bos} rows begin with {name(tokenizer.bos_token_id)} twice; take it out of the chat template"
+        findings.append(Finding("double_bos", "warning", text, numbers={"rows": labels.double_bos}))
+    if labels.pad_labels:
+        text = f"{labels.pad_labels} rows learn to write the padding token {name(tokenizer.pad_token_id)}"
+        findings.append(Finding("pad_in_labels", "warning", text, numbers={"rows": labels.pad_labels}))
+    if tokenizer.pad_token_id in ends:
+        text = (
+            f"padding and the end of an answer are the same token, {name(tokenizer.pad_token_id)}; harmless here, as "
+        )
+        text += "padding is masked by its place"
+        findings.append(Finding("pad_is_end", "note", text))
+    return findings
+
+
+def percent(share: float) -> str:
+    return "100 %" if share == 1 else f"{share:.1%}".replace("%", " %")
+
+
+# Lengths
+
+
+def measure_lengths(tokenized: Dataset, max_length: int | None) -> tuple[dict, dict[str, np.ndarray]]:
+    """Lengths of questions and answers before anything is cut.
+
+    Returns:
+        Percentiles for the report, and per row: characters and tokens of both, tokens of the whole.
+    """
+    rows = tokenized.with_format("arrow")[:]
+    totals = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
+    labels = rows["labels"].combine_chunks()
+    learned = np.add.reduceat(
+        labels.flatten().to_numpy() != IGNORED, labels.offsets.to_numpy()[:-1] - labels.offsets[0].as_py()
+    )
+    prompts, completions = tokenized["prompt"], tokenized["completion"]
+    per_row = {
+        "question characters": np.array([sum(len(m["content"]) for m in prompt) for prompt in prompts]),
+        "answer characters": np.array([sum(len(m["content"]) for m in answer) for answer in completions]),
+        "question tokens": totals - learned,
+        "answer tokens": learned.astype(int),
+        "row tokens": totals,
+    }
+    report = {
+        name: {
+            **{f"p{p}": int(np.percentile(values, p, method="higher")) for p in PERCENTILES},
+            "mean": round(float(values.mean()), 1),
+        }
+        for name, values in per_row.items()
+    }
+    # the smallest limit that cuts less than 1 % of the rows
+    report["max_length_for_99_percent"] = int(np.sort(totals)[math.ceil(0.99 * len(totals)) - 1])
+    report["max_length"] = max_length
+    return report, per_row
+
+
+def check_lengths(lengths: dict, per_row: dict[str, np.ndarray], max_length: int | None) -> list[Finding]:
+    totals, learned = per_row["row tokens"], per_row["answer tokens"]
+    if max_length is None or totals.max() <= max_length:
+        return [Finding("truncation", "ok", f"no row is cut; the longest has {totals.max()} tokens")]
+    cut = np.flatnonzero(totals > max_length)
+    enough = lengths["max_length_for_99_percent"]
+    lost = np.flatnonzero(totals - learned >= max_length)
+    text = (
+        f"max_length: {max_length} cuts {len(cut)} of {len(totals)} rows ({percent(len(cut) / len(totals))}): their answers "
+        f"lose the end" + (f", {len(lost)} of them all" if len(lost) else "")
+    )
+    text += f"; {enough} would cut less than 1 %" if enough > max_length else ""
+    return [Finding("truncation", "warning", text, cut.tolist(), {"cut": len(cut), "answers_lost": len(lost)})]
+
+
+# The plan
+
+
+def plan_training(prepared: Dataset, num_rows: int, args: SFTConfig) -> dict:
+    """Steps, tokens and checkpoints of the run that these arguments describe."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = args.per_device_train_batch_size * world_size * args.gradient_accumulation_steps
+    batches = math.ceil(len(prepared) / (args.per_device_train_batch_size * world_size))
+    steps_per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    ids = prepared.with_format("arrow")[:]["input_ids"].combine_chunks()
+    tokens = int(np.diff(ids.offsets.to_numpy()).sum())
+    if str(args.save_strategy.value) == "epoch":
+        checkpoints = math.ceil(steps / steps_per_epoch)
+    else:
+        every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(steps * args.save_steps))
+        checkpoints = math.ceil(steps / every)
+    if args.save_total_limit:
+        checkpoints = min(checkpoints, args.save_total_limit)
+    return {
+        "steps": steps,
+        "epochs": round(steps / steps_per_epoch, 2),
+        "sequences_per_step": per_step,
+        "rows_per_step": round(per_step * num_rows / max(1, len(prepared)), 1),
+        "tokens_per_epoch": tokens,
+        "tokens": round(tokens * steps / steps_per_epoch),
+        "packing_efficiency": round(tokens / (len(prepared) * args.max_length), 3) if args.packing else None,
+        "checkpoints": checkpoints,
+    }
+
+
+def describe_plan(plan: dict) -> str:
+    packing = f", sequences {plan['packing_efficiency']:.0%} full" if plan["packing_efficiency"] else ""
+    return (
+        f"{plan['steps']} steps ({plan['epochs']} epochs) of {plan['rows_per_step']:g} rows in "
+        f"{plan['sequences_per_step']} sequences{packing}; {plan['tokens']:,} tokens; {plan['checkpoints']} checkpoints"
+    )
+
+
+# The preview
+
+
+def show_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    return text if text.strip() else repr(text)
+
+
+def preview_row(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], num_tokens: int = 160) -> dict:
+    """The tokens of a row with what is learned of them; a long one without its middle.
+
+    Returns:
+        {"tokens": [[text, learned, special], ...], "left_out": number of tokens}. Bytes of one character are one token.
+    """
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    tokens: list[list] = []
+    pending: list[int] = []
+    for place, (token_id, label) in enumerate(zip(ids, labels, strict=True)):
+        pending.append(token_id)
+        text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and len(pending) < 4 and place + 1 < len(ids):
+            continue
+        tokens.append([text, label != IGNORED, token_id in special])
+        pending = []
+    left_out = max(0, len(tokens) - num_tokens)
+    if left_out:
+        head = num_tokens // 4
+        tokens = [*tokens[:head], *tokens[head + left_out :]]
+    return {"tokens": tokens, "left_out": left_out, "gap": num_tokens // 4 if left_out else None}
+
+
+def render_preview(preview: dict, colour: bool) -> str:
+    """The row for a terminal: learned tokens green, or between ⟦ and ⟧ where there is no colour; | between tokens."""
+    pieces = []
+    inside = False
+    for place, (text, learned, special) in enumerate(preview["tokens"]):
+        if place == preview["gap"]:
+            pieces.append(f" … {preview['left_out']} tokens … ")
+        shown = text.replace("\n", "⏎\n")
+        if colour:
+            style = ("1;" if special else "") + ("30;42" if learned else "2")
+            pieces.append(f"\033[{style}m{shown}\033[0m")
+        else:
+            pieces.append(
+                ("⟦" if learned and not inside else "⟧" if inside and not learned else "|" if place else "") + shown
+            )
+        inside = learned
+    return ("\033[2m|\033[0m" if colour else "").join(pieces) + ("⟧" if inside and not colour else "")
+
+
+def use_colour() -> bool:
+    """Colours for a terminal, unless NO_COLOR is set (no-color.org)."""
+    return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+
+
+# All of it
+
+
+def inspect(
+    tokenized: Dataset,
+    prepared: Dataset,
+    collator: Callable,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig,
+    args: SFTConfig,
+    held_out: dict[str, list[str]],
+    preview_rows: int = 2,
+) -> tuple[Report, dict[str, np.ndarray]]:
+    """Run every check on the rows of a training run.
+
+    Args:
+        tokenized: Rows with prompt, completion, input_ids and labels, uncut.
+        prepared: The same as the trainer will have them: cut, and packed if they are.
+        collator: What makes batches of them.
+        generation_config: The model's own.
+        held_out: Questions of the test and the validation split by name.
+
+    Returns:
+        The report, and the lengths of each row for the plots.
+    """
+    start = time.perf_counter()
+    report = Report()
+    end_ids = end_token_ids(tokenizer, generation_config)
+    labels = count_labels(prepared, collator, args.per_device_train_batch_size, tokenizer, end_ids)
+    answers_only = args.completion_only_loss is not False
+    report.findings += check_labels(labels, tokenizer, generation_config, answers_only)
+    report.lengths, per_row = measure_lengths(tokenized, args.max_length)
+    report.findings += check_lengths(report.lengths, per_row, args.max_length)
+    questions = [question_of(prompt) for prompt in tokenized["prompt"]]
+    answers = ["\n".join(m["content"] for m in completion) for completion in tokenized["completion"]]
+    report.findings += check_rows(questions, answers)
+    report.findings += check_leaks(questions, {name: texts for name, texts in held_out.items() if texts})
+    report.plan = plan_training(prepared, len(tokenized), args)
+    places = np.linspace(0, len(tokenized) - 1, num=min(preview_rows, len(tokenized)), dtype=int).tolist()
+    for place in places:
+        row = tokenized[place]
+        limit = args.max_length
+        report.preview.append({"row": place, **preview_row(tokenizer, row["input_ids"][:limit], row["labels"][:limit])})
+    report.seconds = round(time.perf_counter() - start, 2)
+    return report, per_row
+
+
+def render(report: Report, colour: bool) -> str:
+    """The report as one screen."""
+    marks = {"refused": "1;31", "allowed": "33", "warning": "33", "note": "36", "ok": "32"}
+    lines = []
+    for preview in report.preview:
+        lines += [
+            f"row {preview['row']}, what is learned {'in green' if colour else 'between ⟦ and ⟧'}:",
+            render_preview(preview, colour),
+            "",
+        ]
+    tokens = [report.lengths[name] for name in ("question tokens", "answer tokens", "row tokens")]
+    lines.append("lengths in tokens     " + "".join(f"{f'p{p}':>7}" for p in PERCENTILES))
+    for name, values in zip(("question", "answer", "row"), tokens, strict=True):
+        lines.append(f"  {name:<20}" + "".join(f"{values[f'p{p}']:>7}" for p in PERCENTILES))
+    lines.append("checks")
+    for finding in sorted(report.findings, key=lambda finding: LEVELS.index(finding.level)):
+        rows = ", ".join(str(row) for row in finding.rows[:8]) + (", ..." if len(finding.rows) > 8 else "")
+        level = f"\033[{marks[finding.level]}m{finding.level:<8}\033[0m" if colour else f"{finding.level:<8}"
+        lines.append(f"  {level} {finding.check}: {finding.text}" + (f" (rows {rows})" if rows else ""))
+    lines.append(f"plan: {describe_plan(report.plan)}")
+    return "\n".join(lines)
+
+
+# The memory
+
+
+def check_memory(
+    args: SFTConfig,
+    model_args: ModelArguments,
+    settings: dict,
+    peft_config: PeftConfig | None,
+    num_added_tokens: int,
+    longest_row: int,
+) -> tuple[list[Finding], dict, bool]:
+    """Whether training fits into memory, with activation checkpointing where it does not fit without.
+
+    Args:
+        settings: Keyword arguments of from_pretrained.
+        longest_row: Tokens of the longest sequence that the trainer has.
+
+    Returns:
+        Findings, the plan for preflight.json, and whether to checkpoint activations.
+    """
+    batch = Batch(args.per_device_train_batch_size, longest_row, packed=args.packing)
+    requested = args.activation_checkpointing
+    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        config = load_config(model_args.model_name_or_path, **source)
+        shapes = measure_shapes(config, batch, args, settings, peft_config, num_added_tokens)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, OSError) as error:
+        # a model with code of its own may look at the data of its tensors, which have none here
+        text = f"not estimated, the model does not run without data: {str(error).splitlines()[0]}"
+        return [Finding("memory", "warning", text)], {}, requested != "false"
+    available = available_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def plan(checkpointing: bool) -> MemoryPlan:
+        return plan_memory(shapes, batch, args, settings, checkpointing, available)
+
+    chosen = plan(requested == "true")
+    if requested == "auto" and not chosen.fits:
+        chosen = plan(True)
+    numbers = {**chosen.to_dict(), "model_parameters": shapes.parameters, "trained_parameters": shapes.trained}
+    state = "on" if chosen.activation_checkpointing else "off"
+    if not chosen.fits:
+        would = what_would_fit(shapes, batch, args, settings, chosen)
+        if not chosen.activation_checkpointing and plan(True).fits:
+            would = [f"activation_checkpointing: true ({gib(plan(True).total)})"]
+        text = f"training needs {chosen.describe()}. What would fit: {'; or '.join(would)}"
+        return [Finding("memory", "refused", text, numbers=numbers)], numbers, chosen.activation_checkpointing
+    why = {"auto": "it fits without" if state == "off" else "it does not fit without"}.get(requested, "as asked")
+    text = f"{chosen.describe()}; activation checkpointing {state}, {why}"
+    return [Finding("memory", "ok", text, numbers=numbers)], numbers, chosen.activation_checkpointing
+
+
+def run_preflight(
+    run: Path,
+    script_args: ScriptArguments,
+    args: SFTConfig,
+    model_args: ModelArguments,
+    settings: dict,
+    peft_config: PeftConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    num_added_tokens: int,
+    train_rows: Dataset,
+    prepared: Dataset,
+    eval_rows: Dataset | None,
+) -> tuple[bool, dict]:
+    """Check everything, print one screen, and write preflight.json and the plots into the run's folder.
+
+    Args:
+        settings: Keyword arguments of from_pretrained.
+        train_rows, eval_rows: Rows as RowPreparation.tokenize gives them.
+        prepared: The training rows as RowPreparation.cut_and_pack makes them.
+
+    Returns:
+        Whether to checkpoint activations, and the memory plan.
+
+    Raises:
+        InputError: A check refuses the run and is not in `script_args.allow`. A run that is in the folder stays as it is.
+    """
+    start = time.perf_counter()
+    if len(prepared) == 0:
+        raise InputError(
+            f"supervision: with max_length: {args.max_length} no row has anything left to learn from; raise it"
+        )
+    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    generation_config = load_generation_config(model_args.model_name_or_path, **source)
+    held_out = {} if eval_rows is None else {"validation": [question_of(prompt) for prompt in eval_rows["prompt"]]}
+    notes = []
+    try:
+        samples = load_test_samples(vars(script_args))
+        if script_args.dataset_eval_split != script_args.dataset_test_split:
+            held_out["test"] = [question_of(sample["prompt"]) for sample in samples]
+    except InputError as error:
+        notes.append(Finding("test_split", "warning", f"step 3 will have nothing to answer: {error}"))
+    collator = build_collator(tokenizer, args)
+    report, per_row = inspect(
+        train_rows, prepared, collator, tokenizer, generation_config, args, held_out, script_args.preview_rows
+    )
+    longest = args.max_length if args.packing else int(min(per_row["row tokens"].max(), args.max_length or 2**62))
+    findings, report.memory, checkpointing = check_memory(
+        args, model_args, settings, peft_config, num_added_tokens, longest
+    )
+    report.findings += notes + findings
+    report.findings += count_special_tokens(train_rows, tokenizer, script_args.special_tokens or [])
+    names = {finding.check for finding in report.findings}
+    unknown = set(script_args.allow or []) - names
+    if unknown:
+        text = f"allow: {', '.join(sorted(unknown))} let nothing through: no such check, or it has not failed"
+        report.findings.append(Finding("allow", "note", text))
+    report.allow(script_args.allow or [])
+    report.seconds = round(time.perf_counter() - start, 2)
+    print(render(report, use_colour()), flush=True)
+
+    if report.refused:
+        if not (run / RUN_FILE).is_file():
+            save_report(report, per_row, args.max_length, run)
+        checks = [finding.check for finding in report.refused]
+        reasons = "; ".join(f"{finding.check}: {finding.text}" for finding in report.refused)
+        raise InputError(f"refused before the first step. {reasons}. To train all the same: --allow {' '.join(checks)}")
+    if script_args.overwrite and (run / RUN_FILE).is_file():
+        if script_args.preflight_only:
+            return checkpointing, report.memory
+        shutil.rmtree(run)
+    save_report(report, per_row, args.max_length, run)
+    return checkpointing, report.memory
+
+
+def save_report(report: Report, per_row: dict[str, np.ndarray], max_length: int | None, run: Path) -> None:
+    report.save(run)
+    plot_lengths(per_row, max_length, run / EDA)
+
+
+def count_special_tokens(train_rows: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[Finding]:
+    """How often each token of `special_tokens` stands in the rows: one that never does cannot be learned."""
+    if not tokens:
+        return []
+    ids = train_rows.with_format("arrow")[:]["input_ids"].combine_chunks().flatten().to_numpy()
+    counts = {token: int((ids == tokenizer.convert_tokens_to_ids(token)).sum()) for token in tokens}
+    shown = ", ".join(f"{token} {n}" for token, n in counts.items())
+    missing = [token for token, n in counts.items() if n == 0]
+    text = f"in the rows: {shown}" + (f"; {', '.join(missing)} cannot be learned" if missing else "")
+    return [Finding("special_tokens", "warning" if missing else "ok", text, numbers=counts)]
