@@ -45,6 +45,7 @@ from finetuning.training import (  # noqa: E402
     ResumableSFTTrainer,
     SaveOnTermination,
     TrainingArguments,
+    embedding_names,
     load_with_new_tokens,
     on_main_process,
     prepare_wandb,
@@ -137,7 +138,12 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     peft_config = get_peft_config(model_args)  # None unless the recipe sets use_peft
     if peft_config is not None:
         peft_config.revision = model_args.model_revision
-        peft_config.trainable_token_indices = new_ids or None
+        if new_ids:  # embeddings of new tokens must be trained, or the adapter could neither read nor write them
+            peft_config.modules_to_save = [
+                *(peft_config.modules_to_save or []),
+                *embedding_names(model_args.model_name_or_path, **source),
+            ]
+            peft_config.ensure_weight_tying = True
     preparation = RowPreparation(tokenizer, training_args)
     train_rows = preparation.tokenize(train_rows, "train")
     prepared_rows = preparation.cut_and_pack(train_rows, "train")  # the trainer will find it in the cache
@@ -147,7 +153,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     checkpointing, estimate = on_main_process(
         lambda: run_preflight(run, script_args, training_args, *model_parts, train_rows, prepared_rows, eval_rows)
     )
-    training_args.gradient_checkpointing = checkpointing
+    training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = checkpointing
     if script_args.preflight_only:
         say(f"preflight only: {run / PREFLIGHT_FILE} and {run / EDA} are written, nothing is trained")
         return

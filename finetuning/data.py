@@ -5,12 +5,14 @@ Data rows and how a row is phrased: the one place where training, testing and ju
 import hashlib
 import inspect
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+import pandas as pd
+from datasets import Dataset, Features, Value, load_dataset
 from datasets.fingerprint import Hasher
 
 from finetuning.cleaning import PII_TOKENS, clean_jamo, mask_pii
@@ -18,6 +20,9 @@ from finetuning.configs import ScriptArguments
 from finetuning.errors import InputError
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bz2, xz, zstd
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character in JSON; two of them make one
+ESCAPES = re.compile(r"(?<!\\)(?:\\\\)*((?:\\u[0-9a-fA-F]{4})+)")
 
 
 def find_split_files(folder: Path, split: str) -> list[Path]:
@@ -38,6 +43,85 @@ def find_split_files(folder: Path, split: str) -> list[Path]:
     return sorted(files)
 
 
+def check_text(path: Path) -> None:
+    """Refuse a json or csv file that its reader would misread, or crash on: it does both to what is not UTF-8 or JSON."""
+    is_json = READERS[path.suffix] == "json"
+    with path.open("rb") as file:
+        head = file.read(1024)
+        if head.startswith(COMPRESSED):
+            raise InputError(f"{path}: is compressed; unpack it, and name the file that was in it")
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError:
+                encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "cp949"
+                convert = f"iconv -f {encoding} -t utf-8 {path.name} > utf8_{path.name}"
+                raise InputError(f"{path}, line {number}: not UTF-8; convert it, as in `{convert}`") from None
+            if (
+                is_json
+                and SURROGATE.search(text)
+                and any(
+                    "\ud800" <= character <= "\udfff"
+                    for escapes in ESCAPES.findall(text)
+                    for character in json.loads(f'"{escapes}"')
+                )
+            ):
+                raise InputError(f"{path}, line {number}: holds half of a character, such as \\ud800 alone; delete it")
+    start = head.decode(errors="ignore").removeprefix("\ufeff").lstrip()
+    if not start and len(head) < 1024:
+        raise InputError(f"{path}: the file is empty")
+    if is_json and not re.match(r"\{|\[\s*([{\]]|$)", start):  # pyarrow dies of a bare `null`
+        begin = start.split("\n")[0][:20]
+        raise InputError(
+            f'{path}: holds no rows of JSON, it begins with `{begin}`; write {{"column": text, ...}} for each row'
+        )
+
+
+def reader_options(files: list[Path]) -> dict:
+    """Settings of the reader of these files. Cells of csv are the texts that stand there: `007`, `1.10`, `None`."""
+    kind = READERS[files[0].suffix]
+    if kind == "parquet":
+        return {}
+    for file in files:
+        check_text(file)
+    if kind == "json":
+        return {"parse_agent_traces": False}  # which any rows with `id`, `source`, `model` and `messages` would be
+    for file in files:
+        header = pd.read_csv(file, header=None, nrows=2, dtype=str, keep_default_na=False).iloc[0].tolist()
+        if len(header) == 1:
+            raise InputError(f"{file}: has one column, `{header[0]}`; separate columns by commas")
+        twice = [column for column in header if column and header.count(column) > 1]
+        if twice:
+            raise InputError(f"{file}: the column `{twice[0]}` stands twice; rename one of them")
+    columns = pd.read_csv(files[0], nrows=0).columns
+    features = Features(dict.fromkeys(columns, Value("string")))
+    return {"features": features, "keep_default_na": False, "na_values": ["", "NaN", "nan"]}
+
+
+def find_bad_json(file: Path) -> str | None:
+    """The first line that is no row, of a file that the reader refused; None where each is one."""
+    text = file.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(text)
+    except RecursionError:
+        return "brackets within brackets, too deep to read"
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("["):
+            return f"line {error.lineno} is not JSON: {error.msg}"
+    else:
+        rows = rows if isinstance(rows, list) else [rows]
+        return next((f"row {i} is no {{...}}" for i, row in enumerate(rows) if not isinstance(row, dict)), None)
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            return f"line {number} is not JSON: {error.msg}"
+        if not isinstance(row, dict):
+            return f"line {number} is no row {{...}}"
+    return None
+
+
 def load_split(name: str, split: str, config: str | None = None) -> Dataset:
     """Load one split of a local file, a local folder or a dataset on the Hub.
 
@@ -51,13 +135,17 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
     """
     path = Path(name)
     split_name = split.split("[")[0]
-    if path.exists():
+    exists = os.path.exists(path)  # Path.exists raises for a path that is too long or closed to us
+    if exists:
         if path.is_file() and split_name != "train":
             raise InputError(
                 f"{name} is one file, and all of it is the split `train`: name a part of it, as in `train[-50:]`, or a "
                 f"folder with a file for `{split_name}`"
             )
-        files = [path] if path.is_file() else find_split_files(path, split_name)
+        try:
+            files = [path] if path.is_file() else find_split_files(path, split_name)
+        except OSError as error:
+            raise InputError(f"{name}: cannot be read: {error.strerror}") from None
         if files[0].suffix not in READERS:
             raise InputError(f"{name}: cannot read {files[0].suffix or 'this'} files; use json, jsonl, csv or parquet")
         source = {"path": READERS[files[0].suffix], "data_files": {split_name: [str(f) for f in files]}}
@@ -66,10 +154,16 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
     else:
         source = {"path": name, "name": config}
     try:
-        dataset = load_dataset(**source, split=split)
+        dataset = load_dataset(**source, **(reader_options(files) if exists else {}), split=split)
+    except InputError:
+        raise
     except Exception as error:  # datasets raises many kinds, from the network, the reader and the split's name
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        hint = "" if path.exists() else " (neither a local path nor a dataset that could be fetched from the Hub)"
+        cause = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        if "corresponds to no data" in cause:
+            raise InputError(f"{name}: the split `{split}` has no rows") from None
+        if exists and source["path"] == "json" and not isinstance(error, OSError):
+            cause = next((f"{f.name}, {fault}" for f in files if (fault := find_bad_json(f))), cause)
+        hint = "" if exists else " (neither a local path nor a dataset that could be fetched from the Hub)"
         raise InputError(f"{name}: could not load the split `{split}`{hint}: {cause}") from error
     if len(dataset) == 0:
         raise InputError(f"{name}: the split `{split}` has no rows")
@@ -155,9 +249,9 @@ def find_row_format(
 
 def _text(row: dict, key: str) -> str:
     value = row[key]
-    if value is None:
+    if value is None or value != value:  # NaN
         raise InputError(f"`{key}` is empty")
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, bytes)):
         raise InputError(f"`{key}` must be text, not {type(value).__name__}")
     return str(value)
 
@@ -190,17 +284,16 @@ def to_sample(row: dict, row_format: RowFormat) -> dict:
         InputError: The row has no question or no answer.
     """
     kind = row_format.kind
-    if kind == "messages":
-        messages = _messages(row, "messages")
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise InputError("`messages` must end with an assistant's message that answers another one")
+    if kind == "messages" or (kind == "prompt" and isinstance(row["prompt"], list)):
+        keys, messages = "`messages`", _messages(row, "messages" if kind == "messages" else "prompt")
+        if kind == "prompt":
+            keys, completion = "`prompt` with `completion`", row["completion"]
+            if not isinstance(completion, list):
+                completion = [{"role": "assistant", "content": _text(row, "completion")}]
+            messages += _messages({"completion": completion}, "completion")
+        if [message["role"] for message in messages[-2:]] not in (["user", "assistant"], ["tool", "assistant"]):
+            raise InputError(f"{keys} must end with an assistant's message that answers a user's")
         prompt, references = messages[:-1], [messages[-1]["content"]]
-    elif kind == "prompt" and isinstance(row["prompt"], list):
-        prompt = _messages(row, "prompt")
-        answers = _messages(row, "completion") if isinstance(row["completion"], list) else []
-        references = [answers[-1]["content"] if answers else _text(row, "completion")]
-        if not prompt:
-            raise InputError("`prompt` has no message")
     else:
         question = _text(row, row_format.question_key)
         if kind == "instruction" and row.get("input"):
@@ -220,6 +313,13 @@ def to_prompt_completion(row: dict, row_format: RowFormat) -> dict:
     return {"prompt": sample["prompt"], "completion": [{"role": "assistant", "content": sample["references"][0]}]}
 
 
+def _format_of(dataset: Dataset, where: str, given: dict) -> RowFormat:
+    try:
+        return find_row_format(dataset.column_names, **given)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
 def _load_prompts_and_completions(args: ScriptArguments, split: str) -> tuple[Dataset, RowFormat]:
     """Load a split as prompts and completions, with the format in which its rows were read.
 
@@ -227,7 +327,8 @@ def _load_prompts_and_completions(args: ScriptArguments, split: str) -> tuple[Da
     would know an imported function by its name only, and give yesterday's rows after an edit.
     """
     dataset = load_split(args.dataset_name, split, args.dataset_config)
-    row_format = find_row_format(dataset.column_names, **{key: getattr(args, key) for key in FORMAT_KEYS})
+    given = {key: getattr(args, key) for key in FORMAT_KEYS}
+    row_format = _format_of(dataset, f"{args.dataset_name} ({split})", given)
     source = [inspect.getsource(sys.modules[module]) for module in (__name__, clean_jamo.__module__)]
     try:
         rows = dataset.map(
@@ -290,7 +391,7 @@ def load_test_samples(config: dict) -> list[dict]:
     name, split = config["dataset_name"], config["dataset_test_split"]
     dataset = load_split(name, split, config.get("dataset_config"))
     given = {key: config[key] for key in FORMAT_KEYS if config.get(key) is not None}
-    row_format = find_row_format(dataset.column_names, **given)
+    row_format = _format_of(dataset, f"{name} ({split})", given)
     by_prompt: dict[str, dict] = {}
     for row in dataset:
         try:

@@ -16,6 +16,7 @@ from finetuning.cleaning import find_jamo
 
 NEAR = 0.8  # Jaccard similarity of two texts' word triples, from which they count as near-duplicates
 NUM_PERMUTATIONS = 128
+CANDIDATES = 0.6  # similarity from which MinHash proposes pairs, lower than NEAR so that it misses few of those
 # the replacement character of a failed decoding, lone surrogates, and control characters other than tab and line ends
 UNREADABLE = re.compile("[\ufffd\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -59,9 +60,9 @@ def shingles(normalized: str, size: int = 3) -> set[str]:
     return {joint.join(pieces[i : i + size]) for i in range(max(1, len(pieces) - size + 1))}
 
 
-def minhash(normalized: str) -> MinHash:
+def minhash(pieces: set[str]) -> MinHash:
     signature = MinHash(NUM_PERMUTATIONS, seed=1)
-    signature.update_batch([piece.encode() for piece in shingles(normalized)])
+    signature.update_batch([piece.encode() for piece in pieces])
     return signature
 
 
@@ -107,8 +108,8 @@ def find_leaks(train: list[str], held_out: Iterable[str]) -> tuple[dict[int, int
     """Training questions that held-out ones are equal to, or nearly so.
 
     Returns:
-        {held-out index: training index} of equal ones after `normalize`, and of near-duplicates (estimated Jaccard
-        similarity of word triples at least `NEAR`).
+        {held-out index: training index} of equal ones after `normalize`, and of near-duplicates (Jaccard similarity of
+        word triples at least `NEAR`, among the pairs that MinHash proposes).
     """
     known: dict[str, int] = {}
     normalized = [normalize(text) for text in train]
@@ -116,17 +117,17 @@ def find_leaks(train: list[str], held_out: Iterable[str]) -> tuple[dict[int, int
         known.setdefault(text, i)
     targets = [normalize(text) for text in held_out]
     equal = {i: known[text] for i, text in enumerate(targets) if text in known}
-    rest = {i: minhash(text) for i, text in enumerate(targets) if i not in equal}
+    rest = {i: shingles(text) for i, text in enumerate(targets) if i not in equal}
     if not rest:
         return equal, {}
-    index = MinHashLSH(threshold=NEAR, num_perm=NUM_PERMUTATIONS)
-    for i, signature in rest.items():
-        index.insert(i, signature)
+    index = MinHashLSH(threshold=CANDIDATES, num_perm=NUM_PERMUTATIONS)
+    for i, pieces in rest.items():
+        index.insert(i, minhash(pieces))
     near: dict[int, int] = {}
     for row, text in enumerate(normalized):
-        signature = minhash(text)
-        for i in index.query(signature):
-            if i not in near and signature.jaccard(rest[i]) >= NEAR:
+        pieces = shingles(text)
+        for i in index.query(minhash(pieces)):
+            if i not in near and len(pieces & rest[i]) >= NEAR * len(pieces | rest[i]):
                 near[i] = row
     return equal, near
 

@@ -43,7 +43,7 @@ def plot_lengths(per_row: dict[str, np.ndarray], max_length: int | None, folder:
             axis.set_title(f"{name} ({len(values):,} rows)")
             axis.set_xlabel(unit)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(framealpha=0.9, edgecolor="none", fontsize=8)
         axes[0].set_ylabel("rows")
         path = folder / f"{unit}.png"
         figure.savefig(path, dpi=110)

@@ -27,7 +27,7 @@ CUDA_CONTEXT = 0.6 * GIB
 CPU_BUFFERS = 0.06 * GIB  # what threads and oneDNN keep, and the pages that training touches first
 # The fused LM head of trl projects tiles of this many tokens and words (trl/kernels/chunked_logprob.py)
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
-HEAD_COPIES_ON_CPU = 8  # temporaries of one tile in its backward pass; none on a GPU, where it is one kernel
+HEAD_COPIES_ON_CPU = 9  # temporaries of one tile in its backward pass; none on a GPU, where it is one kernel
 # Bytes of optimizer state per trained parameter; what is not listed keeps two float32 numbers
 OPTIMIZER_BYTES = {
     "sgd": 0, "adafactor": 0.1, "rmsprop": 4, "adagrad": 4, "lion_32bit": 4, "paged_lion_32bit": 4, "lion_8bit": 1,
@@ -60,7 +60,6 @@ class Shapes:
     hidden_size: int
     vocab_size: int
     activations: int  # bytes, with nothing recomputed
-    tied: bool
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,7 @@ def measure_shapes(
     # FlashAttention's own kernels do not run without data; sdpa without a mask keeps the same tensors
     attention = "eager" if settings["attn_implementation"] == "eager" else "sdpa"
     masked = not settings["attn_implementation"].startswith("flash")
-    kept: dict[int, int] = {}
-    tensors = []  # as long as they live, no other storage gets their address
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=torch.float32 if dtype == "auto" else dtype,
@@ -154,23 +151,38 @@ def measure_shapes(
             trust_remote_code=args.trust_remote_code,
         )
         if num_added_tokens:
-            model.resize_token_embeddings(
-                model.get_input_embeddings().num_embeddings + num_added_tokens, mean_resizing=False
-            )
-        text_config = config.get_text_config()
-        outside = sum(p.numel() for p in model.parameters()) - sum(
-            p.numel()
-            for layers in model.modules()
-            if isinstance(layers, torch.nn.ModuleList)
-            for p in layers.parameters()
-        )
-        output = model.get_output_embeddings()
-        tied = output is not None and output.weight is model.get_input_embeddings().weight
-        backbone = model.base_model
+            size = model.get_input_embeddings().num_embeddings + num_added_tokens
+            model.resize_token_embeddings(size, mean_resizing=False)
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+        inside = {id(parameter): parameter.numel() for module in layers for parameter in module.parameters()}
+        outside = sum(parameter.numel() for parameter in model.parameters()) - sum(inside.values())
+        trained = model
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-        model.train()
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
+            trained = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+    model.train()
+    text_config = config.get_text_config()
+    return Shapes(
+        parameters=sum(p.numel() for p in trained.parameters()),
+        trained=sum(p.numel() for p in trained.parameters() if p.requires_grad),
+        outside_layers=outside,
+        num_layers=text_config.num_hidden_layers,
+        hidden_size=text_config.hidden_size,
+        vocab_size=text_config.vocab_size + num_added_tokens,
+        activations=_kept_bytes(model.base_model, batch, args.device.type, compute, masked),
+    )
+
+
+def _kept_bytes(backbone: torch.nn.Module, batch: Batch, device: str, compute: torch.dtype | None, masked: bool) -> int:
+    """Bytes of what autograd keeps from the forward pass of a model on the meta device, its own parameters left out."""
+    kept: dict[int, int] = {}
+    tensors = []  # as long as they live, no other storage gets their address
+    rows, length = (1, batch.tokens) if batch.packed else (batch.rows, batch.length)
+    with FakeTensorMode(), torch.device(device):
+        state = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+            for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())
+        }
+        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -179,27 +191,15 @@ def measure_shapes(
                 tensors.append(tensor)
             return tensor
 
-        rows, length = (1, batch.tokens) if batch.packed else (batch.rows, batch.length)
-        inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
-        inputs["position_ids"] = torch.arange(length)[None]
+        inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long), "position_ids": torch.arange(length)[None]}
         if masked:
             inputs["attention_mask"] = torch.zeros(rows, 1, length, length, dtype=torch.bool)
-            if attention == "eager":
+            if backbone.config._attn_implementation == "eager":
                 inputs["attention_mask"] = inputs["attention_mask"].to(compute or torch.float32)
         precision = contextlib.nullcontext() if compute is None else torch.autocast(device, compute)
         with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            _ = backbone(**inputs, use_cache=False)
-        parameters = [p for p in model.parameters()]
-        return Shapes(
-            parameters=sum(p.numel() for p in parameters),
-            trained=sum(p.numel() for p in parameters if p.requires_grad),
-            outside_layers=outside,
-            num_layers=text_config.num_hidden_layers,
-            hidden_size=text_config.hidden_size,
-            vocab_size=text_config.vocab_size + num_added_tokens,
-            activations=sum(kept.values()),
-            tied=tied,
-        )
+            torch.func.functional_call(backbone, state, kwargs={**inputs, "use_cache": False})
+    return sum(kept.values())
 
 
 def plan_memory(

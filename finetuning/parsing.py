@@ -26,14 +26,41 @@ from trl import TrlParser
 from finetuning.errors import fail, is_main_process
 from finetuning.renames import FSDP_CONFIG_KEYS, RENAMES, Change
 
-SECRET_KEYS = re.compile(r"(^|_)(token|api_key|apikey|password|secret)$")
+SECRET_KEYS = re.compile(r"(^|_)(token|api_?key|password|secret)$|^(hf|wandb|openai)_?(token|key)$")
 # what looks like a key of Hugging Face, OpenAI or another of the `sk-` kind, wherever it stands
-SECRET_VALUES = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_[A-Za-z0-9_]{20,})")
-NOT_SECRET = {"eos_token", "pad_token"}
+SECRET_VALUES = re.compile(r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_[A-Za-z0-9_]{20,})")
+WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # also the form of a commit, which is what a `..._revision` holds
+NOT_SECRET = re.compile(r"^(bos|eos|pad|unk|image)_token$|^max_")
+UNWRITABLE = re.compile("[\x00\ud800-\udfff]")  # no file and no tokenizer takes these
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break the line, or colour it
+# what YAML 1.1 reads as another number than the one that stands there: 010 is 8, and 1:30 is 90
+TRAP = re.compile(r"[-+]?0[0-7_]+|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
+
+# What a YAML error says, and what to write instead.
+SYNTAX = (
+    ("'\\t'", "indent with spaces, not tabs"),
+    ("expected ':'", "write `key: value`, with a space after the colon"),
+    ("mapping values", "put a text with a colon in quotes, and begin all keys in the same column"),
+    ("another document", "a file is one document: take out the `---` between them"),
+    ("cannot start any token", "put the text in quotes"),
+    ("end of stream", "close the quotes"),
+    ("expected ',' or", "close the bracket"),
+    ("unknown escape", "double the backslash, or use single quotes"),
+    ("undefined alias", "put a text that begins with * in quotes"),
+)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which reads `2e-5` as the number it is in YAML 1.2."""
+    """PyYAML's safe loader, which reads `2e-5` as the number it is in YAML 1.2, and takes no key twice."""
+
+    def construct_mapping(self, node, deep=False):
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                text = f"{key.value} stands twice, first in line {lines[key.value]}; keep one of them"
+                raise yaml.constructor.ConstructorError(problem=text, problem_mark=key.start_mark)
+            lines[str(key.value)] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -56,7 +83,7 @@ class Setting:
 class Problem:
     """What is wrong with a setting and what to write instead; `meant` is the key that was misspelt.
 
-    Any secret in the text is masked.
+    It is printed as one line, any secret in it masked.
     """
 
     source: str
@@ -66,7 +93,8 @@ class Problem:
 
     def __str__(self) -> str:
         parts = [self.source, self.key, self.text]
-        return SECRET_VALUES.sub("***", ": ".join(part for part in parts if part))
+        text = SECRET_VALUES.sub("***", ": ".join(part for part in parts if part))
+        return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def is_secret(key: str) -> bool:
@@ -75,7 +103,24 @@ def is_secret(key: str) -> bool:
     >>> is_secret("hub_token"), is_secret("OPENAI_API_KEY"), is_secret("eos_token"), is_secret("max_new_tokens")
     (True, True, False, False)
     """
-    return key not in NOT_SECRET and SECRET_KEYS.search(key.lower()) is not None
+    name = re.sub(r"[-.\s]", "_", key).lower()
+    return NOT_SECRET.search(name) is None and SECRET_KEYS.search(name) is not None
+
+
+def holds_secret(key: str, value) -> bool:
+    """Whether a value is a credential, by the name of its key or by its form, or holds one."""
+    if isinstance(value, dict):
+        return any(SECRET_VALUES.search(str(k)) or holds_secret(str(k), v) for k, v in value.items())
+    if isinstance(value, (list, set)):
+        return any(holds_secret(key, v) for v in value)
+    if value is None or value == "":
+        return False
+    commit = key.endswith("revision")
+    return (
+        is_secret(key)
+        or SECRET_VALUES.search(str(value)) is not None
+        or (not commit and WANDB_KEY.fullmatch(str(value)) is not None)
+    )
 
 
 def read_yaml(path: Path, problems: list[Problem], including: tuple[Path, ...] = ()) -> list[Setting]:
@@ -87,25 +132,29 @@ def read_yaml(path: Path, problems: list[Problem], including: tuple[Path, ...] =
         including: The files that name this one as their base, to refuse a circle.
     """
     here = str(path)
-    if path.resolve() in [p.resolve() for p in including]:
-        circle = " -> ".join(str(p) for p in (*including, path))
-        problems.append(Problem(str(including[-1]), "base", f"the files name each other in a circle: {circle}"))
-        return []
     try:
         text = path.read_text(encoding="utf-8")
         loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        problems.append(Problem(f"{here}{line}", None, f"not valid YAML: {error.problem or error.context}"))
+        problems.append(Problem(f"{here}:{_line_of(error)}", None, f"not valid YAML: {_explain(error)}"))
         return []
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(Problem(here, None, f"not a YAML text in UTF-8: {' '.join(str(error).split())}"))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        problems.append(Problem(f"{here}:{line}", None, "not a text in UTF-8; save the file in that encoding"))
+        return []
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        fault = f"holds the character U+{error.character:04X}, which no YAML may; delete it"
+        problems.append(Problem(f"{here}:{line}", None, fault))
+        return []
+    except RecursionError:
+        problems.append(Problem(here, None, "not valid YAML: brackets within brackets, too deep to read"))
         return []
     except OSError as error:
         problems.append(Problem(here, None, f"cannot be read: {error.strerror}"))
         return []
-    if node is None:
+    if node is None or node.tag == "tag:yaml.org,2002:null":
         problems.append(Problem(here, None, "the file is empty; write `key: value` lines"))
         return []
     if not isinstance(node, yaml.MappingNode):
@@ -118,22 +167,46 @@ def read_yaml(path: Path, problems: list[Problem], including: tuple[Path, ...] =
         source = f"{here}:{line}"
         try:
             value = loader.construct_object(value_node, deep=True)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            what = getattr(error, "problem", None) or str(error)
-            problems.append(Problem(source, key, f"cannot be read as a value: {what}"))
+        except yaml.MarkedYAMLError as error:
+            problems.append(Problem(f"{here}:{_line_of(error)}", key, f"cannot be read: {error.problem}"))
+            continue
+        except RecursionError:
+            problems.append(Problem(source, key, "cannot be read: brackets within brackets, too deep"))
+            continue
+        except (ValueError, KeyError, AttributeError):  # of PyYAML, for `!!int x`, `!!bool x` and `!!timestamp x`
+            kind = value_node.tag.rpartition(":")[2]
+            problems.append(Problem(source, key, f"cannot be read as {kind}; put it in quotes if it is a text"))
             continue
         if key != "base":
             scalar = value_node.value if isinstance(value_node, yaml.ScalarNode) else None
             settings.append(Setting(key, value, source, text=scalar))
-        elif not isinstance(value, str) or not (path.parent / value).is_file():
+        elif not isinstance(value, str):
+            problems.append(Problem(source, key, f"needs the path of a YAML file, got {show(value)}"))
+        elif not os.path.isfile(path.parent / value):  # Path.is_file raises for a path that is too long
             problems.append(Problem(source, key, f"no such file: {value}; paths are relative to this file"))
+        elif (path.parent / value).resolve() in [p.resolve() for p in (*including, path)]:
+            circle = " -> ".join(str(p) for p in (*including, path, path.parent / value))
+            problems.append(Problem(source, key, f"the files name each other in a circle: {circle}"))
         else:
             base = read_yaml(path.parent / value, problems, (*including, path))
     return base + settings
 
 
+def _line_of(error: yaml.MarkedYAMLError) -> int:
+    """The line of a fault; of quotes and brackets that are never closed, where they open."""
+    opened = re.search("simple key|quoted scalar|flow", error.context or "")
+    mark = error.context_mark if opened else error.problem_mark
+    return mark.line + 1
+
+
+def _explain(error: yaml.MarkedYAMLError) -> str:
+    said = ", ".join(part for part in (error.context, error.problem) if part)
+    advice = next((f"; {advice}" for part, advice in SYNTAX if part in said), "")
+    return said + advice
+
+
 def _entries(node: yaml.MappingNode, file: str, problems: list[Problem]) -> Iterator[tuple[str, yaml.Node, int]]:
-    """Keys, values and lines of a mapping; a key that stands twice, here or deeper, is a problem."""
+    """Keys, values and lines of a file; a key that stands twice is a problem."""
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -147,9 +220,6 @@ def _entries(node: yaml.MappingNode, file: str, problems: list[Problem]) -> Iter
             )
             continue
         seen[key] = line
-        if isinstance(value_node, yaml.MappingNode):
-            for _ in _entries(value_node, file, problems):
-                pass
         yield key, value_node, line
 
 
@@ -163,11 +233,13 @@ def convert(setting: Setting, field: dataclasses.Field, hint) -> object:
     must have the type already.
     """
     value = setting.value
+    if any(isinstance(v, str) and UNWRITABLE.search(v) for v in (value if isinstance(value, list) else [value])):
+        raise ValueError("holds a NUL or half a character, which no text may; delete it")
     kinds = [*_kinds(hint), *([bool] if field.metadata.get("const") is True else [])]
     choices = _choices(field, kinds)
     if choices is not None:
         if isinstance(value, bool):  # YAML reads a bare `no` as false
-            value = setting.text if setting.text in choices else str(value).lower()
+            value = str(value).lower() if str(value).lower() in choices else setting.text
         if value is None and type(None) in kinds:
             return None
         if value not in choices:
@@ -177,9 +249,26 @@ def convert(setting: Setting, field: dataclasses.Field, hint) -> object:
         return value
     for kind in sorted(kinds, key=lambda kind: kind is str):  # text is what is left when nothing else fits
         fits, converted = _try(value, setting.text, kind)
+        if fits and isinstance(converted, (int, float)) and TRAP.fullmatch(setting.text or ""):
+            raise ValueError(f"{setting.text} is {converted} in YAML; write the number that is meant, without 0 or :")
+        mapping = any((typing.get_origin(kind) or kind) is dict for kind in kinds)
+        if fits and mapping and isinstance(converted, str) and setting.key != "deepspeed":  # which is refused as such
+            _check_json(converted)
         if fits:
             return converted
-    raise ValueError(f"needs {_describe(kinds)}, got {show(value)}")
+    wanted = _describe(kinds)
+    raise ValueError(f"needs {wanted}, got {show(value)}" if wanted else "cannot be set here; leave it out")
+
+
+def _check_json(text: str) -> None:
+    """Refuse a text in place of a mapping that is neither JSON nor a file with JSON."""
+    try:
+        written = text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8")
+        is_mapping = isinstance(json.loads(written), dict)
+    except (OSError, ValueError):
+        is_mapping = False
+    if not is_mapping:
+        raise ValueError(f"needs a mapping, or a JSON file with one, got {show(text)}")
 
 
 def _kinds(hint) -> list:
@@ -222,7 +311,7 @@ def _describe(kinds: list) -> str:
         int: "an integer",
         float: "a number",
         str: "text",
-        list: "a list",
+        list: "a list of texts",
         dict: "a mapping",
     }
     known = [names[origin] for kind in kinds if (origin := typing.get_origin(kind) or kind) in names]
@@ -239,11 +328,13 @@ def show(value) -> str:
 
 
 def _nearest(word, known) -> str | None:
-    matches = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    matches = difflib.get_close_matches(str(word).lower(), [str(k) for k in known], n=1)
     return matches[0] if matches else None
 
 
 # The parser
+
+_REFUSED = object()  # stands for a value that was reported
 
 
 class Parser(TrlParser):
@@ -281,6 +372,7 @@ class Parser(TrlParser):
         self.fields = {f.name: f for kind in self.dataclass_types for f in dataclasses.fields(kind) if f.init}
         self.hints = {k: v for kind in self.dataclass_types for k, v in typing.get_type_hints(kind).items()}
         self.notes: list[str] = []
+        self.source = "command line"
         self._problems: list[Problem] = []
 
     def error(self, message: str):
@@ -290,23 +382,31 @@ class Parser(TrlParser):
         given = [part for arg in (sys.argv[1:] if args is None else args) for part in arg_parts(arg)]
         problems: list[Problem] = []
         config = self._config_path(given)
+        self.source = str(config or "command line")
         settings = [] if config is None else read_yaml(config, problems)
+        unread = any(problem.key in (None, "base") for problem in problems)  # so what is not set may stand there
         environment = [s for s in settings if s.key == "env"]
         settings = self._understand([s for s in settings if s.key != "env"], problems)
         given, command_line = self._modernise(given, problems)
 
-        values = {}
+        values: dict[str, object] = {}
+        doubtful: set[str | None] = set()  # keys whose value is not known
         for setting in settings:
             value = self._check_setting(setting, problems)
+            if value is _REFUSED:
+                value = None
+                doubtful.add(setting.key)
             values[setting.key] = value
             self.settings[setting.key] = dataclasses.replace(setting, value=value)
         for setting in environment:
             self._set_environment(setting, problems)
         self.set_defaults_with_config(**values)
-        misspelt = {problem.meant for problem in problems}
+        doubtful |= {key for problem in problems for key in (problem.key, problem.meant)}
+        if unread:
+            doubtful |= self.fields.keys() - values.keys() - command_line
         for action in self._actions:
-            if action.required and action.dest not in command_line | misspelt:
-                problems.append(Problem(str(config or "command line"), action.dest, "is not set; it has no default"))
+            if action.required and action.dest not in command_line | doubtful:
+                problems.append(Problem(self.source, action.dest, "is not set; it has no default"))
             action.required = False
         self._problems = problems
         namespace, unknown = self.parse_known_args(given)
@@ -314,17 +414,19 @@ class Parser(TrlParser):
         for key in command_line & self.fields.keys():
             self.settings[key] = Setting(key, getattr(namespace, key), "command line")
         problems.extend(self._unknown_words(unknown))
-        found = {problem.key for problem in problems}
-        for keys, text in self.check({key: v for key, v in vars(namespace).items() if key in self.fields}):
-            if not found & set(keys):
-                problems.append(self._problem_of(keys, text))
+        known = {key: v for key, v in vars(namespace).items() if key in self.fields and key not in doubtful}
+        problems.extend(self._problem_of(keys, text) for keys, text in self.check(known))
         if problems:
             fail_with(problems)
         try:
             arguments = self._build(namespace)
         except (ValueError, TypeError, ImportError, NotImplementedError, OSError, KeyError) as error:
-            mentioned = [key for key in self.settings if re.search(rf"\b{re.escape(key)}\b", str(error))]
-            fail_with([self._problem_of(mentioned[:1], " ".join(str(error).split()))])
+            text = " ".join(str(error).split())
+            keys = [key for key in self.settings if re.search(rf"\b{re.escape(key)}\b", text)]
+            if not keys:  # a library that looks into a mapping knows the keys in it only
+                keys = [key for key in self.settings if "dict" in str(self.hints[key])]
+                text = ": ".join([*keys[:1], text])
+            fail_with([self._problem_of(keys[:1], text)])
         if is_main_process():
             for note in self.notes:
                 print(note, flush=True)
@@ -345,15 +447,16 @@ class Parser(TrlParser):
         if places[0] + 1 == len(args):
             fail("--config: needs the path of a YAML file")
         path = Path(args[places[0] + 1])
-        if not path.is_file():
-            fail(f"{path}: no such file")
+        if not os.path.isfile(path):  # Path.is_file raises for a path that is too long
+            fault = "is a folder; name a YAML file in it" if os.path.isdir(path) else "no such file"
+            fail_with([Problem(str(path), None, fault)])
         return path
 
     def _understand(self, settings: list[Setting], problems: list[Problem]) -> list[Setting]:
         """The settings under today's keys; unknown ones and secrets are left out and reported."""
         understood: dict[str, Setting] = {}
         for setting in settings:
-            if is_secret(setting.key) or SECRET_VALUES.search(str(setting.value)):
+            if holds_secret(setting.key, setting.value):
                 problems.append(_no_secrets(setting.source, setting.key))
                 continue
             change = self._change_of(setting.key, setting.value)
@@ -399,29 +502,42 @@ class Parser(TrlParser):
         try:
             value = convert(setting, self.fields[setting.key], self.hints[setting.key])
         except ValueError as error:
-            problems.append(Problem(setting.source, setting.key, str(error)))
-            return None
+            old = setting.written.partition(":")[0] + " -> " if setting.written else ""
+            problems.append(Problem(setting.source, old + setting.key, str(error)))
+            return _REFUSED
         if setting.key == "fsdp_config" and isinstance(value, dict):
             for key in value.keys() - FSDP_CONFIG_KEYS:
-                problems.append(Problem(setting.source, f"fsdp_config.{key}", _suggest(key, FSDP_CONFIG_KEYS)))
+                text = _suggest(_nearest(key, FSDP_CONFIG_KEYS))
+                problems.append(Problem(setting.source, f"fsdp_config.{key}", text))
         return value
 
     def _unknown_key(self, source: str, key: str) -> Problem:
-        name = key.removeprefix("--")
+        name = key.removeprefix("--").replace("-", "_").lower()
+        if name == "<<":
+            return Problem(source, key, "files are not merged by <<; write `base: other.yaml`")
+        if name in self.fields and not is_secret(name):  # in capitals, or with dashes
+            return Problem(source, key, _suggest(name), meant=name)
         if name in FSDP_CONFIG_KEYS:
             return Problem(source, key, "belongs under fsdp_config")
         for script, kind in self.other_steps.items():
             if name in {f.name for f in dataclasses.fields(kind)}:
                 return Problem(source, key, f"is a key of {script}, not of this step")
-        return Problem(source, key, _suggest(name, self.fields), meant=_nearest(name, self.fields))
+        names = {field: field for field in self.fields if not is_secret(field)}
+        names |= {old: change.new_keys[0] for old, change in RENAMES.items() if change.renames_only}
+        meant = names.get(_nearest(name, names), None)
+        return Problem(source, key, _suggest(meant), meant=meant)
 
     def _set_environment(self, setting: Setting, problems: list[Problem]) -> None:
         if not isinstance(setting.value, dict):
             problems.append(Problem(setting.source, "env", "must hold `NAME: value` lines"))
             return
         for name, value in setting.value.items():
-            if is_secret(str(name)) or SECRET_VALUES.search(str(value)):
+            if holds_secret(str(name), value):
                 problems.append(_no_secrets(setting.source, f"env.{name}"))
+            elif not re.fullmatch(r"[A-Za-z_]\w*", str(name)) or not isinstance(value, (str, int, float)):
+                problems.append(Problem(setting.source, f"env.{name}", "needs a NAME and one value"))
+            elif UNWRITABLE.search(str(value)):
+                problems.append(Problem(setting.source, f"env.{name}", "holds a NUL or half a character; delete it"))
             else:
                 os.environ[str(name)] = str(value)
 
@@ -469,8 +585,8 @@ class Parser(TrlParser):
     # Reports
 
     def _problem_of(self, keys, text: str) -> Problem:
-        sources = [f"{self.settings[key].source}" for key in keys if key in self.settings]
-        return Problem(", ".join(dict.fromkeys(sources)), None, text) if sources else Problem("", None, text)
+        sources = {self.settings[key].source for key in keys if key in self.settings} or {self.source}
+        return Problem(", ".join(sorted(sources, key=_place)), None, text)
 
     def describe(self, arguments: tuple, hardware: Mapping[str, str]) -> list[str]:
         """One line for each value that is not a default: the key, the value, where it came from."""
@@ -479,7 +595,9 @@ class Parser(TrlParser):
         for holder in arguments:
             for field in dataclasses.fields(holder):
                 setting, value = self.settings.get(field.name), getattr(holder, field.name)
-                if field.name in hardware:
+                if is_secret(field.name) and setting is not None:
+                    rows.append((field.name, "***", setting.source))
+                elif field.name in hardware:
                     wanted = f"; {setting.source} says {_as_text(setting.value)}" if setting else ""
                     rows.append((field.name, _as_text(value), f"hardware: {hardware[field.name]}{wanted}"))
                 elif setting is not None and setting.value != defaults[field.name]:
@@ -497,8 +615,8 @@ def fail_with(problems: list[Problem]) -> typing.NoReturn:
 
 
 def _place(source: str) -> tuple[str, int]:
-    file, _, line = source.split(",")[0].rpartition(":")
-    return (file, int(line)) if line.isdigit() else (source, 0)
+    place = re.match(r"(.*?):(\d+)(, |$)", source)
+    return (place[1], int(place[2])) if place else (source, 0)
 
 
 def arg_parts(arg: str) -> list[str]:
@@ -510,8 +628,7 @@ def _no_secrets(source: str, key: str) -> Problem:
     return Problem(source, key, text)
 
 
-def _suggest(key: str, known) -> str:
-    nearest = _nearest(key, known)
+def _suggest(nearest: str | None) -> str:
     return "unknown key" + (f"; did you mean {nearest}?" if nearest else "; --help lists all keys")
 
 

@@ -25,5 +25,9 @@ def quiet_weight_bars() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    # of embeddings that are set by step 1, or by the adapter that is loaded
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "The new embeddings will be initialized" not in record.getMessage()
+    )
     if is_main_process():
         huggingface_hub.utils.enable_progress_bars()

@@ -67,7 +67,7 @@ def as_flag(value) -> bool:
 
 
 def convert_fsdp(value) -> dict:
-    words = value.replace(",", " ").split() if isinstance(value, str) else list(value)
+    words = [str(word) for word in value] if isinstance(value, list) else str(value).replace(",", " ").split()
     if words in ([], ["no_shard"]):
         return {"fsdp": None}
     config = {}
@@ -82,7 +82,7 @@ def convert_fsdp(value) -> dict:
 
 
 def is_fsdp_words(value) -> bool:
-    return isinstance(value, (str, list)) and str(value).lower() not in ("true", "false")
+    return value is not None and str(value).lower() not in ("true", "false")
 
 
 def convert_fsdp_config(value) -> dict:

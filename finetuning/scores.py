@@ -27,8 +27,10 @@ from finetuning.judge import CRITERIA, prediction_hash
 from finetuning.results import read_rows
 from finetuning.runs import (
     BASE,
+    EDA,
     EVALUATIONS,
     PREDICTIONS,
+    PREFLIGHT_FILE,
     checkpoint_step,
     find_run,
     list_checkpoints,
@@ -419,6 +421,16 @@ def _to_svg(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def read_preflight(run: Path) -> dict | None:
+    """What step 1 found before training; None where it was not asked, or the run was made elsewhere."""
+    file = run / PREFLIGHT_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _to_data_uri(image: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+
+
 def write_report(run: Path, samples: pd.DataFrame) -> Path:
     """Write `report.html`: verdict, tables, plots, and the samples of all models side by side, in one file."""
     record = read_run(run)
@@ -453,6 +465,8 @@ def write_report(run: Path, samples: pd.DataFrame) -> Path:
         cards=cards,
         models=models,
         criteria=CRITERIA,
+        preflight=read_preflight(run),
+        lengths=[_to_data_uri(plot) for plot in sorted((run / EDA).glob("*.png"))],
     )
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")

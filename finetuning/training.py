@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
@@ -62,6 +64,9 @@ class TrainingArguments(SFTConfig):
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if not accelerator_available():
             self.use_cpu = True
+        if self.hub_token is not None:  # every checkpoint has these arguments in its training_args.bin
+            os.environ["HF_TOKEN"] = self.hub_token
+            self.hub_token = None
         self._choose_precision()
         self._choose_sharding(world_size)
         self._choose_loggers()
@@ -145,6 +150,15 @@ def on_main_process(function: Callable):
     if problem is not None:
         raise InputError(problem)
     return result
+
+
+def embedding_names(name_or_path: str, revision: str, trust_remote_code: bool) -> list[str]:
+    """Names of the modules that read and write tokens, as `modules_to_save` takes them."""
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name.split(".")[-1] for name, module in model.named_modules() if any(module is e for e in embeddings)]
 
 
 def load_with_new_tokens(
@@ -236,6 +250,9 @@ class ResumableSFTTrainer(SFTTrainer):
         base_model.config.use_cache = True
         if state_dict is not None:
             state_dict = without_tied_copies(base_model, state_dict)
+        if isinstance(unwrapped, PeftModel) and unwrapped.active_peft_config.modules_to_save:
+            # peft would save the embeddings again, as they were and as they are, where their number has changed
+            unwrapped.save_pretrained = partial(PeftModel.save_pretrained, unwrapped, save_embedding_layers=False)
         super()._save(output_dir, state_dict)
         base_model.config.use_cache = self.args.use_cache
         generation_config.save_pretrained(output_dir)  # an adapter is saved without one

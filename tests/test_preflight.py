@@ -1,0 +1,449 @@
+"""Each failure is shown first: the trainer takes the rows and says nothing. Then preflight finds it in the same rows."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, ROOT, SMALL, command, run, train
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, GenerationConfig
+from trl import SFTTrainer
+
+from finetuning import preflight
+from finetuning.batches import RowPreparation, build_collator
+from finetuning.chat import load_tokenizer
+from finetuning.configs import ModelArguments
+from finetuning.data_checks import check_leaks, check_rows, find_leaks, normalize
+from finetuning.memory import Batch, Shapes, plan_memory
+from finetuning.training import TrainingArguments
+
+MODEL = str(ROOT / "demo/model")
+QUESTIONS = [
+    f"#Person1#: I saw {name} at {n} o'clock." for n, name in enumerate(("Ella", "Tom", "지우", "Sam"), start=1)
+]
+ANSWERS = ["#Person1# saw Ella.", "#Person1# saw Tom.", "#Person1#은 지우를 봤다.", "#Person1# saw Sam."]
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def rows_of(questions=QUESTIONS, answers=ANSWERS, system=None) -> Dataset:
+    head = [{"role": "system", "content": system}] if system else []
+    return Dataset.from_list(
+        [
+            {"prompt": [*head, {"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
+            for q, a in zip(questions, answers, strict=True)
+        ]
+    )
+
+
+def look(tmp_path, rows, tokenizer, held_out=None, **settings):
+    """What SFTTrainer itself trains on, every check off, with the loss of a batch; and what preflight says of it."""
+    settings = {"max_length": 256, "per_device_train_batch_size": 4, "save_steps": 1, "disable_tqdm": True, **settings}
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", **settings)
+    generation_config = GenerationConfig.from_pretrained(MODEL)
+    preparation = RowPreparation(tokenizer, args)
+    tokenized = preparation.tokenize(rows, "train")
+    trainer = SFTTrainer(model=MODEL, args=args, train_dataset=rows, processing_class=tokenizer)
+    (batch,) = trainer.get_train_dataloader()
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    report, _ = preflight.inspect(
+        tokenized,
+        preparation.cut_and_pack(tokenized, "train"),
+        build_collator(tokenizer, args),
+        tokenizer,
+        generation_config,
+        args,
+        held_out or {},
+    )
+    learned = batch["labels"][batch["labels"] != -100].tolist()
+    return learned, loss, {finding.check: finding for finding in report.findings}, report
+
+
+def with_template(template: str):
+    return load_tokenizer(MODEL, template)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_right_rows_pass(tmp_path, tokenizer, packing):
+    learned, loss, found, report = look(tmp_path, rows_of(), tokenizer, packing=packing)
+    assert learned.count(tokenizer.eos_token_id) == 4 and loss > 0
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert found["terminator"].numbers["rows"] == 4
+    assert report.plan["rows_per_step"] == (16 if packing else 4)
+
+
+@pytest.mark.parametrize("end", ["", "</s>", "\\n### End"])
+def test_an_end_that_is_no_token_is_refused(tmp_path, end):
+    """The template ends answers in plain text, or not at all."""
+    tokenizer = with_template(TURN.replace("<|im_end|>", end) + ASK)
+    learned, loss, found, _ = look(tmp_path, rows_of(), tokenizer)
+    assert tokenizer.eos_token_id not in learned and loss > 0  # training goes on, and never shows the end
+    assert found["terminator"].level == "refused"
+    assert "the model would not learn to stop" in found["terminator"].text
+
+
+def test_rows_that_end_in_a_token_generation_does_not_know_are_refused(tmp_path):
+    """Rows with a system message end in another token than rows without, which generation is asked about."""
+    template = (
+        TURN.replace("<|im_end|>", "{{ '<|im_start|>' if messages[0].role == 'system' else '<|im_end|>' }}") + ASK
+    )
+    tokenizer = with_template(template)
+    learned, loss, found, _ = look(tmp_path, rows_of(system="Summarize."), tokenizer)
+    assert tokenizer.eos_token_id not in learned and loss > 0
+    assert found["terminators_agree"].level == "refused"
+    assert "rows end in <|im_start|> (4 rows), but generation stops at <|im_end|>" in found["terminators_agree"].text
+
+
+def test_white_space_after_the_end_is_no_fault(tmp_path):
+    """Qwen's template writes a line break after its end of turn."""
+    tokenizer = with_template(TURN + ASK)
+    learned, _, found, _ = look(tmp_path, rows_of(), tokenizer)
+    assert learned[-1] != tokenizer.eos_token_id
+    assert found["terminator"].level == "ok"
+
+
+def test_rows_with_nothing_to_learn_are_refused(tmp_path, tokenizer):
+    learned, loss, found, _ = look(tmp_path, rows_of(), tokenizer, max_length=12)
+    assert learned == [] and loss == 0  # the run would succeed with a loss of zero
+    assert found["supervision"].level == "refused" and "no loss at all" in found["supervision"].text
+    assert found["truncation"].numbers == {"cut": 4, "answers_lost": 4}
+
+
+def test_answers_that_lose_their_end_are_counted(tmp_path, tokenizer):
+    lengths = [
+        len(ids)
+        for ids in RowPreparation(tokenizer, TrainingArguments(output_dir=str(tmp_path))).tokenize(rows_of(), "train")[
+            "input_ids"
+        ]
+    ]
+    learned, loss, found, report = look(tmp_path, rows_of(), tokenizer, max_length=max(lengths) - 1)
+    cut = [i for i, length in enumerate(lengths) if length == max(lengths)]
+    assert learned.count(tokenizer.eos_token_id) == 4 - len(cut) and loss > 0
+    assert found["truncation"].level == "warning" and found["truncation"].rows == cut
+    assert report.lengths["max_length_for_99_percent"] == max(lengths)
+    assert found["terminator"].level == "warning"
+
+
+def test_a_loss_on_the_question_is_said(tmp_path, tokenizer):
+    learned, _, found, _ = look(tmp_path, rows_of(), tokenizer, completion_only_loss=False)
+    assert learned.count(tokenizer.eos_token_id) == 8  # the question's too
+    assert found["everything_supervised"].level == "warning"
+
+
+def test_a_double_beginning_is_found(tmp_path):
+    tokenizer = load_tokenizer(MODEL, "{{ bos_token }}{{ bos_token }}" + TURN + ASK)
+    tokenizer.bos_token = "<|endoftext|>"
+    _, loss, found, _ = look(tmp_path, rows_of(), tokenizer)
+    assert loss > 0
+    assert found["double_bos"].level == "warning" and found["double_bos"].numbers["rows"] == 4
+
+
+def test_padding_in_the_labels_is_found(tmp_path, tokenizer):
+    answers = ["#Person1# saw<|pad|> Ella.", *ANSWERS[1:]]
+    learned, _, found, _ = look(tmp_path, rows_of(answers=answers), tokenizer)
+    assert tokenizer.pad_token_id in learned
+    assert found["pad_in_labels"].numbers["rows"] == 1
+
+
+def test_padding_with_the_end_token_still_trains_the_end(tmp_path):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.pad_token = tokenizer.eos_token
+    learned, _, found, _ = look(tmp_path, rows_of(), tokenizer, packing=False)
+    assert learned.count(tokenizer.eos_token_id) == 4
+    assert found["pad_is_end"].level == "note" and found["terminator"].level == "ok"
+
+
+def test_faults_of_rows_are_named_with_their_numbers(tmp_path, tokenizer):
+    questions = [*QUESTIONS, "  ", QUESTIONS[1].upper() + "!", "caf\ufffd?", "#Person1#: 그래 ㅋㅋㅋㅋ"]
+    answers = [*ANSWERS, "nothing", ANSWERS[1], "ok", "웃는다."]
+    _, loss, found, _ = look(tmp_path, rows_of(questions, answers), tokenizer, per_device_train_batch_size=8)
+    assert loss > 0
+    expected = {
+        "empty_rows": ("refused", [4]),
+        "duplicate_rows": ("warning", [5]),
+        "unreadable_text": ("warning", [6]),
+        "bare_jamo": ("note", [7]),
+    }
+    assert {name: (found[name].level, found[name].rows) for name in expected} == expected
+
+
+def test_held_out_rows_in_the_training_set_are_found(tmp_path, tokenizer):
+    long = " ".join(f"word{i}" for i in range(60))
+    questions, answers = [*QUESTIONS, f"{long} and an end"], [*ANSWERS, "long"]
+    test = [QUESTIONS[2] + "  ", "something else", f"{long} and another"]
+    _, loss, found, _ = look(
+        tmp_path, rows_of(questions, answers), tokenizer, {"test": test}, per_device_train_batch_size=8, max_length=512
+    )
+    assert loss > 0
+    assert (found["leakage"].level, found["leakage"].rows) == ("refused", [2])  # 1 of 3 is more than a tenth
+    assert (found["near_leakage"].level, found["near_leakage"].rows) == ("warning", [4])
+
+
+def test_a_few_held_out_rows_are_a_warning():
+    test = [f"question {i} of the test" for i in range(20)]
+    (finding,) = check_leaks([*QUESTIONS, test[0]], {"test": test})
+    assert finding.level == "warning" and finding.rows == [4]
+
+
+def test_near_duplicates_are_found_and_unlike_texts_are_not():
+    """Against the exact Jaccard similarity, over texts with more and more words replaced."""
+    generator = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(400)]
+    base = list(generator.choice(words, 80))
+    for replaced, expected in ((0, None), (2, True), (40, False)):
+        changed = list(base)
+        for place in generator.choice(80, replaced, replace=False):
+            changed[place] = "new"
+        equal, near = find_leaks([" ".join(base)], [" ".join(changed)])
+        assert (equal, bool(near)) == (({0: 0}, False) if expected is None else ({}, expected)), replaced
+
+
+def test_normalize_reads_korean_and_full_width():
+    assert normalize("안녕하세요!  Ｔｏｍ") == normalize("안녕하세요 tom")
+    assert normalize("?!") == "?!"  # nothing but punctuation is still a text
+
+
+def test_rows_without_faults_are_ok():
+    assert [finding.level for finding in check_rows(QUESTIONS, ANSWERS)] == ["ok"]
+
+
+def test_the_preview_shows_every_token_and_what_is_learned(tmp_path, tokenizer):
+    _, _, _, report = look(tmp_path, rows_of(), tokenizer)
+    preview = report.preview[0]
+    text = "".join(token for token, _, _ in preview["tokens"])
+    assert QUESTIONS[0] in text and text.endswith(ANSWERS[0] + "<|im_end|>")
+    assert "".join(token for token, learned, _ in preview["tokens"] if learned) == ANSWERS[0] + "<|im_end|>"
+    assert ["<|im_end|>", True, True] in preview["tokens"]
+    assert "⟦#Person1#|" in preflight.render_preview(preview, colour=False)
+    assert "\033[1;30;42m<|im_end|>\033[0m" in preflight.render_preview(preview, colour=True)
+
+
+def test_a_korean_character_of_several_tokens_is_shown_whole(tokenizer):
+    ids = tokenizer("뷁똠", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 2
+    tokens = preflight.preview_row(tokenizer, ids, ids)["tokens"]
+    assert "".join(text for text, _, _ in tokens).strip() == "뷁똠"
+
+
+# Memory
+
+SHAPES = Shapes(
+    parameters=10**9,
+    trained=10**9,
+    outside_layers=10**8,
+    num_layers=16,
+    hidden_size=2048,
+    vocab_size=128_000,
+    activations=20 * 10**9,
+)
+
+
+def memory_plan(tmp_path, monkeypatch, gigabytes, **settings):
+    monkeypatch.setattr(preflight, "available_memory", lambda _: gigabytes * 1e9)
+    monkeypatch.setattr(preflight, "measure_shapes", lambda *_: SHAPES)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_length=2048, report_to="none", **settings
+    )
+    model_args = ModelArguments(model_name_or_path=MODEL)
+    return preflight.check_memory(
+        args, model_args, {"dtype": torch.float32, "attn_implementation": "sdpa"}, None, 0, 2048
+    )
+
+
+def test_activations_are_recomputed_only_where_they_do_not_fit(tmp_path, monkeypatch):
+    ((finding,), plan, checkpointing) = memory_plan(tmp_path, monkeypatch, 80)
+    assert (finding.level, checkpointing) == ("ok", False)
+    assert plan["parameters"] == 4 * 10**9 and plan["optimizer"] == 8 * 10**9
+    ((finding,), _, checkpointing) = memory_plan(tmp_path, monkeypatch, 30)
+    assert (finding.level, checkpointing) == ("ok", True)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path, monkeypatch):
+    ((finding,), _, _) = memory_plan(tmp_path, monkeypatch, 22, activation_checkpointing="true")
+    assert finding.level == "refused"
+    assert "per_device_train_batch_size: 1 with gradient_accumulation_steps: 4" in finding.text
+    ((finding,), _, _) = memory_plan(tmp_path, monkeypatch, 30, activation_checkpointing="false")
+    assert finding.level == "refused" and "What would fit: activation_checkpointing: true" in finding.text
+    ((finding,), _, _) = memory_plan(tmp_path, monkeypatch, 10)
+    assert "use_peft: true" in finding.text
+
+
+def test_shards_share_weights_gradients_and_optimizer(tmp_path, monkeypatch):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    settings = {"dtype": torch.float32}
+    whole = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    args.fsdp = True
+    shard = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
+    for part in ("parameters", "gradients", "optimizer"):
+        assert getattr(shard, part) == getattr(whole, part) / 4
+
+
+# Step 1, as users run it
+
+
+def test_step_1_refuses_before_it_loads_anything_and_says_why(tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(TURN.replace("<|im_end|>", "</s>") + ASK)
+    result = train(tmp_path / "run", "--chat_template_path", template, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: refused before the first step. terminator:" in result.stderr
+    assert "--allow terminator" in result.stderr
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["eda", "preflight.json"]
+    allowed = train(
+        tmp_path / "run", "--chat_template_path", template, "--allow", "terminator", "--max_steps", 1, "--save_steps", 1
+    )
+    assert "finished" in allowed.stdout
+    findings = {f["check"]: f for f in json.loads((tmp_path / "run" / "preflight.json").read_text())["findings"]}
+    assert findings["terminator"]["level"] == "allowed"
+
+
+def test_preflight_only_writes_its_report_and_trains_nothing(tmp_path):
+    result = train(tmp_path, "--preflight_only", "true", "--max_length", 512)
+    assert "296 steps" not in result.stdout and "plan: 10 steps" in result.stdout
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["eda", "preflight.json"]
+    assert sorted(f.name for f in (tmp_path / "eda").iterdir()) == ["characters.png", "tokens.png"]
+    report = json.loads((tmp_path / "preflight.json").read_text())
+    assert report["plan"]["steps"] == 10 and report["memory"]["model_parameters"] == 1_151_744
+    assert {f["level"] for f in report["findings"]} == {"ok"}
+
+
+def test_a_refused_overwrite_leaves_the_run_as_it_was(copy_of_run, tmp_path):
+    before = {f: f.read_bytes() for f in copy_of_run.rglob("*.json")}
+    result = train(copy_of_run, "--overwrite", "true", "--max_length", "16", check=False)
+    assert result.returncode == 2 and "supervision" in result.stderr
+    assert {f: f.read_bytes() for f in copy_of_run.rglob("*.json")} == before
+    assert (copy_of_run / "checkpoint-10" / "model.safetensors").is_file()
+
+
+def test_the_estimate_stands_beside_the_measured_peak(fsdp_run):
+    memory = json.loads((fsdp_run / "run.json").read_text())["memory"]
+    assert memory["estimate"]["total"] > 0 and memory["measured_peak"] > 0
+    assert memory["estimate"]["parameters"] == pytest.approx(4 * 1_151_744 / 2)
+
+
+def test_new_tokens_are_trained_saved_merged_and_shown(tmp_path):
+    """Under LoRA and FSDP, which both would leave them untrained or lose them; the run goes on in one process."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = json.loads((ROOT / "demo/data/train_dataset.json").read_text())[:120]
+    for row in rows:
+        row["messages"][-1]["content"] = "#Topic# " + row["messages"][-1]["content"]
+        row["messages"][-2]["content"] += "\n#Person1#: Call 010-1234-5678."
+    (data / "train.json").write_text(json.dumps(rows[:100]))
+    (data / "test.json").write_text(json.dumps(rows[100:]))
+    settings = ["--config", "recipes/lora.yaml", *SMALL, "--max_length", 192, "--dataset_name", data, "--mask_pii", "true",
+                "--special_tokens", "#Topic#", "--output_dir", tmp_path / "run"]  # fmt: skip
+    script = "1_train_full_fine_tuning.py"
+    printed = run(
+        command(script, *settings, "--fsdp", "true", "--per_device_train_batch_size", 1, num_processes=2)
+    ).stdout
+    assert "special_tokens: in the rows: #Topic# 100" in printed and "#PhoneNumber#" in printed
+    tokenizer = load_tokenizer(str(tmp_path / "run/checkpoint-10"))
+    topic, phone, unused = tokenizer.convert_tokens_to_ids(["#Topic#", "#PhoneNumber#", "#SSN#"])
+    run(command("2_merge_lora.py", "--output_dir", tmp_path / "run"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-10-merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).get_input_embeddings().weight
+    embeddings = merged.get_input_embeddings().weight
+    moved = (embeddings[[topic, phone, unused]] - base.mean(dim=0)).abs().amax(dim=1)
+    assert moved[0] > 0.01 and moved[1] > 0.01, moved
+    run(command("3_test.py", "--output_dir", tmp_path / "run", "--model_name", "checkpoint-10*", "--num_samples", 4))
+    predictions = (tmp_path / "run/predictions/checkpoint-10.jsonl").read_text().splitlines()
+    assert all("#PhoneNumber#" in json.loads(line)["messages"][-1]["content"] for line in predictions)
+    assert all("#Topic#" in json.loads(line)["references"][0] for line in predictions)
+    (tmp_path / "run/checkpoint-10/INCOMPLETE").touch()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps({**record, "finished": None}))
+    resumed = run(command(script, *settings)).stdout
+    assert "going on from" in resumed and "checkpoint-5" in resumed and "finished" in resumed
+
+
+OLD_YAML = """
+# as tutorials for trl 0.8 and transformers 4.44 write it
+model_id: demo/model
+dataset_path: demo/data
+max_seq_length: 160
+torch_dtype: bfloat16
+bf16: true
+tf32: true
+optim: adamw_torch_fused
+learning_rate: 2e-4
+lr_scheduler_type: constant
+max_steps: 4
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 1
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+evaluation_strategy: epoch
+save_strategy: epoch
+logging_steps: 1
+logging_dir: logs
+max_grad_norm: 0.3
+warmup_ratio: 0.03
+group_by_length: true
+overwrite_output_dir: true
+report_to: tensorboard
+fsdp: "full_shard auto_wrap offload"
+fsdp_config:
+  backward_prefetch: "backward_pre"
+  forward_prefetch: "false"
+  use_orig_params: "false"
+"""
+
+
+def test_a_yaml_for_trl_0_8_trains_as_it_is(tmp_path):
+    config = tmp_path / "old.yaml"
+    config.write_text(OLD_YAML + f"output_dir: {tmp_path}/run\n")
+    result = run(command("1_train_full_fine_tuning.py", "--config", config, num_processes=2))
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["parallelism"]["kind"] == "fsdp2" and record["finished"]
+    assert record["config"]["activation_checkpointing"] == "true" and record["config"]["gradient_checkpointing"]
+    assert record["config"]["warmup_steps"] == 0.03 and record["config"]["max_length"] == 160
+    for said in (
+        "model_id: is called model_name_or_path now", "max_seq_length: is called max_length now",
+        "warmup_ratio: is read as warmup_steps: 0.03", "overwrite_output_dir: has no effect any more",
+        "fsdp: is read as fsdp: true", "tf32: off, this machine has no GPU", "bf16: off, training on the CPU in float32",
+        "report_to: without tensorboard, which is not installed", "dtype: float32, this machine does not compute",
+    ):  # fmt: skip
+        assert result.stdout.count(said) == 1, said
+
+
+def test_print_config_says_where_every_value_came_from(tmp_path):
+    base, config = tmp_path / "base.yaml", tmp_path / "sub" / "mine.yaml"
+    config.parent.mkdir()
+    base.write_text("model_name_or_path: /no/such/model\nmax_length: 256\nlearning_rate: 1e-4\n")
+    config.write_text(
+        f"base: ../base.yaml\ndataset_name: /no/such/data\nmax_seq_length: 512\ntf32: true\noutput_dir: {tmp_path}/run\n"
+    )
+    arguments = ["--config", config, "--learning_rate", "3e-4", "--print_config", "true"]
+    lines = run(command("1_train_full_fine_tuning.py", *arguments)).stdout.splitlines()
+    shown = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert shown["learning_rate"] == "0.0003 command line"
+    assert shown["model_name_or_path"] == f"/no/such/model {config.parent}/../base.yaml:1"
+    assert shown["max_length"] == f"512 {config}:3, written as max_seq_length: 512"
+    assert shown["tf32"] == f"null hardware: off, this machine has no GPU that can; {config}:4 says true"
+    assert not (tmp_path / "run").exists()
+
+
+def test_secrets_are_in_no_file_of_a_run(tmp_path):
+    secret = "hf_" + "a" * 34
+    train(
+        tmp_path / "run",
+        "--hub_token",
+        secret,
+        "--max_steps",
+        1,
+        "--save_steps",
+        1,
+        HF_TOKEN=secret,
+        WANDB_API_KEY="f" * 40,
+    )
+    for file in (tmp_path / "run").rglob("*"):
+        if file.is_file():
+            assert secret.encode() not in file.read_bytes(), file
+            assert b"f" * 40 not in file.read_bytes(), file
+
+
+def test_config_is_the_shipped_one():
+    assert "activation_checkpointing: auto" in (ROOT / CONFIG).read_text()
