@@ -5,6 +5,7 @@ Data rows and how a row is phrased: the one place where training, testing and ju
 import hashlib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -153,6 +154,7 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
         raise InputError(f"{name}: no such file or folder")
     else:
         source = {"path": name, "name": config}
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it raises what it logs
     try:
         dataset = load_dataset(**source, **(reader_options(files) if exists else {}), split=split)
     except InputError:

@@ -135,7 +135,6 @@ def measure_shapes(
     Args:
         settings: Keyword arguments of from_pretrained: dtype, attn_implementation.
     """
-    device = args.device.type
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     dtype = settings["dtype"]
     if args.fsdp and compute is not None:

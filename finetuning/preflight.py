@@ -20,6 +20,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetuning.batches import IGNORED, build_collator, sequences
 from finetuning.chat import end_of_turn_id, end_token_ids, load_generation_config
@@ -198,10 +199,11 @@ def check_labels(
         text = f"{labels.pad_labels} rows learn to write the padding token {name(tokenizer.pad_token_id)}"
         findings.append(Finding("pad_in_labels", "warning", text, numbers={"rows": labels.pad_labels}))
     if tokenizer.pad_token_id in ends:
-        text = (
-            f"padding and the end of an answer are the same token, {name(tokenizer.pad_token_id)}; harmless here, as "
-        )
-        text += "padding is masked by its place"
+        text = f"padding and the end of an answer are the same token, {name(tokenizer.pad_token_id)}; "
+        if share < NO_END:
+            text += "something masks it by its id, and with it the end: give padding a token of its own"
+        else:
+            text += "harmless here, as padding is masked by its place"
         findings.append(Finding("pad_is_end", "note", text))
     return findings
 
@@ -213,7 +215,9 @@ def percent(share: float) -> str:
 # Lengths
 
 
-def measure_lengths(tokenized: Dataset, max_length: int | None) -> tuple[dict, dict[str, np.ndarray]]:
+def measure_lengths(
+    tokenized: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[dict, dict[str, np.ndarray]]:
     """Lengths of questions and answers before anything is cut.
 
     Returns:
@@ -222,15 +226,16 @@ def measure_lengths(tokenized: Dataset, max_length: int | None) -> tuple[dict, d
     rows = tokenized.with_format("arrow")[:]
     totals = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
     labels = rows["labels"].combine_chunks()
-    learned = np.add.reduceat(
-        labels.flatten().to_numpy() != IGNORED, labels.offsets.to_numpy()[:-1] - labels.offsets[0].as_py()
-    )
+    learned = np.add.reduceat(labels.flatten().to_numpy() != IGNORED, labels.offsets.to_numpy()[:-1]).astype(int)
     prompts, completions = tokenized["prompt"], tokenized["completion"]
+    if (learned == totals).any():  # the loss is on the question too, so labels do not tell where it ends
+        questions = [len(tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"]) for p in prompts]
+        learned = totals - np.minimum(questions, totals)
     per_row = {
         "question characters": np.array([sum(len(m["content"]) for m in prompt) for prompt in prompts]),
         "answer characters": np.array([sum(len(m["content"]) for m in answer) for answer in completions]),
         "question tokens": totals - learned,
-        "answer tokens": learned.astype(int),
+        "answer tokens": learned,
         "row tokens": totals,
     }
     report = {
@@ -241,7 +246,7 @@ def measure_lengths(tokenized: Dataset, max_length: int | None) -> tuple[dict, d
         for name, values in per_row.items()
     }
     # the smallest limit that cuts less than 1 % of the rows
-    report["max_length_for_99_percent"] = int(np.sort(totals)[math.ceil(0.99 * len(totals)) - 1])
+    report["max_length_for_99_percent"] = int(np.sort(totals)[math.floor(0.99 * len(totals))])
     report["max_length"] = max_length
     return report, per_row
 
@@ -383,10 +388,14 @@ def inspect(
     start = time.perf_counter()
     report = Report()
     end_ids = end_token_ids(tokenizer, generation_config)
-    labels = count_labels(prepared, collator, args.per_device_train_batch_size, tokenizer, end_ids)
+    if args.packing and args.packing_strategy != "bfd":  # sequences that begin and end anywhere in a row
+        whole_rows, collate = tokenized, DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+    else:
+        whole_rows, collate = prepared, collator
+    labels = count_labels(whole_rows, collate, args.per_device_train_batch_size, tokenizer, end_ids)
     answers_only = args.completion_only_loss is not False
     report.findings += check_labels(labels, tokenizer, generation_config, answers_only)
-    report.lengths, per_row = measure_lengths(tokenized, args.max_length)
+    report.lengths, per_row = measure_lengths(tokenized, tokenizer, args.max_length)
     report.findings += check_lengths(report.lengths, per_row, args.max_length)
     questions = [question_of(prompt) for prompt in tokenized["prompt"]]
     answers = ["\n".join(m["content"] for m in completion) for completion in tokenized["completion"]]
@@ -395,9 +404,9 @@ def inspect(
     report.plan = plan_training(prepared, len(tokenized), args)
     places = np.linspace(0, len(tokenized) - 1, num=min(preview_rows, len(tokenized)), dtype=int).tolist()
     for place in places:
-        row = tokenized[place]
-        limit = args.max_length
-        report.preview.append({"row": place, **preview_row(tokenizer, row["input_ids"][:limit], row["labels"][:limit])})
+        row = {name: [tokenized[place][name][: args.max_length]] for name in ("input_ids", "labels")}
+        ((ids, labels),) = sequences(Dataset.from_dict(row), collate, 1)
+        report.preview.append({"row": place, **preview_row(tokenizer, ids.tolist(), labels.tolist())})
     report.seconds = round(time.perf_counter() - start, 2)
     return report, per_row
 

@@ -126,9 +126,20 @@ def test_answers_that_lose_their_end_are_counted(tmp_path, tokenizer):
 
 
 def test_a_loss_on_the_question_is_said(tmp_path, tokenizer):
-    learned, _, found, _ = look(tmp_path, rows_of(), tokenizer, completion_only_loss=False)
+    learned, _, found, report = look(tmp_path, rows_of(), tokenizer, completion_only_loss=False)
     assert learned.count(tokenizer.eos_token_id) == 8  # the question's too
     assert found["everything_supervised"].level == "warning"
+
+    assert 0 < report.lengths["question tokens"]["p50"] < report.lengths["row tokens"]["p50"]
+
+
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
+def test_sequences_that_end_anywhere_are_judged_by_their_rows(tmp_path, tokenizer, strategy):
+    learned, _, found, _ = look(
+        tmp_path, rows_of(), tokenizer, packing_strategy=strategy, max_length=24, per_device_train_batch_size=16
+    )
+    assert learned.count(tokenizer.eos_token_id) == 4
+    assert found["terminator"].level == "ok" and found["terminator"].numbers["rows"] == 4
 
 
 def test_a_double_beginning_is_found(tmp_path):

@@ -1,0 +1,92 @@
+"""
+Step 1 with the old answer-only collator in place of trl's, for two arms of the stopping experiment.
+
+    python -m experiments.stopping.train --config experiments/stopping/own_pad.yaml --seed 1
+
+Reads and writes what step 1 does, so that step 3 tests its checkpoints in the same way; preflight looks at the batches of
+the old collator. On one process, without adapters; killed, the same command goes on from the last checkpoint.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetuning.configs import ModelArguments, ScriptArguments, run_step
+from finetuning.errors import InputError
+from finetuning.quiet import quiet_libraries, quiet_weight_bars
+
+quiet_libraries()
+
+import torch  # noqa: E402
+
+from experiments.stopping.old_collator import OldAnswerOnlyCollator  # noqa: E402
+from finetuning.batches import RowPreparation  # noqa: E402
+from finetuning.chat import load_generation_config, load_tokenizer  # noqa: E402
+from finetuning.data import load_test_samples, load_training_rows  # noqa: E402
+from finetuning.data_checks import question_of  # noqa: E402
+from finetuning.hardware import choose_attention  # noqa: E402
+from finetuning.preflight import inspect, render, use_colour  # noqa: E402
+from finetuning.records import build_record, now, open_run, save_record  # noqa: E402
+from finetuning.training import RecordShares, ResumableSFTTrainer, TrainingArguments  # noqa: E402
+
+RESPONSE_TEMPLATE = "<|im_start|>assistant\n"  # as users wrote it for templates of the ChatML kind
+
+
+@dataclass
+class OldScriptArguments(ScriptArguments):
+    """What is trained on, and how the old collator pads."""
+
+    pad_is_eos: bool = field(default=False, metadata={"help": "Pad with the end token, as tutorials advised."})
+
+
+def main(script_args: OldScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
+    quiet_weight_bars()
+    run = Path(training_args.output_dir)
+    train_rows, _, _ = load_training_rows(script_args)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    if script_args.pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = {**training_args.to_dict(), **dataclasses.asdict(model_args), **dataclasses.asdict(script_args)}
+    record = build_record(config, tokenizer.chat_template, train_rows, None)
+    checkpoint, finished = open_run(run, record, script_args.overwrite, training_args.resume_from_checkpoint)
+    if finished:
+        print(f"{run} is finished; its last checkpoint is {checkpoint}")
+        return
+
+    # What the trainer will get: the rows as step 1 tokenises them, as the old collator labels them.
+    preparation = RowPreparation(tokenizer, training_args)
+    train_rows = preparation.tokenize(train_rows, "train")
+    prepared_rows = preparation.cut_and_pack(train_rows, "train")
+    collator = OldAnswerOnlyCollator(tokenizer, RESPONSE_TEMPLATE)
+    held_out = {"test": [question_of(sample["prompt"]) for sample in load_test_samples(vars(script_args))]}
+    generation_config = load_generation_config(model_args.model_name_or_path)
+    parts = (train_rows, prepared_rows, collator, tokenizer, generation_config, training_args, held_out)
+    report, _ = inspect(*parts, preview_rows=0)  # a preview shows the labels before collation
+    report.allow(script_args.allow or [])
+    report.save(run)
+    print(render(report, use_colour()), flush=True)
+    if report.refused:
+        checks = ", ".join(finding.check for finding in report.refused)
+        raise InputError(f"refused before the first step: {checks}")
+    if script_args.preflight_only:
+        return
+
+    training_args.model_init_kwargs = {
+        "dtype": torch.float32,
+        "attn_implementation": choose_attention(None, training_args.compute_dtype)[0],
+    }
+    trainer = ResumableSFTTrainer(
+        model=model_args.model_name_or_path if checkpoint is None else str(checkpoint),
+        args=training_args,
+        train_dataset=train_rows,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[RecordShares(run, record)],
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    save_record(run, record, finished=now())
+    print(f"finished: {run / f'checkpoint-{trainer.state.global_step}'}")
+
+
+if __name__ == "__main__":
+    run_step(main, OldScriptArguments, TrainingArguments, ModelArguments)
