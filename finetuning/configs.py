@@ -4,6 +4,7 @@ The arguments of every step, each key declared once, and the parser that reads t
 Imports without torch; what needs torch (the training arguments, which subclass trl's SFTConfig) is in training.py.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ RANGES = {
     "neftune_noise_alpha": (0, None), "lora_r": (1, None), "lora_alpha": (1, None), "lora_dropout": (0, 0.9999999),
     "num_prompts": (1, None), "num_samples": (1, None), "batch_size": (1, None), "max_new_tokens": (1, None),
     "top_p": (0, 1), "top_k": (0, None), "concurrency": (1, None), "max_tokens": (1, None), "max_retries": (0, None),
-    "preview_rows": (0, None),
+    "preview_rows": (0, None), "pad_to_multiple_of": (1, None),
 }  # fmt: skip
 POSITIVE = {
     "learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps", "tolerance",
@@ -43,6 +44,9 @@ def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
     faults = []
     for key, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value):
+            faults.append(((key,), f"{key}: must be a finite number, got {value}"))
             continue
         low, high = RANGES.get(key, (None, None))
         if (low is not None and value < low) or (high is not None and value > high):
@@ -75,6 +79,10 @@ def _no(strategy) -> bool:
 CONTRADICTIONS = (
     (("question_key", "answer_key"), lambda q, a: (q is None) != (a is None),
      "question_key and answer_key go together: set both, or neither"),
+    (("question_key", "answer_key"), lambda q, a: q is not None and q == a,
+     "question_key and answer_key are both {question_key}; the model would learn to repeat the question"),
+    (("special_tokens", "dataset_name"), lambda tokens, _: any(not token.strip() for token in tokens or []),
+     "special_tokens: a token must not be empty; remove it"),
     (("dataset_eval_split", "eval_strategy"), lambda split, strategy: split is not None and _no(strategy),
      "dataset_eval_split and eval_strategy go together: eval_strategy is no, so {dataset_eval_split} would not be used; "
      "set eval_strategy to steps or epoch"),

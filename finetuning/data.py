@@ -22,7 +22,8 @@ from finetuning.errors import InputError
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bz2, xz, zstd
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character in JSON; two of them make one
+# a character in JSON may be two halves, `\ud83d\ude00`; one alone is none
+HALF, PAIR = re.compile(r"\\u[dD][89a-fA-F]"), re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
 ESCAPES = re.compile(r"(?<!\\)(?:\\\\)*((?:\\u[0-9a-fA-F]{4})+)")
 
 
@@ -59,15 +60,8 @@ def check_text(path: Path) -> None:
                 encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "cp949"
                 convert = f"iconv -f {encoding} -t utf-8 {path.name} > utf8_{path.name}"
                 raise InputError(f"{path}, line {number}: not UTF-8; convert it, as in `{convert}`") from None
-            if (
-                is_json
-                and SURROGATE.search(text)
-                and any(
-                    "\ud800" <= character <= "\udfff"
-                    for escapes in ESCAPES.findall(text)
-                    for character in json.loads(f'"{escapes}"')
-                )
-            ):
+            escapes = ESCAPES.findall(text) if is_json and HALF.search(text) else []
+            if any(HALF.search(PAIR.sub("", run)) for run in escapes):
                 raise InputError(f"{path}, line {number}: holds half of a character, such as \\ud800 alone; delete it")
     start = head.decode(errors="ignore").removeprefix("\ufeff").lstrip()
     if not start and len(head) < 1024:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from typing import NoReturn
 
 
@@ -16,6 +17,9 @@ def is_main_process() -> bool:
 
 def fail(message: str) -> NoReturn:
     """Say once a machine what is wrong and what to do, and exit with status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # a path may be missing on one machine only
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # torchrun stops all ranks as soon as one has failed: the first one of this machine is given the time to speak,
+        # and ends this wait with its own end. If it has nothing to say, the fault is of this rank alone.
+        time.sleep(10)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -523,8 +523,9 @@ class Parser(TrlParser):
             if name in {f.name for f in dataclasses.fields(kind)}:
                 return Problem(source, key, f"is a key of {script}, not of this step")
         names = {field: field for field in self.fields if not is_secret(field)}
-        names |= {old: change.new_keys[0] for old, change in RENAMES.items() if change.renames_only}
-        meant = names.get(_nearest(name, names), None)
+        renamed = {old: change.new_keys[0] for old, change in RENAMES.items() if change.renames_only}
+        names |= {old: new for old, new in renamed.items() if new in self.fields}
+        meant = names.get(_nearest(name, names))
         return Problem(source, key, _suggest(meant), meant=meant)
 
     def _set_environment(self, setting: Setting, problems: list[Problem]) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
@@ -124,6 +125,10 @@ class TrainingArguments(SFTConfig):
     def _choose_loggers(self) -> None:
         """What is not installed is left out: a run is not lost for the want of a logger."""
         wanted = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+        known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise ValueError(f"report_to: {', '.join(unknown)} is none of {', '.join(known)}")
         available = get_available_reporting_integrations()
         missing = [name for name in wanted if name not in ("all", "none", *available)]
         if missing:
