@@ -28,7 +28,7 @@ quiet_libraries()
 
 import torch  # noqa: E402
 from peft import AutoPeftModelForCausalLM  # noqa: E402
-from transformers import ProgressCallback  # noqa: E402
+from transformers import PreTrainedTokenizerBase, ProgressCallback  # noqa: E402
 from trl import get_peft_config, get_quantization_config  # noqa: E402
 
 from finetuning.batches import RowPreparation  # noqa: E402
@@ -38,7 +38,7 @@ from finetuning.hardware import bf16_available, choose_attention  # noqa: E402
 from finetuning.memory import MemoryPeak  # noqa: E402
 from finetuning.preflight import run_preflight  # noqa: E402
 from finetuning.records import build_record, now, open_run, save_record  # noqa: E402
-from finetuning.runs import EDA, PREFLIGHT_FILE  # noqa: E402
+from finetuning.runs import EDA, RUN_FILE  # noqa: E402
 from finetuning.training import (  # noqa: E402
     LineProgress,
     RecordShares,
@@ -106,6 +106,19 @@ def read_chat_template(path: str | None) -> str | None:
     return Path(path).read_text(encoding="utf-8")
 
 
+def set_special_tokens(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> None:
+    """Give the tokenizer the eos_token and pad_token of the YAML, before anything is phrased with it."""
+    for key in ("eos_token", "pad_token"):
+        token = getattr(args, key)
+        if token is not None and token not in tokenizer.get_vocab():
+            raise InputError(
+                f"{key}: {token} is not in the vocabulary of the tokenizer; leave it out, or see special_tokens"
+            )
+        if token is not None:
+            setattr(tokenizer, key, token)
+            setattr(args, key, None)
+
+
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
     quiet_weight_bars()
     run = Path(training_args.output_dir)
@@ -115,13 +128,16 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     training_args.chat_template_path = None  # it is in the tokenizer from here on
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, chat_template, **source)
+    set_special_tokens(tokenizer, training_args)
     new_ids = add_tokens(tokenizer, tokens_to_add(script_args))
 
     # Where to start: at the beginning, or where a run that was stopped has left off.
     config = {**training_args.to_dict(), **dataclasses.asdict(model_args), **dataclasses.asdict(script_args)}
     record = build_record(config, tokenizer.chat_template, train_rows, eval_rows)
     checkpoint, finished = on_main_process(
-        lambda: open_run(run, record, script_args.overwrite, training_args.resume_from_checkpoint)
+        lambda: open_run(
+            run, record, script_args.overwrite, training_args.resume_from_checkpoint, script_args.preflight_only
+        )
     )
     if finished and not script_args.preflight_only:
         say(f"{run} is finished; its last checkpoint is {checkpoint}. To train again: --overwrite true")
@@ -155,14 +171,15 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = checkpointing
     if script_args.preflight_only:
-        say(f"preflight only: {run / PREFLIGHT_FILE} and {run / EDA} are written, nothing is trained")
+        written = "nothing is written, the folder holds a run" if (run / RUN_FILE).is_file() else f"see {run / EDA}"
+        say(f"preflight only: nothing is trained; {written}")
         return
 
     # The weights come from the model, or from the checkpoint to go on from; both load in the same way.
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     prepare_wandb(training_args, say)
-    memory = MemoryPeak()
+    memory = MemoryPeak(training_args.device)
     model = model_args.model_name_or_path if checkpoint is None else str(checkpoint)
     if checkpoint is not None and peft_config is not None:
         del settings["revision"]  # the adapter names that of its base
@@ -179,7 +196,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[RecordShares(run, record), termination],
+        callbacks=[RecordShares(run, record, script_args.overwrite), termination],
     )
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from finetuning.errors import InputError
 
 IGNORED = -100  # a label that counts in no loss
 
@@ -26,12 +29,18 @@ class RowPreparation(SFTTrainer):
         self.args = args
         self.completion_only_loss = True if args.completion_only_loss is None else args.completion_only_loss
         needs_markers = args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template)
-        self.chat_template = get_training_chat_template(tokenizer) if needs_markers else None
+        try:
+            self.chat_template = get_training_chat_template(tokenizer) if needs_markers else None
+        except ValueError as error:
+            raise InputError(f"assistant_only_loss: the chat template does not mark answers: {error}") from error
 
     def tokenize(self, rows: Dataset, name: str) -> Dataset:
         """Add `input_ids` and `labels` to rows of `prompt` and `completion`, uncut."""
         uncut = SimpleNamespace(**{**vars(self.args), "max_length": None, "shuffle_dataset": False})
-        return self._prepare_dataset(rows, self._tokenizer, uncut, False, None, name)
+        try:
+            return self._prepare_dataset(rows, self._tokenizer, uncut, False, None, name)
+        except (TemplateError, RuntimeError) as error:  # roles that the template refuses; no assistant tokens
+            raise InputError(f"the rows cannot be phrased with the chat template: {error}") from error
 
     def cut_and_pack(self, tokenized: Dataset, name: str) -> Dataset:
         """What the trainer makes of tokenised rows before it collates them."""

@@ -59,9 +59,9 @@ def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
     """Add tokens that stay whole and are shown in answers; gives the ids of those that were not there before."""
     known = tokenizer.get_vocab()
-    new = [token for token in tokens if token not in known]
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(new)
+    whole = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(whole, special_tokens=True)
+    return tokenizer.convert_tokens_to_ids([token for token in tokens if token not in known])
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

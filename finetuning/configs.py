@@ -7,7 +7,7 @@ Imports without torch; what needs torch (the training arguments, which subclass 
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trl import ModelConfig
 
@@ -30,6 +30,10 @@ POSITIVE = {
     "learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps", "tolerance",
     "repetition_penalty", "timeout",
 }  # fmt: skip
+
+REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory")  # of preflight
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+LORA_DEFAULTS = {f.name: f.default for f in fields(ModelConfig) if f.name.startswith("lora_")}
 
 
 def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
@@ -68,6 +72,17 @@ def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
         if values.get(quantised) and values.get("use_peft") is False:
             keys = (quantised, "use_peft")
             faults.append((keys, f"{quantised} freezes the weights, so nothing would train without use_peft: true"))
+    lora = [key for key, default in LORA_DEFAULTS.items() if values.get(key, default) not in (None, default)]
+    if lora and values.get("use_peft") is False:
+        text = f"{lora[0]} has no effect without use_peft: true; add it, or leave the lora_ keys out"
+        faults.append(((lora[0], "use_peft"), text))
+    unknown = [name for name in values.get("allow") or [] if name not in REFUSALS]
+    if unknown:
+        faults.append((("allow",), f"allow: {unknown[0]} is none of the checks that refuse: {', '.join(REFUSALS)}"))
+    attention = values.get("attn_implementation")
+    if attention is not None and attention not in ATTENTION and "/" not in attention:  # kernels of the Hub have a slash
+        text = f"attn_implementation: {attention} is none of {', '.join(ATTENTION)}"
+        faults.append((("attn_implementation",), text))
     return faults
 
 
@@ -100,14 +115,14 @@ CONTRADICTIONS = (
      "overwrite deletes the run that resume_from_checkpoint goes on with; keep one of them"),
     (("use_peft", "use_dora"), lambda peft, dora: dora and not peft, "use_dora has no effect without use_peft: true"),
     (("use_peft", "use_rslora"), lambda peft, rs: rs and not peft, "use_rslora has no effect without use_peft: true"),
-    (("use_peft", "lora_target_modules"), lambda peft, modules: modules and not peft,
-     "lora_target_modules has no effect without use_peft: true; add it, or leave the lora_ keys out"),
     (("save_strategy", "output_dir"), lambda strategy, _: _no(strategy),
      "save_strategy: no would leave nothing to test; use steps or epoch"),
     (("save_strategy", "save_only_model"), lambda strategy, only: str(getattr(strategy, "value", strategy)) == "best",
      "save_strategy: best has no use here, step 5 chooses the checkpoint; use steps or epoch"),
     (("load_best_model_at_end", "output_dir"), lambda best, _: best,
      "load_best_model_at_end has no use here, step 5 chooses the checkpoint; remove it"),
+    (("model_init_kwargs", "output_dir"), lambda kwargs, _: kwargs is not None,
+     "model_init_kwargs is not used here; dtype, attn_implementation and model_revision are keys of their own"),
     (("deepspeed", "output_dir"), lambda deepspeed, _: deepspeed is not None,
      "deepspeed is not used here, FSDP2 shards; write fsdp: true instead"),
     (("dataset_kwargs", "output_dir"), lambda kwargs, _: kwargs is not None,

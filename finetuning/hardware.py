@@ -35,9 +35,11 @@ def flash_attention_problem() -> str | None:
     if torch.cuda.get_device_capability()[0] < 8:
         return "the GPU is older than Ampere"
     try:
-        importlib.import_module("flash_attn")
-    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch fails in any of these ways
-        return f"flash_attn does not import ({str(error).splitlines()[0]})"
+        flash_attn = importlib.import_module("flash_attn")
+        tensor = torch.zeros(1, 1, 1, 64, dtype=torch.float16, device="cuda")
+        flash_attn.flash_attn_func(tensor, tensor, tensor)
+    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch or GPU fails in any of these ways
+        return f"flash_attn does not run ({(str(error) or type(error).__name__).splitlines()[0]})"
     return None
 
 

@@ -19,11 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from trl import SFTConfig
 
-from finetuning.hardware import accelerator_available
+from finetuning.errors import InputError
 
 GIB = 2**30
 USABLE = 0.92  # of what is free; the rest is left to fragmentation and to what else runs
-CUDA_CONTEXT = 0.6 * GIB
 CPU_BUFFERS = 0.06 * GIB  # what threads and oneDNN keep, and the pages that training touches first
 # The fused LM head of trl projects tiles of this many tokens and words (trl/kernels/chunked_logprob.py)
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
@@ -75,12 +74,15 @@ class MemoryPlan:
     other: float
     available: float | None
     activation_checkpointing: bool
+    accumulates: bool = False
 
     @property
     def total(self) -> float:
         """The larger of the two peaks of a step: before the backward pass, all activations and the head; after it, all
-        gradients."""
+        gradients. Where gradients are accumulated, those of the batch before are there all the time."""
         steady = self.parameters + self.optimizer + self.gathered + self.other
+        if self.accumulates:
+            return steady + self.gradients + self.activations + self.head
         return steady + max(self.activations + self.head, self.gradients + self.head / 4)
 
     @property
@@ -104,11 +106,11 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def available_memory(local_world_size: int) -> float | None:
+def available_memory(device: torch.device, local_world_size: int) -> float | None:
     """Bytes of free memory of this rank's device; ranks on CPUs share the machine's, or the container's limit."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    if accelerator_available():
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
         return None
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):
@@ -145,7 +147,7 @@ def measure_shapes(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,
-            dtype=torch.float32 if dtype == "auto" else dtype,
+            dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=args.trust_remote_code,
         )
@@ -157,7 +159,10 @@ def measure_shapes(
         outside = sum(parameter.numel() for parameter in model.parameters()) - sum(inside.values())
         trained = model
         if peft_config is not None:
-            trained = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+            try:
+                trained = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+            except ValueError as error:  # no module has the name
+                raise InputError(f"lora_target_modules: {error}") from error
     model.train()
     text_config = config.get_text_config()
     return Shapes(
@@ -212,11 +217,12 @@ def plan_memory(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     shards = world_size if args.fsdp else 1
     on_gpu = args.device.type != "cpu"
-    dtype = torch.float32 if settings["dtype"] == "auto" else settings["dtype"]
-    weight_bytes = dtype.itemsize
     compute_bytes = 2 if args.bf16 or args.fp16 else 4
+    fsdp = args.fsdp_config or {} if args.fsdp else {}
+    # FSDP2 keeps trained weights in float32 where it computes in a lower precision
+    weight_bytes = 4 if args.fsdp and compute_bytes == 2 else settings["dtype"].itemsize
     quantization = settings.get("quantization_config")
-    frozen_bytes = weight_bytes
+    frozen_bytes = settings["dtype"].itemsize
     if quantization is not None:  # block-wise scales are a few percent
         frozen_bytes = 0.56 if quantization.load_in_4bit else 1.05
     frozen = shapes.parameters - shapes.trained
@@ -227,7 +233,8 @@ def plan_memory(
     gradients = shapes.trained * adapter_bytes / shards
     if world_size > 1 and not args.fsdp:
         gradients *= 2  # DDP reduces in buckets of its own
-    optimizer = shapes.trained * OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), 8) / shards
+    state_bytes = OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), 2 * adapter_bytes)
+    optimizer = shapes.trained * state_bytes / shards
 
     per_layer = shapes.activations / shapes.num_layers
     layer_input = batch.tokens * shapes.hidden_size * compute_bytes
@@ -238,6 +245,8 @@ def plan_memory(
     copies = 0 if on_gpu else HEAD_COPIES_ON_CPU
     head_trains = frozen == 0
     head = tile * (1 + copies) + batch.tokens * shapes.hidden_size * 4
+    if args.label_smoothing_factor:  # the loss is then made of all logits at once
+        head += 3 * batch.tokens * shapes.vocab_size * 4
     if head_trains:
         head += shapes.vocab_size * shapes.hidden_size * 4  # the gradient of the head, gathered in float32
     gathered = 0.0
@@ -245,8 +254,15 @@ def plan_memory(
         one_layer = (shapes.parameters - shapes.outside_layers) / shapes.num_layers
         gathered = (shapes.outside_layers + 2 * one_layer) * compute_bytes + shapes.vocab_size * shapes.hidden_size * 4
         gathered += one_layer * compute_bytes  # gradients of the layer that is being reduced
-    other = CUDA_CONTEXT if on_gpu else CPU_BUFFERS
-    return MemoryPlan(parameters, gradients, optimizer, activations, head, gathered, other, available, checkpointing)
+        if not fsdp.get("reshard_after_forward", True):
+            gathered += shapes.parameters * compute_bytes
+    if fsdp.get("cpu_offload") and on_gpu:
+        parameters = gradients = optimizer = 0.0
+    other = 0.0 if on_gpu else CPU_BUFFERS
+    accumulates = args.gradient_accumulation_steps > 1
+    return MemoryPlan(
+        parameters, gradients, optimizer, activations, head, gathered, other, available, checkpointing, accumulates
+    )
 
 
 def what_would_fit(shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict, plan: MemoryPlan) -> list[str]:
@@ -255,7 +271,7 @@ def what_would_fit(shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict
     row_batch = replace(batch, rows=1)
     single = replace(shapes, activations=round(shapes.activations / batch.rows))
     if batch.rows > 1:
-        smaller = plan_memory(single, row_batch, args, settings, True, plan.available)
+        smaller = replace(plan_memory(single, row_batch, args, settings, True, plan.available), accumulates=True)
         if smaller.fits:
             accumulation = args.gradient_accumulation_steps * batch.rows
             found.append(
@@ -288,9 +304,9 @@ def what_would_fit(shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict
 class MemoryPeak:
     """The largest number of bytes that this process has in use from now on, above what it has now."""
 
-    def __init__(self):
-        self.start = 0
-        if torch.cuda.is_available():
+    def __init__(self, device: torch.device):
+        self.start, self.device = 0, device
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             return
         with contextlib.suppress(OSError):
@@ -299,8 +315,8 @@ class MemoryPeak:
 
     def bytes(self) -> int | None:
         """None where the system does not tell."""
-        if torch.cuda.is_available():
-            return int(torch.cuda.max_memory_reserved() + CUDA_CONTEXT)
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved()
         try:
             status = Path("/proc/self/status").read_text()
         except OSError:

@@ -379,7 +379,7 @@ class Parser(TrlParser):
         fail_with([*self._problems, Problem("command line", None, message.removeprefix("argument "))])
 
     def parse_args_and_config(self, args: list[str] | None = None) -> tuple:
-        given = [part for arg in (sys.argv[1:] if args is None else args) for part in arg_parts(arg)]
+        given = [part for arg in (sys.argv[1:] if args is None else args) for part in _arg_parts(arg)]
         problems: list[Problem] = []
         config = self._config_path(given)
         self.source = str(config or "command line")
@@ -413,6 +413,8 @@ class Parser(TrlParser):
         self.print_config = namespace.print_config == "true"
         for key in command_line & self.fields.keys():
             self.settings[key] = Setting(key, getattr(namespace, key), "command line")
+            if not is_secret(key) and holds_secret(key, getattr(namespace, key)):
+                problems.append(_no_secrets("command line", key))
         problems.extend(self._unknown_words(unknown))
         known = {key: v for key, v in vars(namespace).items() if key in self.fields and key not in doubtful}
         problems.extend(self._problem_of(keys, text) for keys, text in self.check(known))
@@ -620,7 +622,7 @@ def _place(source: str) -> tuple[str, int]:
     return (place[1], int(place[2])) if place else (source, 0)
 
 
-def arg_parts(arg: str) -> list[str]:
+def _arg_parts(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--config=") else [arg]
 
 

@@ -7,7 +7,7 @@ refused; `allow: [<check>]` lets it through, which is recorded in preflight.json
 
 import math
 import os
-import shutil
+import re
 import sys
 import time
 from collections import Counter
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from finetuning.batches import IGNORED, build_collator, sequences
 from finetuning.chat import end_of_turn_id, end_token_ids, load_generation_config
 from finetuning.configs import ModelArguments, ScriptArguments
-from finetuning.data import load_test_samples
+from finetuning.data import load_test_samples, tokens_to_add
 from finetuning.data_checks import Finding, check_leaks, check_rows, question_of
 from finetuning.eda import plot_lengths
 from finetuning.errors import InputError
@@ -42,6 +43,7 @@ from finetuning.memory import (
 from finetuning.runs import EDA, PREFLIGHT_FILE, RUN_FILE, write_json
 
 LEVELS = ("refused", "allowed", "warning", "note", "ok")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # what a terminal would obey
 NO_END = 0.5  # share of the rows that must end in an end token
 NO_LABELS = 0.1  # share of the rows that may have nothing to learn from
 TAIL = 4  # tokens at the end of a row among which its end token is looked for, before white space
@@ -92,10 +94,16 @@ class Labels:
     double_bos: int = 0
     pad_labels: int = 0
     last_tokens: Counter = field(default_factory=Counter)
+    last_of_whole: Counter = field(default_factory=Counter)  # of rows that are surely not cut
 
 
 def count_labels(
-    prepared: Dataset, collator: Callable, batch_size: int, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]
+    prepared: Dataset,
+    collator: Callable,
+    batch_size: int,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: list[int],
+    max_length: int | None,
 ) -> Labels:
     """Go through every batch of an epoch, as collated, and count what its labels teach."""
     labels_seen = Labels()
@@ -125,6 +133,7 @@ def count_labels(
                 break
         labels_seen.ended += last in ends
         labels_seen.last_tokens[last] += 1
+        labels_seen.last_of_whole[last] += max_length is None or len(ids) < max_length
     return labels_seen
 
 
@@ -148,7 +157,7 @@ def check_labels(
         "rows_end_in": {name(i): n for i, n in labels.last_tokens.most_common(10)},
     }
     special = set(tokenizer.added_tokens_decoder) - set(ends)
-    others = {i: n for i, n in labels.last_tokens.items() if i in special and n > 0.01 * labels.rows}
+    others = {i: n for i, n in labels.last_of_whole.items() if i in special and n > 0.01 * labels.rows}
     if others:
         which = ", ".join(f"{name(i)} ({n} rows)" for i, n in others.items())
         text = (
@@ -156,7 +165,7 @@ def check_labels(
             "template in the same token"
         )
         findings.append(Finding("terminators_agree", "refused", text, numbers=numbers))
-    elif share < NO_END:
+    if share < NO_END:
         common = ", ".join(f"{name(i)} ({n})" for i, n in labels.last_tokens.most_common(3))
         text = (
             f"only {percent(share)} of the rows with labels end in a token at which generation stops ({stops}), so the "
@@ -164,7 +173,7 @@ def check_labels(
             "the end token as one token, labels must keep it, and max_length must not cut it off"
         )
         findings.append(Finding("terminator", "refused", text, numbers=numbers))
-    else:
+    elif not others:
         level = "ok" if share == 1 else "warning"
         text = f"{percent(share)} of the answers end in {', '.join(name(i) for i in labels.last_tokens if i in ends)}, "
         text += f"generation stops at {stops}"
@@ -251,16 +260,26 @@ def measure_lengths(
     return report, per_row
 
 
-def check_lengths(lengths: dict, per_row: dict[str, np.ndarray], max_length: int | None) -> list[Finding]:
-    totals, learned = per_row["row tokens"], per_row["answer tokens"]
+def check_lengths(lengths: dict, per_row: dict[str, np.ndarray], args: SFTConfig) -> list[Finding]:
+    """Rows longer than max_length, and what becomes of them."""
+    totals, learned, max_length = per_row["row tokens"], per_row["answer tokens"], args.max_length
     if max_length is None or totals.max() <= max_length:
         return [Finding("truncation", "ok", f"no row is cut; the longest has {totals.max()} tokens")]
     cut = np.flatnonzero(totals > max_length)
+    which = f"{len(cut)} of {len(totals)} rows ({percent(len(cut) / len(totals))})"
+    if args.packing and args.packing_strategy != "bfd":
+        return [
+            Finding(
+                "truncation", "note", f"max_length: {max_length} splits {which} into several sequences", cut.tolist()
+            )
+        ]
+    if args.truncation_mode == "keep_end":
+        text = f"max_length: {max_length} cuts the beginning of {which}, system message and question first"
+        return [Finding("truncation", "warning", text, cut.tolist(), {"cut": len(cut)})]
     enough = lengths["max_length_for_99_percent"]
     lost = np.flatnonzero(totals - learned >= max_length)
-    text = (
-        f"max_length: {max_length} cuts {len(cut)} of {len(totals)} rows ({percent(len(cut) / len(totals))}): their answers "
-        f"lose the end" + (f", {len(lost)} of them all" if len(lost) else "")
+    text = f"max_length: {max_length} cuts {which}: their answers lose the end" + (
+        f", {len(lost)} of them all" if len(lost) else ""
     )
     text += f"; {enough} would cut less than 1 %" if enough > max_length else ""
     return [Finding("truncation", "warning", text, cut.tolist(), {"cut": len(cut), "answers_lost": len(lost)})]
@@ -343,7 +362,7 @@ def render_preview(preview: dict, colour: bool) -> str:
     for place, (text, learned, special) in enumerate(preview["tokens"]):
         if place == preview["gap"]:
             pieces.append(f" … {preview['left_out']} tokens … ")
-        shown = text.replace("\n", "⏎\n")
+        shown = CONTROL.sub("\ufffd", text).replace("\n", "⏎\n")
         if colour:
             style = ("1;" if special else "") + ("30;42" if learned else "2")
             pieces.append(f"\033[{style}m{shown}\033[0m")
@@ -392,11 +411,16 @@ def inspect(
         whole_rows, collate = tokenized, DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     else:
         whole_rows, collate = prepared, collator
-    labels = count_labels(whole_rows, collate, args.per_device_train_batch_size, tokenizer, end_ids)
+    batch_size = args.per_device_train_batch_size
+    limit = None if whole_rows is tokenized else args.max_length
+    labels = count_labels(whole_rows, collate, batch_size, tokenizer, end_ids, limit)
+    if not args.packing:  # the trainer leaves out rows with nothing to learn
+        labels.unsupervised_rows += len(tokenized) - len(prepared)
+        labels.rows += len(tokenized) - len(prepared)
     answers_only = args.completion_only_loss is not False
     report.findings += check_labels(labels, tokenizer, generation_config, answers_only)
     report.lengths, per_row = measure_lengths(tokenized, tokenizer, args.max_length)
-    report.findings += check_lengths(report.lengths, per_row, args.max_length)
+    report.findings += check_lengths(report.lengths, per_row, args)
     questions = [question_of(prompt) for prompt in tokenized["prompt"]]
     answers = ["\n".join(m["content"] for m in completion) for completion in tokenized["completion"]]
     report.findings += check_rows(questions, answers)
@@ -404,7 +428,8 @@ def inspect(
     report.plan = plan_training(prepared, len(tokenized), args)
     places = np.linspace(0, len(tokenized) - 1, num=min(preview_rows, len(tokenized)), dtype=int).tolist()
     for place in places:
-        row = {name: [tokenized[place][name][: args.max_length]] for name in ("input_ids", "labels")}
+        kept = slice(-limit, None) if limit and args.truncation_mode == "keep_end" else slice(limit)
+        row = {name: [tokenized[place][name][kept]] for name in ("input_ids", "labels")}
         ((ids, labels),) = sequences(Dataset.from_dict(row), collate, 1)
         report.preview.append({"row": place, **preview_row(tokenizer, ids.tolist(), labels.tolist())})
     report.seconds = round(time.perf_counter() - start, 2)
@@ -454,17 +479,23 @@ def check_memory(
     Returns:
         Findings, the plan for preflight.json, and whether to checkpoint activations.
     """
-    batch = Batch(args.per_device_train_batch_size, longest_row, packed=args.packing)
+    flattened = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+    batch = Batch(args.per_device_train_batch_size, longest_row, packed=flattened)
     requested = args.activation_checkpointing
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     try:
         config = load_config(model_args.model_name_or_path, **source)
+        if settings["dtype"] == "auto":
+            settings = {**settings, "dtype": config.dtype or torch.float32}
         shapes = measure_shapes(config, batch, args, settings, peft_config, num_added_tokens)
+    except InputError:
+        raise
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, OSError) as error:
         # a model with code of its own may look at the data of its tensors, which have none here
-        text = f"not estimated, the model does not run without data: {str(error).splitlines()[0]}"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        text = f"not estimated, the model does not run without data: {reason}"
         return [Finding("memory", "warning", text)], {}, requested != "false"
-    available = available_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    available = available_memory(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def plan(checkpointing: bool) -> MemoryPlan:
         return plan_memory(shapes, batch, args, settings, checkpointing, available)
@@ -535,27 +566,19 @@ def run_preflight(
         args, model_args, settings, peft_config, num_added_tokens, longest
     )
     report.findings += notes + findings
-    report.findings += count_special_tokens(train_rows, tokenizer, script_args.special_tokens or [])
-    names = {finding.check for finding in report.findings}
-    unknown = set(script_args.allow or []) - names
-    if unknown:
-        text = f"allow: {', '.join(sorted(unknown))} let nothing through: no such check, or it has not failed"
-        report.findings.append(Finding("allow", "note", text))
+    report.findings += count_special_tokens(train_rows, tokenizer, script_args)
     report.allow(script_args.allow or [])
     report.seconds = round(time.perf_counter() - start, 2)
     print(render(report, use_colour()), flush=True)
 
     if report.refused:
-        if not (run / RUN_FILE).is_file():
+        if not (run / RUN_FILE).is_file():  # the report of an older run stays with it
             save_report(report, per_row, args.max_length, run)
         checks = [finding.check for finding in report.refused]
         reasons = "; ".join(f"{finding.check}: {finding.text}" for finding in report.refused)
         raise InputError(f"refused before the first step. {reasons}. To train all the same: --allow {' '.join(checks)}")
-    if script_args.overwrite and (run / RUN_FILE).is_file():
-        if script_args.preflight_only:
-            return checkpointing, report.memory
-        shutil.rmtree(run)
-    save_report(report, per_row, args.max_length, run)
+    if not (script_args.preflight_only and (run / RUN_FILE).is_file()):
+        save_report(report, per_row, args.max_length, run)
     return checkpointing, report.memory
 
 
@@ -564,13 +587,16 @@ def save_report(report: Report, per_row: dict[str, np.ndarray], max_length: int 
     plot_lengths(per_row, max_length, run / EDA)
 
 
-def count_special_tokens(train_rows: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[Finding]:
-    """How often each token of `special_tokens` stands in the rows: one that never does cannot be learned."""
+def count_special_tokens(
+    train_rows: Dataset, tokenizer: PreTrainedTokenizerBase, script_args: ScriptArguments
+) -> list[Finding]:
+    """How often each added token stands in the rows: one of `special_tokens` that never does cannot be learned."""
+    tokens = tokens_to_add(script_args)
     if not tokens:
         return []
     ids = train_rows.with_format("arrow")[:]["input_ids"].combine_chunks().flatten().to_numpy()
     counts = {token: int((ids == tokenizer.convert_tokens_to_ids(token)).sum()) for token in tokens}
     shown = ", ".join(f"{token} {n}" for token, n in counts.items())
-    missing = [token for token, n in counts.items() if n == 0]
+    missing = [token for token in script_args.special_tokens or [] if counts[token] == 0]
     text = f"in the rows: {shown}" + (f"; {', '.join(missing)} cannot be learned" if missing else "")
     return [Finding("special_tokens", "warning" if missing else "ok", text, numbers=counts)]

@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from finetuning.data import fingerprint_rows
 from finetuning.errors import InputError
+from finetuning.parsing import SECRET_VALUES
 from finetuning.runs import (
     EDA,
     INCOMPLETE,
@@ -36,7 +37,7 @@ MAY_CHANGE = {
     "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "disable_tqdm", "log_level",
     "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_num_workers",
     "fsdp", "fsdp_config", "use_cpu", "local_rank", "attn_implementation", "gradient_checkpointing", "activation_checkpointing", "dtype",
-    "preflight_only", "allow", "preview_rows",
+    "preflight_only", "allow", "preview_rows", "do_eval",
     "bf16", "fp16", "tf32", "dataset_test_split", "dataset_num_proc", "dataset_name", "dataset_config", "dataset_train_split", "dataset_eval_split", "hub_token", "token",
 }  # fmt: skip
 SECRETS = ("token", "api_key", "password", "secret")
@@ -124,20 +125,24 @@ def find_differences(old: dict, new: dict) -> list[str]:
     def essence(record: dict) -> dict:
         settings = {key: value for key, value in record["config"].items() if key not in MAY_CHANGE}
         return {**settings, "global_batch_size": record["global_batch_size"], "chat_template": record["chat_template"],
-                **{f"rows of {split}": fingerprint["hash"] for split, fingerprint in record["data"].items()}}  # fmt: skip
+                "rows of train": record["data"]["train"]["hash"]}  # fmt: skip
 
     old, new = essence(old), essence(new)
-    keys = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    # a switch that an older version did not have was off
+    keys = [key for key in old.keys() | new.keys() if (old.get(key) or None) != (new.get(key) or None)]
     return [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(keys)]
 
 
-def open_run(run: Path, record: dict, overwrite: bool, requested: str | bool | None) -> tuple[Path | None, bool]:
+def open_run(
+    run: Path, record: dict, overwrite: bool, requested: str | bool | None, look_only: bool = False
+) -> tuple[Path | None, bool]:
     """Decide where training starts, before anything is loaded.
 
     Args:
         run: Folder of the run.
         record: What is about to be run.
         overwrite: Start over, in spite of what is in the folder.
+        look_only: Leave what a killed run has not finished to save where it is.
         requested: `resume_from_checkpoint`: a path, true for the last checkpoint, or None, which goes on with a run
             that was stopped and has not finished.
 
@@ -178,8 +183,8 @@ def open_run(run: Path, record: dict, overwrite: bool, requested: str | bool | N
             f"{run} holds another run: {'; '.join(differences)}. Choose another output_dir, "
             "or start over with --overwrite true, which deletes it"
         )
-    for folder in run.glob(f"checkpoint-*/{INCOMPLETE}"):
-        shutil.rmtree(folder.parent)
+    for marker in [] if look_only else run.glob(f"checkpoint-*/{INCOMPLETE}"):
+        shutil.rmtree(marker.parent)
     last = last_checkpoint(run)
     if checkpoint is None:
         return last, old["finished"] is not None
@@ -190,8 +195,24 @@ def open_run(run: Path, record: dict, overwrite: bool, requested: str | bool | N
     return checkpoint, False
 
 
+def delete_run(run: Path) -> None:
+    """Delete what is in a run's folder but what preflight has just written, and the logs that W&B may have begun."""
+    for path in run.iterdir():
+        if path.name not in (PREFLIGHT_FILE, EDA, "wandb"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def mask_values(content):
+    """The same content with every text that looks like a token or key masked."""
+    if isinstance(content, dict):
+        return {key: mask_values(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [mask_values(value) for value in content]
+    return SECRET_VALUES.sub("***", content) if isinstance(content, str) else content
+
+
 def save_record(run: Path, record: dict, **changes) -> dict:
-    record = {**record, **changes}
+    record = mask_values({**record, **changes})
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / RUN_FILE, record)
     return record

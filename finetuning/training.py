@@ -33,8 +33,8 @@ from trl.trainer.utils import create_model_from_path
 from finetuning.chat import end_token_ids
 from finetuning.errors import InputError, is_main_process
 from finetuning.hardware import accelerator_available, bf16_available, env_flag, tf32_available
-from finetuning.records import save_record
-from finetuning.runs import INCOMPLETE
+from finetuning.records import delete_run, save_record
+from finetuning.runs import INCOMPLETE, RUN_FILE
 
 OPTIMIZER_FOLDER = "optimizer"
 
@@ -349,8 +349,13 @@ class SaveOnTermination(TrainerCallback):
 class RecordShares(TrainerCallback):
     """Before the first step, assert that FSDP shards the parameters, and record each rank's share in `run.json`."""
 
-    def __init__(self, run: Path, record: dict):
-        self.run, self.record = run, record
+    def __init__(self, run: Path, record: dict, overwrite: bool = False):
+        self.run, self.record, self.overwrite = run, record, overwrite
+
+    def on_init_end(self, args, state, control, **kwargs):
+        """The model is loaded and the trainer stands: only now an older run makes room."""
+        if self.overwrite and state.is_world_process_zero and (self.run / RUN_FILE).is_file():
+            delete_run(self.run)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         shares = parameter_shares(model)
