@@ -42,6 +42,7 @@ class Batch:
     rows: int
     length: int
     packed: bool
+    labelled: float = 1.0  # share of the tokens that the loss is on: the head projects no others
 
     @property
     def tokens(self) -> int:
@@ -240,7 +241,7 @@ def plan_memory(
     layer_input = batch.tokens * shapes.hidden_size * compute_bytes
     activations = shapes.num_layers * layer_input + per_layer if checkpointing else shapes.activations
 
-    tile_tokens, tile_words = min(batch.tokens, HEAD_TOKENS), min(shapes.vocab_size, HEAD_WORDS)
+    tile_tokens, tile_words = min(round(batch.tokens * batch.labelled), HEAD_TOKENS), min(shapes.vocab_size, HEAD_WORDS)
     tile = tile_tokens * (HEAD_WORDS * compute_bytes if on_gpu else tile_words * 4)
     copies = 0 if on_gpu else HEAD_COPIES_ON_CPU
     head_trains = frozen == 0
@@ -281,7 +282,7 @@ def what_would_fit(shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict
     for length in (2048, 1024, 512):
         if not found and length < batch.length:
             shorter = replace(single, activations=round(single.activations * length / batch.length))
-            smaller = plan_memory(shorter, Batch(1, length, batch.packed), args, settings, True, plan.available)
+            smaller = plan_memory(shorter, replace(row_batch, length=length), args, settings, True, plan.available)
             if smaller.fits:
                 found.append(
                     f"max_length: {length}, one row a device and activation_checkpointing: true ({gib(smaller.total)})"

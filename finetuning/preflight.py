@@ -426,6 +426,7 @@ def inspect(
     report.findings += check_rows(questions, answers)
     report.findings += check_leaks(questions, {name: texts for name, texts in held_out.items() if texts})
     report.plan = plan_training(prepared, len(tokenized), args)
+    report.plan["labelled_share"] = round(labels.supervised / max(1, labels.tokens), 4)
     places = np.linspace(0, len(tokenized) - 1, num=min(preview_rows, len(tokenized)), dtype=int).tolist()
     for place in places:
         kept = slice(-limit, None) if limit and args.truncation_mode == "keep_end" else slice(limit)
@@ -469,18 +470,21 @@ def check_memory(
     peft_config: PeftConfig | None,
     num_added_tokens: int,
     longest_row: int,
+    labelled: float,
 ) -> tuple[list[Finding], dict, bool]:
     """Whether training fits into memory, with activation checkpointing where it does not fit without.
 
     Args:
         settings: Keyword arguments of from_pretrained.
         longest_row: Tokens of the longest sequence that the trainer has.
+        labelled: Share of the tokens that the loss is on.
 
     Returns:
         Findings, the plan for preflight.json, and whether to checkpoint activations.
     """
     flattened = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
-    batch = Batch(args.per_device_train_batch_size, longest_row, packed=flattened)
+    # a batch may have a larger share of answers than the average
+    batch = Batch(args.per_device_train_batch_size, longest_row, flattened, min(1.0, 1.5 * labelled))
     requested = args.activation_checkpointing
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     try:
@@ -563,7 +567,7 @@ def run_preflight(
     )
     longest = args.max_length if args.packing else int(min(per_row["row tokens"].max(), args.max_length or 2**62))
     findings, report.memory, checkpointing = check_memory(
-        args, model_args, settings, peft_config, num_added_tokens, longest
+        args, model_args, settings, peft_config, num_added_tokens, longest, report.plan["labelled_share"]
     )
     report.findings += notes + findings
     report.findings += count_special_tokens(train_rows, tokenizer, script_args)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import trl.trainer.utils
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -37,6 +38,10 @@ from finetuning.records import delete_run, save_record
 from finetuning.runs import INCOMPLETE, RUN_FILE
 
 OPTIMIZER_FOLDER = "optimizer"
+
+# trl projects only the positions that have a label onto the vocabulary where it has Triton, and all positions elsewhere, so
+# that compilers see constant shapes. Nothing is compiled on a CPU, and most positions are of the question: skip them there too.
+trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
 
 
 @dataclass

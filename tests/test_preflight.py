@@ -285,7 +285,7 @@ def memory_plan(tmp_path, monkeypatch, gigabytes, **settings):
     )
     model_args = ModelArguments(model_name_or_path=MODEL)
     return preflight.check_memory(
-        args, model_args, {"dtype": torch.float32, "attn_implementation": "sdpa"}, None, 0, 2048
+        args, model_args, {"dtype": torch.float32, "attn_implementation": "sdpa"}, None, 0, 2048, 1.0
     )
 
 
