@@ -24,10 +24,12 @@ from tqdm import tqdm  # noqa: E402
 
 from finetuning.chat import load_tokenizer  # noqa: E402
 from finetuning.data import load_test_samples  # noqa: E402
+from finetuning.decoding import why_not_exact  # noqa: E402
 from finetuning.hardware import choose_dtype  # noqa: E402
 from finetuning.inference import (  # noqa: E402
     build_generation_config,
     describe_generation,
+    encode_prompts,
     fingerprint_model,
     generate_answers,
     hash_text,
@@ -57,13 +59,14 @@ def main(args: TestArguments) -> None:
             options["revision"] = record["config"].get("model_revision", "main")
         tokenizer = load_tokenizer(path, record["chat_template"] if in_run else None, **options)
         model = load_model(path, dtype, **options)
-        generation_config = build_generation_config(args, tokenizer, model.generation_config)
+        generation_config, sources = build_generation_config(args, tokenizer, model.generation_config)
+        settings = {key: f"{getattr(generation_config, key)} ({source})" for key, source in sources.items()}
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
         identity = {
             "model": fingerprint_model(path),
             "dtype": str(dtype).removeprefix("torch."),
             "generation": describe_generation(generation_config, args.seed),
             "chat_template": hash_text(tokenizer.chat_template),
-            "engine": "transformers generate",
         }
         file = RowFile(run / PREDICTIONS / f"{name}.jsonl", identity, args.overwrite)
         file.write_info(path=path, seconds=file.info.get("seconds", 0.0))
@@ -73,28 +76,38 @@ def main(args: TestArguments) -> None:
             print(f"{name}: all {len(samples)} samples are answered")
         start = time.perf_counter() - file.info.get("seconds", 0.0)
         num_tokens = sum(row["num_new_tokens"] for row in file.rows)
+        written = start
         with tqdm(total=len(samples), initial=len(samples) - len(missing), desc=name, unit="sample") as progress:
-            prompts = [sample["prompt"] for sample in missing]
-            for answers in generate_answers(model, tokenizer, prompts, generation_config, args.batch_size, args.seed):
-                for answer in answers:
-                    sample = missing[answer.index]
-                    file.append(
-                        {
-                            "id": sample["id"],
-                            "messages": sample["prompt"],
-                            "references": sample["references"],
-                            "prediction": answer.prediction,
-                            "num_prompt_tokens": answer.num_prompt_tokens,
-                            "num_new_tokens": answer.num_new_tokens,
-                            "finish_reason": answer.finish_reason,
-                            "error": answer.error,
-                        }
-                    )
-                    num_tokens += answer.num_new_tokens
-                progress.update(len(answers))
+            encoded = encode_prompts(tokenizer, [sample["prompt"] for sample in missing])
+            ids = [sample["id"] for sample in missing]
+            longest = max(map(len, encoded), default=0) + args.max_new_tokens
+            reason = why_not_exact(model, generation_config, longest)
+            if reason is not None:
+                progress.write(f"{name}: the library's own loop answers, in batches, because of {reason}")
+            for answer in generate_answers(
+                model, tokenizer, encoded, ids, generation_config, args.batch_size, args.seed
+            ):
+                sample = missing[answer.index]
+                file.append(
+                    {
+                        "id": sample["id"],
+                        "messages": sample["prompt"],
+                        "references": sample["references"],
+                        "prediction": answer.prediction,
+                        "num_prompt_tokens": answer.num_prompt_tokens,
+                        "num_new_tokens": answer.num_new_tokens,
+                        "finish_reason": answer.finish_reason,
+                        "error": answer.error,
+                    }
+                )
+                num_tokens += answer.num_new_tokens
                 seconds = time.perf_counter() - start
-                progress.set_postfix_str(f"{num_tokens / seconds:.0f} tokens/s")
-                file.write_info(seconds=round(seconds, 2))
+                progress.set_postfix_str(f"{num_tokens / seconds:.0f} tokens/s", refresh=False)
+                progress.update()
+                if time.perf_counter() - written > 1:
+                    file.write_info(seconds=round(seconds, 2))
+                    written = time.perf_counter()
+            file.write_info(seconds=round(time.perf_counter() - start, 2))
         file.write_info(metrics=score_predictions(file.rows))
         file.close()
 

@@ -23,7 +23,7 @@ RANGES = {
     "adam_beta1": (0, 0.9999999), "adam_beta2": (0, 0.9999999), "label_smoothing_factor": (0, 1),
     "neftune_noise_alpha": (0, None), "lora_r": (1, None), "lora_alpha": (1, None), "lora_dropout": (0, 0.9999999),
     "num_prompts": (1, None), "num_samples": (1, None), "batch_size": (1, None), "max_new_tokens": (1, None),
-    "top_p": (0, 1), "top_k": (0, None), "concurrency": (1, None), "max_tokens": (1, None), "max_retries": (0, None),
+    "top_p": (0, 1), "num_beams": (1, None), "no_repeat_ngram_size": (1, None), "top_k": (0, None), "concurrency": (1, None), "max_tokens": (1, None), "max_retries": (0, None),
     "preview_rows": (0, None), "pad_to_multiple_of": (1, None),
 }  # fmt: skip
 POSITIVE = {
@@ -133,6 +133,10 @@ CONTRADICTIONS = (
      "top_p has no effect without `do_sample: true`; set both, or neither"),
     (("do_sample", "top_k"), lambda sample, k: k is not None and not sample,
      "top_k has no effect without `do_sample: true`; set both, or neither"),
+    (("do_sample", "num_beams"), lambda sample, beams: sample and (beams or 1) > 1,
+     "do_sample and num_beams: {num_beams} exclude each other; keep one of them"),
+    (("num_beams", "length_penalty"), lambda beams, penalty: penalty is not None and (beams or 1) == 1,
+     "length_penalty has no effect without num_beams of 2 or more; set both, or neither"),
     (("do_sample", "temperature"), lambda sample, t: sample and t is not None and t <= 0,
      "temperature: must be more than 0 with do_sample: true, got {temperature}; for greedy answers, do_sample: false"),
 )  # fmt: skip
@@ -271,13 +275,23 @@ class TestArguments(RunArguments):
         default=50,
         metadata={"help": "Number of test samples, drawn by their ids, so that 100 samples contain the first 50."},
     )
-    batch_size: int = field(default=16, metadata={"help": "Prompts answered at once."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Prompts answered at once. Unset: as many as memory allows, at most 128."}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
     do_sample: bool = field(default=False, metadata={"help": "Sample from the distribution; greedy otherwise."})
     temperature: float | None = field(default=None, metadata={"help": "Softmax temperature; needs do_sample."})
     top_p: float | None = field(default=None, metadata={"help": "Nucleus of the distribution; needs do_sample."})
     top_k: int | None = field(default=None, metadata={"help": "Number of tokens to sample from; needs do_sample."})
     repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1 makes repetition less likely."})
+    no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "No run of so many tokens comes twice."})
+    num_beams: int | None = field(default=None, metadata={"help": "Beams; more than one is slower, and cannot sample."})
+    length_penalty: float | None = field(
+        default=None, metadata={"help": "Above 0 favours long beams; needs num_beams."}
+    )
+    stop: list[str] | None = field(
+        default=None, metadata={"help": "Strings at which an answer ends, itself without them."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of sampling."})
     dtype: str | None = field(
         default=None,

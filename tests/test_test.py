@@ -11,10 +11,18 @@ import time
 import pytest
 import torch
 from conftest import ROOT, command, read_losses, run, train
+from transformers import GenerationConfig
 
 from finetuning.chat import load_tokenizer
 from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
-from finetuning.inference import build_generation_config, fingerprint_model, generate_answers, load_model
+from finetuning.decoding import SlotCache, why_not_exact
+from finetuning.inference import (
+    build_generation_config,
+    encode_prompts,
+    fingerprint_model,
+    generate_answers,
+    load_model,
+)
 from finetuning.results import read_rows
 
 
@@ -91,39 +99,118 @@ def test_a_test_killed_in_the_middle_goes_on_with_nothing_lost_or_double(answere
     assert after[: len(before)] == before and len({row["id"] for row in after}) == len(after) == 40
 
 
-def test_a_batch_answers_what_each_prompt_alone_would(tokenizer):
+def load_demo(**settings):
+    """The demo model with what answers need: model, tokenizer, generation config."""
     model = load_model(str(ROOT / "demo/model"), torch.float32)
-    config = build_generation_config(Arguments(max_new_tokens=24), tokenizer, model.generation_config)
-    texts = [
-        "#Person1#: Hello, Ella.",
-        "#Person1#: " + "안녕하세요, 민수 씨. " * 6,
-        "Hi",
-        "#Person2#: See you at 3:30 on Friday.",
-    ]
-    prompts = [[{"role": "user", "content": text}] for text in texts]
-    batched = {a.index: a for batch in generate_answers(model, tokenizer, prompts, config, 4, 0) for a in batch}
-    for index, prompt in enumerate(prompts):
-        ((alone,),) = generate_answers(model, tokenizer, [prompt], config, 1, 0)
-        assert (alone.prediction, alone.num_new_tokens) == (batched[index].prediction, batched[index].num_new_tokens)
+    tokenizer = load_tokenizer(str(ROOT / "demo/model"))
+    config, _ = build_generation_config(Arguments(**settings), tokenizer, model.generation_config)
+    return model, tokenizer, config
 
 
-def test_a_prompt_longer_than_the_context_is_an_error_row_and_the_others_are_answered(tokenizer):
-    model = load_model(str(ROOT / "demo/model"), torch.float32)
-    config = build_generation_config(Arguments(max_new_tokens=8), tokenizer, model.generation_config)
-    prompts = [[{"role": "user", "content": "x" * 5000}], [{"role": "user", "content": "Hi"}]]
-    answers = {a.index: a for batch in generate_answers(model, tokenizer, prompts, config, 4, 0) for a in batch}
+def answers_to(texts: list[str], model, tokenizer, config, batch_size=None, seed=0, names=None):
+    encoded = encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in texts])
+    found = generate_answers(model, tokenizer, encoded, names or texts, config, batch_size, seed)
+    answers = sorted(found, key=lambda answer: answer.index)
+    assert [answer.index for answer in answers] == list(range(len(texts)))
+    return answers
+
+
+TEXTS = [
+    "#Person1#: Hello, Ella.",
+    "#Person1#: " + "안녕하세요, 민수 씨. " * 6,
+    "Hi",
+    "#Person2#: See you at 3:30 on Friday.",
+    *(f"#Person1#: I lost my umbrella at {n} o'clock." for n in range(1, 9)),
+]
+
+
+@pytest.mark.parametrize("sample", [{}, {"do_sample": True}, {"do_sample": True, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}], ids=["greedy", "sampled", "penalised"])  # fmt: skip
+def test_an_answer_depends_on_its_sample_and_the_seed_only(sample):
+    """Not on the batch, the order, or what else is asked."""
+    loaded = load_demo(max_new_tokens=24, **sample)
+    whole = answers_to(TEXTS, *loaded)
+    for batch_size in (1, 3, 5):
+        assert [a.prediction for a in answers_to(TEXTS, *loaded, batch_size)] == [a.prediction for a in whole]
+    backwards = answers_to(TEXTS[::-1], *loaded, 4)
+    assert [a.prediction for a in backwards[::-1]] == [a.prediction for a in whole]
+    some = answers_to(TEXTS[5:8], *loaded)
+    assert [a.prediction for a in some] == [a.prediction for a in whole[5:8]]
+    if sample:
+        other = answers_to(TEXTS, *loaded, seed=1)
+        assert [a.prediction for a in other] != [a.prediction for a in whole]
+        assert len({a.prediction for a in answers_to(TEXTS[:1] * 6, *loaded, names=list("abcdef"))}) > 1
+
+
+def test_greedy_answers_are_those_of_the_library():
+    model, tokenizer, config = load_demo(max_new_tokens=24)
+    answers = answers_to(TEXTS, model, tokenizer, config)
+    for text, answer in zip(TEXTS, answers, strict=True):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, generation_config=config)[0, inputs["input_ids"].shape[1] :]
+        assert answer.num_new_tokens == len(output)
+        assert (
+            answer.prediction == tokenizer.decode(output, skip_special_tokens=False).replace("<|im_end|>", "").strip()
+        )
+
+
+def test_an_answer_ends_before_a_stop_string():
+    plain = answers_to(TEXTS[4:5], *load_demo(max_new_tokens=48))[0].prediction
+    word = plain.split()[4]
+    (stopped,) = answers_to(TEXTS[4:5], *load_demo(max_new_tokens=48, stop=[word]))
+    assert stopped.prediction == plain[: plain.index(word)].strip() and stopped.finish_reason == "stop"
+
+
+def test_beams_go_through_the_library_and_give_its_answers():
+    model, tokenizer, config = load_demo(max_new_tokens=12, num_beams=3)
+    assert why_not_exact(model, config, 100) == "beam search"
+    answers = answers_to(TEXTS[:4], model, tokenizer, config)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, generation_config=config)[0, inputs["input_ids"].shape[1] :]
+    assert (
+        answers[0].prediction == tokenizer.decode(output, skip_special_tokens=False).replace("<|im_end|>", "").strip()
+    )
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch):
+    loaded = load_demo(max_new_tokens=12, do_sample=True)
+    expected = [a.prediction for a in answers_to(TEXTS, *loaded)]
+    tried = []
+    write = SlotCache.write
+
+    def write_if_small(cache, prompts, lengths):
+        tried.append(cache.num_slots)
+        if cache.num_slots > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        write(cache, prompts, lengths)
+
+    monkeypatch.setattr(SlotCache, "write", write_if_small)
+    assert [a.prediction for a in answers_to(TEXTS, *loaded, 12)] == expected
+    assert sorted(set(tried), reverse=True) == [12, 6, 3]
+
+
+def test_a_prompt_longer_than_the_context_is_an_error_row_and_the_others_are_answered():
+    answers = answers_to(["x" * 5000, "Hi"], *load_demo(max_new_tokens=8), 4)
     assert answers[0].finish_reason == "error" and "exceed the context of 2048" in answers[0].error
     assert answers[1].finish_reason != "error"
 
 
 def test_what_is_not_set_comes_from_the_checkpoint(tokenizer):
-    model = load_model(str(ROOT / "demo/model"), torch.float32)
-    own = model.generation_config
-    own.temperature, own.top_p = 0.6, 0.9
-    greedy = build_generation_config(Arguments(), tokenizer, own)
+    own = GenerationConfig(temperature=0.6, top_p=0.9, repetition_penalty=1.05, eos_token_id=[1, 3])
+    greedy, sources = build_generation_config(Arguments(), tokenizer, own)
     assert not greedy.do_sample and greedy.temperature is None
-    sampled = build_generation_config(Arguments(do_sample=True, top_p=0.5), tokenizer, own)
+    assert (greedy.repetition_penalty, sources["repetition_penalty"]) == (1.05, "checkpoint")
+    sampled, sources = build_generation_config(Arguments(do_sample=True, top_p=0.5), tokenizer, own)
     assert (sampled.temperature, sampled.top_p, sampled.top_k) == (0.6, 0.5, 0)
+    assert [sources[key] for key in ("temperature", "top_p", "top_k", "max_new_tokens")] == [
+        "checkpoint",
+        "flag",
+        "default",
+        "default",
+    ]
     assert len(greedy.eos_token_id) == 2
 
 

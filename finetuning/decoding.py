@@ -1,0 +1,325 @@
+"""
+Many prompts at once, with nothing but torch and transformers: one wide decode batch over a cache that is allocated once.
+
+Prompts are read in chunks of like length, without padding on the left and without the language model's head; from then
+on each has a slot of the cache. Every step adds one token to every slot. A finished sequence leaves at once, and prompts
+that wait take its place. Greedy tokens are those of `model.generate` for each prompt alone (docs/generation.md).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SLOT_ATTENTION = "slots"
+PREFILL_TOKENS = 4096  # read at once; more than this only where one prompt is longer
+REFILL = 4  # waiting prompts are read when 1 / REFILL of the slots is free
+
+
+def slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """SDPA, where the queries of one token that share a key head are rows of one matrix: nothing is repeated.
+
+    Shapes: query (slots, heads, 1, dim), key and value (slots, key heads, length, dim), mask (slots, 1, 1, length).
+    """
+    if query.shape[2] > 1 or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    slots, heads, _, dim = query.shape
+    grouped = query.view(slots, key.shape[1], heads // key.shape[1], dim)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return output.reshape(slots, 1, heads, dim), None
+
+
+AttentionInterface.register(SLOT_ATTENTION, slot_attention)
+AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
+
+
+class PromptCache:
+    """Keys and values of a chunk of prompts while they are read, as transformers' Cache has them."""
+
+    def __init__(self):
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
+        assert layer_idx == len(self.layers)
+        self.layers.append((key, value))
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+class SlotCache:
+    """Keys and values of `num_slots` sequences of up to `length` tokens, allocated once, the active ones in front."""
+
+    def __init__(self, num_slots: int, length: int):
+        self.num_slots, self.length = num_slots, length
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.active = 0
+        self.longest = 0
+        self.positions = torch.empty(0, dtype=torch.long)
+
+    def write(self, prompts: PromptCache, lengths: list[int]) -> None:
+        """Put prompts into the next free slots."""
+        if not self.layers:
+            for tensors in prompts.layers:
+                self.layers.append(
+                    tuple(t.new_zeros(self.num_slots, t.shape[1], self.length, t.shape[3]) for t in tensors)
+                )
+        last = self.active + len(lengths)
+        for (keys, values), (new_keys, new_values) in zip(self.layers, prompts.layers, strict=True):
+            keys[self.active : last, :, : new_keys.shape[2]] = new_keys
+            values[self.active : last, :, : new_values.shape[2]] = new_values
+        self.active = last
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for tensors in self.layers:
+            for tensor in tensors:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def begin_step(self, positions: torch.Tensor) -> None:
+        """Say where the token of each active slot goes in this step."""
+        self.positions = positions
+        self.rows = torch.arange(len(positions), device=positions.device)
+        self.longest = int(positions.max()) + 1
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
+        rows, positions = self.rows.to(key.device), self.positions.to(key.device)
+        tensors = self.layers[layer_idx]
+        for tensor, new in zip(tensors, (key, value), strict=True):
+            tensor[rows, :, positions] = new[:, :, 0]
+        return tuple(tensor[: self.active, :, : self.longest] for tensor in tensors)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.longest - 1
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.longest - 1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.longest, 0
+
+
+@dataclass
+class Sequence:
+    """A prompt and what has been generated for it."""
+
+    index: int
+    prompt: list[int]
+    generator: torch.Generator | None
+    new_ids: list[int] = field(default_factory=list)
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys are in the cache before the next step: all but the last."""
+        return len(self.prompt) + len(self.new_ids) - 1
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of one sample's generator, which depends on nothing but the run's seed and the sample."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1
+
+
+def why_not_exact(model: PreTrainedModel, config: GenerationConfig, longest: int) -> str | None:
+    """Why the slots cannot hold this model exactly, or None where they can."""
+    text_config = model.config.get_text_config()
+    layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    window = getattr(text_config, "sliding_window", None)
+    if (config.num_beams or 1) > 1:
+        return "beam search"
+    if model.config.is_encoder_decoder:
+        return "an encoder and a decoder"
+    if layer_types - {"full_attention"}:
+        return f"layers of {', '.join(sorted(layer_types - {'full_attention'}))}"
+    if window is not None and getattr(text_config, "use_sliding_window", True) and window < longest:
+        return f"a sliding window of {window} tokens"
+    if getattr(text_config, "attn_logit_softcapping", None) is not None:
+        return "attention logits that are capped"
+    if getattr(text_config, "alibi", False) or model._is_stateful or not model._supports_attention_backend:
+        return "attention of its own kind"
+    return None
+
+
+def build_processors(config: GenerationConfig) -> tuple[LogitsProcessorList, LogitsProcessorList]:
+    """What changes logits before a token is chosen: by the tokens of each sequence, and for all sequences alike."""
+    by_sequence, alike = LogitsProcessorList(), LogitsProcessorList()
+    if config.repetition_penalty not in (None, 1.0):
+        by_sequence.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        by_sequence.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.do_sample:
+        if config.temperature not in (None, 1.0):
+            alike.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_k:
+            alike.append(TopKLogitsWarper(config.top_k))
+        if config.top_p is not None and config.top_p < 1.0:
+            alike.append(TopPLogitsWarper(config.top_p))
+    return by_sequence, alike
+
+
+def choose_tokens(
+    logits: torch.Tensor,
+    sequences: list[Sequence],
+    config: GenerationConfig,
+    processors: tuple[LogitsProcessorList, LogitsProcessorList],
+) -> list[int]:
+    """The next token of each sequence; a sampled one by the sequence's own generator.
+
+    Args:
+        logits: (sequences, vocabulary), float32.
+    """
+    by_sequence, alike = processors
+    if by_sequence:
+        rows = []
+        for row, sequence in zip(logits, sequences, strict=True):
+            ids = torch.tensor([sequence.prompt + sequence.new_ids], device=logits.device)
+            rows.append(by_sequence(ids, row[None]))
+        logits = torch.cat(rows)
+    if not config.do_sample:
+        return logits.argmax(dim=-1).tolist()
+    cumulated = alike(None, logits).double().softmax(dim=-1).cumsum(dim=-1)
+    drawn = torch.stack([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in sequences])
+    return torch.searchsorted(cumulated, drawn.to(logits.device) * cumulated[:, -1:]).flatten().tolist()
+
+
+class Decoder:
+    """Generates for many prompts with one model.
+
+    Args:
+        model: A causal language model that `why_not_exact` has nothing against, in evaluation mode.
+        config: Settings of generation; `eos_token_id` is a list.
+        num_slots: Sequences that are decoded at once.
+        tokenizer: Needed for `stop_strings`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: GenerationConfig,
+        num_slots: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = config
+        self.num_slots = num_slots
+        self.processors = build_processors(config)
+        self.tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], seeds: list[int] | None = None) -> Iterator[tuple[int, list[int]]]:
+        """Yield (index of the prompt, new token ids with the end token if there is one), as sequences finish.
+
+        Args:
+            seeds: One a prompt; needed for sampling.
+        """
+        implementation = self.model.config._attn_implementation
+        self.model.set_attn_implementation(SLOT_ATTENTION)
+        try:
+            yield from self._generate(prompts, seeds)
+        finally:
+            self.model.set_attn_implementation(implementation)
+
+    def _generate(self, prompts: list[list[int]], seeds: list[int] | None) -> Iterator[tuple[int, list[int]]]:
+        # the longest first, so that memory runs out at once or not at all; pop() takes from the end
+        waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        num_slots = min(self.num_slots, len(prompts))
+        cache = SlotCache(num_slots, max(map(len, prompts), default=0) + self.config.max_new_tokens)
+        active: list[Sequence] = []
+        ends = set(self.config.eos_token_id)
+        while waiting or active:
+            free = num_slots - len(active)
+            if waiting and (free >= min(len(waiting), max(1, num_slots // REFILL)) or not active):
+                while waiting and len(active) < num_slots:
+                    active += self._read(cache, self._take(waiting, prompts, seeds, num_slots - len(active)))
+            logits = self._step(cache, active)
+            finished = []
+            for slot, token in enumerate(choose_tokens(logits, active, self.config, self.processors)):
+                sequence = active[slot]
+                sequence.new_ids.append(token)
+                full = len(sequence.new_ids) == self.config.max_new_tokens
+                if token in ends or full or self._stops(sequence.new_ids):
+                    finished.append(slot)
+            for slot in reversed(finished):
+                sequence, last = active[slot], active.pop()
+                if last is not sequence:
+                    cache.move(len(active), slot, last.cached)
+                    active[slot] = last
+                cache.active = len(active)
+                yield sequence.index, sequence.new_ids
+
+    def _stops(self, new_ids: list[int]) -> bool:
+        """Whether the text so far has a stop string; a token may end one that others began."""
+        if not self.config.stop_strings:
+            return False
+        tail = self.tokenizer.decode(new_ids[-max(map(len, self.config.stop_strings)) - 1 :])
+        return any(stop in tail for stop in self.config.stop_strings)
+
+    def _take(self, waiting: list[int], prompts, seeds, free: int) -> list[Sequence]:
+        """The longest prompts that wait, as many as are read at once."""
+        taken: list[Sequence] = []
+        while waiting and len(taken) < free:
+            longest = len(taken[0].prompt) if taken else 0
+            if taken and longest * (len(taken) + 1) > PREFILL_TOKENS:
+                break
+            index = waiting.pop()
+            generator = torch.Generator().manual_seed(seeds[index]) if self.config.do_sample else None
+            taken.append(Sequence(index, prompts[index], generator))
+        return taken
+
+    def _read(self, cache: SlotCache, sequences: list[Sequence]) -> list[Sequence]:
+        """Fill the cache with prompts, all but the last token of each, which the first step takes.
+
+        Padding stands on the right, where causal attention does not look.
+        """
+        lengths = [sequence.cached for sequence in sequences]
+        width = max(1, *lengths)
+        ids = torch.zeros(len(sequences), width, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            ids[row, : lengths[row]] = torch.tensor(sequence.prompt[:-1], dtype=torch.long)
+        prompts = PromptCache()
+        positions = torch.arange(width, device=self.model.device)[None].expand(len(sequences), width)
+        self.model.base_model(
+            input_ids=ids.to(self.model.device), position_ids=positions, past_key_values=prompts, use_cache=True
+        )
+        cache.write(prompts, lengths)
+        return sequences
+
+    def _step(self, cache: SlotCache, active: list[Sequence]) -> torch.Tensor:
+        """Logits (sequences, vocabulary) of the next token of each sequence."""
+        device = self.model.device
+        tokens = torch.tensor([[(s.new_ids or s.prompt)[-1]] for s in active], device=device)
+        positions = torch.tensor([s.cached for s in active], device=device)
+        cache.begin_step(positions)
+        mask = torch.arange(cache.longest, device=device) <= positions[:, None]
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=mask[:, None, None],
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
