@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with a column `dialogue`")
     parser.add_argument("--num_prompts", type=int, default=100)
+    parser.add_argument("--num_alone", type=int, help="prompts that are answered one by one; all unless set")
     args = parser.parse_args()
     model, prompts = build_model(), read_prompts(args.data, args.num_prompts)
     lengths = sorted(map(len, prompts))
@@ -95,7 +96,7 @@ def main() -> None:
         print(f"\n{title}\n{'engine':<44}{'seconds':>9}{'tokens/s':>10}{'ratio':>8}{'equal':>10}", flush=True)
         reference, base = None, 0.0
         engines = {
-            "generate, one by one": lambda c=config: one_by_one(model, prompts, c),
+            "generate, one by one": lambda c=config: one_by_one(model, prompts[: args.num_alone], c),
             "generate, sorted batches of 16": lambda c=config: sorted_batches(model, prompts, c),
             "step 3: slots": lambda c=config: slots(model, prompts, c),
             f"loop without a cache ({NUM_SLOW} prompts)": lambda c=config: one_by_one(
@@ -109,7 +110,7 @@ def main() -> None:
             speed = sum(map(len, answers)) / seconds
             reference, base = reference or answers, base or speed
             equal = sum(a == b for a, b in zip(answers, reference, strict=False))
-            share = f"{equal}/{len(answers)}"
+            share = f"{equal}/{min(len(answers), len(reference))}"
             print(f"{name:<44}{seconds:>9.1f}{speed:>10.1f}{speed / base:>8.2f}{share:>10}", flush=True)
         print(f"different tokens in the answers: {len({token for answer in reference for token in answer})}")
 

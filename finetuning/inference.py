@@ -47,6 +47,11 @@ def fingerprint_model(name_or_path: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what makes token ids of messages: the vocabulary, its merges and the chat template."""
+    return hash_text([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
+
+
 def load_model(name_or_path: str, dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     """Load a model, or an adapter on its base model, for inference.
 
@@ -54,8 +59,9 @@ def load_model(name_or_path: str, dtype: torch.dtype, **kwargs) -> PreTrainedMod
         InputError: There is no such model.
     """
     settings = {"dtype": dtype, "attn_implementation": choose_attention(None, dtype)[0], **kwargs}
-    if torch.cuda.is_available():
-        settings["device_map"] = "auto"
+    if torch.cuda.is_available():  # one process spreads a large model over all GPUs; of several, each has its own
+        several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+        settings["device_map"] = {"": int(os.environ["LOCAL_RANK"])} if several else "auto"
     try:
         if (Path(name_or_path) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM

@@ -9,6 +9,7 @@ Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its r
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetuning.errors import InputError
@@ -68,6 +69,23 @@ class RowFile:
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
         self.rows.append(row)
+
+    def absorb(self, parts: Iterable[Path]) -> None:
+        """Take over rows that other processes have written under the same identity, and delete their files.
+
+        Rows whose id is here already, after a kill in the middle of this, are not taken twice.
+        """
+        known = {row["id"] for row in self.rows}
+        for part in parts:
+            info_path = part.with_suffix(".json")
+            info = json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {}
+            if info.get("identity") == json.loads(json.dumps(self.info["identity"])):
+                for row in read_rows(part):
+                    if row["id"] not in known:
+                        self.append(row)
+                        known.add(row["id"])
+            part.unlink()
+            info_path.unlink(missing_ok=True)
 
     def write_info(self, **info) -> None:
         """Record what is known of all rows (metrics, usage) beside their identity."""

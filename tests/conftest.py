@@ -2,6 +2,7 @@
 Shared by the tests: scripts are run as users run them, in a subprocess, on the demo data and model with a small budget.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,18 @@ def train(output_dir: Path, *args: str, num_processes: int = 1, check: bool = Tr
     """Run step 1 with a small budget."""
     arguments = ["--config", CONFIG, *SMALL, "--output_dir", output_dir, *args]
     return run(command("1_train_full_fine_tuning.py", *arguments, num_processes=num_processes), check, **env)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL a process and all that it has started; torchrun's workers have process groups of their own."""
+    if process.poll() is not None:
+        return
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family)
+    process.wait()
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "1"}

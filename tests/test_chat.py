@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
@@ -66,7 +68,10 @@ def test_the_loss_is_on_the_answer_and_its_end_token_only(tmp_path, tokenizer, p
     assert sorted(answers) == sorted([row["completion"][0]["content"] for row in CHAT] + [""])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+FLEX = pytest.param("flex_attention", marks=pytest.mark.skipif(not shutil.which("g++"), reason="it is compiled"))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", FLEX])  # all that run without a GPU
 def test_rows_packed_into_one_sequence_do_not_see_each_other(tokenizer, attention):
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, read_losses, run, train
+from conftest import ROOT, command, kill_all, read_losses, run, train
 from transformers import GenerationConfig
 
 from finetuning.chat import load_tokenizer
@@ -97,6 +97,31 @@ def test_a_test_killed_in_the_middle_goes_on_with_nothing_lost_or_double(answere
     run(command("3_test.py", *arguments))
     after = predictions(run_dir, "base")
     assert after[: len(before)] == before and len({row["id"] for row in after}) == len(after) == 40
+
+
+def test_two_ranks_give_the_rows_of_one_after_a_kill_too(answered_run, tmp_path):
+    """Sampled, so that any dependence on the batch would show."""
+    rows = {}
+    sampled = ["--model_name", "checkpoint-10", "--num_samples", 40, "--max_new_tokens", 64, "--do_sample", "true"]
+    for name, num_processes in (("one", 1), ("two", 2), ("killed", 2)):
+        run_dir = shutil.copytree(answered_run, tmp_path / name)
+        shutil.rmtree(run_dir / "predictions")
+        launch = command("3_test.py", "--output_dir", run_dir, *sampled, "--batch_size", 4, num_processes=num_processes)
+        if name == "killed":
+            process = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while (
+                not list((run_dir / "predictions").glob("parts/*.jsonl"))
+                or len(predictions(run_dir, "checkpoint-10")) < 2
+            ):
+                assert process.poll() is None
+                time.sleep(0.01)
+            kill_all(process)
+            assert len(predictions(run_dir, "checkpoint-10")) < 40
+        printed = run(launch).stdout
+        assert printed.count("ROUGE-1") == 1
+        rows[name] = sorted(predictions(run_dir, "checkpoint-10"), key=lambda row: row["id"])
+        assert not list((run_dir / "predictions" / "parts").glob("*"))
+    assert len(rows["one"]) == 40 and rows["one"] == rows["two"] == rows["killed"]
 
 
 def load_demo(**settings):

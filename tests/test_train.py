@@ -1,6 +1,5 @@
 """Step 1, as users run it."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,10 +8,9 @@ import signal
 import subprocess
 import time
 
-import psutil
 import pytest
 import torch
-from conftest import CONFIG, FSDP, ROOT, SMALL, command, read_losses, run, train
+from conftest import CONFIG, FSDP, ROOT, SMALL, command, kill_all, read_losses, run, train
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -110,18 +108,6 @@ def test_a_sharded_run_goes_on_in_a_single_process(fsdp_run, copy_of_run):
     (copy_of_run / "run.json").write_text(json.dumps({**record, "finished": None}))
     train(copy_of_run, "--per_device_train_batch_size", 4)
     assert read_losses(copy_of_run) == pytest.approx(read_losses(fsdp_run), abs=1e-4)
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL a process and all that it has started; torchrun's workers have process groups of their own."""
-    if process.poll() is not None:
-        return
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family)
-    process.wait()
 
 
 def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
