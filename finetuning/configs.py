@@ -72,7 +72,9 @@ def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
         if values.get(quantised) and values.get("use_peft") is False:
             keys = (quantised, "use_peft")
             faults.append((keys, f"{quantised} freezes the weights, so nothing would train without use_peft: true"))
+    faulty = {key for keys, _ in faults for key in keys}
     lora = [key for key, default in LORA_DEFAULTS.items() if values.get(key, default) not in (None, default)]
+    lora = [key for key in lora if key not in faulty]
     if lora and values.get("use_peft") is False:
         text = f"{lora[0]} has no effect without use_peft: true; add it, or leave the lora_ keys out"
         faults.append(((lora[0], "use_peft"), text))
