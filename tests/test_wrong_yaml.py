@@ -383,7 +383,16 @@ def test_brackets_that_are_too_deep_are_no_traceback(tmp_path, text):
     assert "too deep" in problem or "mapping values are not allowed" in problem
 
 
-def test_a_value_that_is_too_deep_is_said_with_its_key(tmp_path):
+@pytest.fixture
+def usual_recursion_limit():
+    """Python's own: torch's compiler raises it for the whole process."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(limit)
+
+
+def test_a_value_that_is_too_deep_is_said_with_its_key(tmp_path, usual_recursion_limit):
     text = "seed: 1\nlr_scheduler_kwargs: " + "{a: " * 300 + "1" + "}" * 300
     (problem,) = refuse(write(tmp_path / "config.yaml", text), *NEEDED)
     assert problem.startswith("2: lr_scheduler_kwargs: ") and "too deep" in problem
