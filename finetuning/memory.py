@@ -3,10 +3,11 @@ What training will need of a device's memory, estimated before the model is load
 
 Weights, gradients and optimizer state are counted. Activations are measured: the model's own forward pass runs on
 tensors that have a shape and no data (torch's FakeTensorMode), and what autograd would keep for the backward pass is
-added up. docs/preflight.md has the estimate beside the measured peak.
+added up. docs/preflight.md has the estimate beside the measured peak, and the models that do not run without data.
 """
 
 import contextlib
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ import psutil
 import torch
 from peft import PeftConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import SFTConfig
 
 from finetuning.errors import InputError
@@ -59,7 +60,8 @@ class Shapes:
     num_layers: int
     hidden_size: int
     vocab_size: int
-    activations: int  # bytes, with nothing recomputed
+    activations: int  # bytes, with nothing recomputed; 0 where they could not be measured
+    unmeasured: str | None = None  # why they could not
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,6 @@ def available_memory(device: torch.device, local_world_size: int) -> float | Non
     return free / local_world_size
 
 
-def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(name_or_path, **kwargs)
-
-
 def measure_shapes(
     config: PreTrainedConfig,
     batch: Batch,
@@ -133,10 +131,13 @@ def measure_shapes(
     peft_config: PeftConfig | None,
     num_added_tokens: int = 0,
 ) -> Shapes:
-    """Run the model's forward pass without data, and add up what the backward pass would need.
+    """Count parameters, run the model's forward pass without data, and add up what the backward pass would need.
 
     Args:
         settings: Keyword arguments of from_pretrained: dtype, attn_implementation.
+
+    Raises:
+        InputError: The model could not be loaded with these settings, or has no module of that name for an adapter.
     """
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     dtype = settings["dtype"]
@@ -146,12 +147,12 @@ def measure_shapes(
     attention = "eager" if settings["attn_implementation"] == "eager" else "sdpa"
     masked = not settings["attn_implementation"].startswith("flash")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=args.trust_remote_code,
-        )
+        try:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=args.trust_remote_code
+            )
+        except ValueError as error:  # loading it would end in the same words
+            raise InputError(f"{config.name_or_path} cannot be built with attention {attention}: {error}") from error
         if num_added_tokens:
             size = model.get_input_embeddings().num_embeddings + num_added_tokens
             model.resize_token_embeddings(size, mean_resizing=False)
@@ -166,6 +167,11 @@ def measure_shapes(
                 raise InputError(f"lora_target_modules: {error}") from error
     model.train()
     text_config = config.get_text_config()
+    activations, unmeasured = 0, None
+    try:
+        activations = _kept_bytes(model.base_model, batch, args.device.type, compute, masked)
+    except (RuntimeError, TypeError, ValueError) as error:  # the model's own code, which may look at data or lay its mask
+        unmeasured = str(error).splitlines()[0] if str(error) else type(error).__name__
     return Shapes(
         parameters=sum(p.numel() for p in trained.parameters()),
         trained=sum(p.numel() for p in trained.parameters() if p.requires_grad),
@@ -173,7 +179,8 @@ def measure_shapes(
         num_layers=text_config.num_hidden_layers,
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size + num_added_tokens,
-        activations=_kept_bytes(model.base_model, batch, args.device.type, compute, masked),
+        activations=activations,
+        unmeasured=unmeasured,
     )
 
 
@@ -182,6 +189,8 @@ def _kept_bytes(backbone: torch.nn.Module, batch: Batch, device: str, compute: t
     kept: dict[int, int] = {}
     tensors = []  # as long as they live, no other storage gets their address
     rows, length = (1, batch.tokens) if batch.packed else (batch.rows, batch.length)
+    # where an operation has no form without data, torch prints a traceback before it raises
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with FakeTensorMode(), torch.device(device):
         state = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)

@@ -422,7 +422,7 @@ class Parser(TrlParser):
             fail_with(problems)
         try:
             arguments = self._build(namespace)
-        except (ValueError, TypeError, ImportError, NotImplementedError, OSError, KeyError) as error:
+        except (ValueError, TypeError, ImportError) as error:  # what the libraries raise for a setting or a want
             text = " ".join(str(error).split())
             keys = [key for key in self.settings if re.search(rf"\b{re.escape(key)}\b", text)]
             if not keys:  # a library that looks into a mapping knows the keys in it only

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -35,7 +35,6 @@ from finetuning.memory import (
     MemoryPlan,
     available_memory,
     gib,
-    load_config,
     measure_shapes,
     plan_memory,
     what_would_fit,
@@ -487,25 +486,17 @@ def check_memory(
     batch = Batch(args.per_device_train_batch_size, longest_row, flattened, min(1.0, 1.5 * labelled))
     requested = args.activation_checkpointing
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-    try:
-        config = load_config(model_args.model_name_or_path, **source)
-        if settings["dtype"] == "auto":
-            settings = {**settings, "dtype": config.dtype or torch.float32}
-        shapes = measure_shapes(config, batch, args, settings, peft_config, num_added_tokens)
-    except InputError:
-        raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, OSError) as error:
-        # a model with code of its own may look at the data of its tensors, which have none here
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        text = f"not estimated, the model does not run without data: {reason}"
-        return [Finding("memory", "warning", text)], {}, requested != "false"
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
+    if settings["dtype"] == "auto":
+        settings = {**settings, "dtype": config.dtype or torch.float32}
+    shapes = measure_shapes(config, batch, args, settings, peft_config, num_added_tokens)
     available = available_memory(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def plan(checkpointing: bool) -> MemoryPlan:
         return plan_memory(shapes, batch, args, settings, checkpointing, available)
 
     chosen = plan(requested == "true")
-    if requested == "auto" and not chosen.fits:
+    if requested == "auto" and (shapes.unmeasured or not chosen.fits):
         chosen = plan(True)
     numbers = {**chosen.to_dict(), "model_parameters": shapes.parameters, "trained_parameters": shapes.trained}
     state = "on" if chosen.activation_checkpointing else "off"
@@ -515,6 +506,12 @@ def check_memory(
             would = [f"activation_checkpointing: true ({gib(plan(True).total)})"]
         text = f"training needs {chosen.describe()}. What would fit: {'; or '.join(would)}"
         return [Finding("memory", "refused", text, numbers=numbers)], numbers, chosen.activation_checkpointing
+    if shapes.unmeasured:
+        text = (
+            f"at least {chosen.describe()}, and the activations, which could not be measured ({shapes.unmeasured}); "
+            f"activation checkpointing {state}"
+        )
+        return [Finding("memory", "warning", text, numbers=numbers)], numbers, chosen.activation_checkpointing
     why = {"auto": "it fits without" if state == "off" else "it does not fit without"}.get(requested, "as asked")
     text = f"{chosen.describe()}; activation checkpointing {state}, {why}"
     return [Finding("memory", "ok", text, numbers=numbers)], numbers, chosen.activation_checkpointing
