@@ -1,53 +1,70 @@
 """
-Step 3: let checkpoints answer the test samples, and measure ROUGE, stopping and repetition.
+Step 3: let checkpoints answer the test samples, and measure ROUGE, chrF, stopping, repetition and length.
 
     python 3_test.py --model_name checkpoint-148 --num_samples 50
     python 3_test.py --model_name all        # the base model and every checkpoint of the newest run
     torchrun --nproc_per_node=2 3_test.py    # the samples are split over GPUs, or over machines with a shared file system
+    python 3_test.py --base_url http://localhost:8000/v1    # a vLLM or SGLang server answers
+    python 3_test.py --rescore true --rouge_tokenizer characters    # measures the answers there are, without a model
 
 Reads   <output_dir>/run.json                     test data, columns, system prompt and chat template, as in training
 Writes  <output_dir>/predictions/<model>.jsonl    one row a sample, appended as it is finished
         <output_dir>/predictions/<model>.json     how they were made, and the metrics
 
 Stop it and start it again at any time: samples already answered are not answered again, and a larger --num_samples
-adds to them.
+adds to them. A sample that cannot be answered is a row with its error, and does not stop the others.
 """
 
+import collections
 import datetime
 import glob
+import importlib.util
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from finetuning.configs import TestArguments, run_step
-from finetuning.errors import is_main_process
+from finetuning.configs import NOT_OF_ENGINE, TestArguments, run_step
+from finetuning.errors import InputError, is_main_process
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
-from finetuning.chat import load_tokenizer  # noqa: E402
+from finetuning.chat import load_generation_config, load_tokenizer  # noqa: E402
 from finetuning.data import load_test_samples  # noqa: E402
-from finetuning.decoding import why_not_exact  # noqa: E402
 from finetuning.hardware import choose_dtype  # noqa: E402
 from finetuning.inference import (  # noqa: E402
+    Answer,
+    Prompt,
+    TransformersEngine,
     build_generation_config,
+    check_prompts,
     describe_generation,
     encode_prompts,
     fingerprint_model,
     fingerprint_tokenizer,
-    generate_answers,
     hash_text,
     load_model,
+    read_ahead,
 )
-from finetuning.metrics import score_predictions  # noqa: E402
-from finetuning.results import RowFile, read_rows  # noqa: E402
-from finetuning.runs import BASE, PREDICTIONS, find_models, find_run, read_run  # noqa: E402
-from finetuning.scores import load_predictions, print_table, summarize_predictions  # noqa: E402
+from finetuning.metrics import MOST_DISCARDED, score_predictions  # noqa: E402
+from finetuning.openai_engine import OpenAIEngine, connect, find_served  # noqa: E402
+from finetuning.results import RowFile, iterate_rows  # noqa: E402
+from finetuning.runs import (  # noqa: E402
+    BASE,
+    PREDICTIONS,
+    find_models,
+    find_run,
+    names_of_files,
+    read_json,
+    read_run,
+)
+from finetuning.scores import format_metrics, print_table  # noqa: E402
 
 
 def main(args: TestArguments) -> None:
@@ -58,14 +75,23 @@ def main(args: TestArguments) -> None:
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first rank speaks for all
     run = find_run(args.output_dir)
+    if args.rescore:
+        if rank == 0:
+            rescore(run, args)
+        return
     record = read_run(run)
+    engine_name = choose_engine(args, world_size)
     models = find_models(run, args.model_name)
+    served: dict[str, str] = {}
+    if engine_name == "openai":
+        served = find_served(connect(args.base_url, args.timeout), models, args.model_name)
+        models = {name: models[name] for name in served}
     samples = load_test_samples(record["config"])
     if len(samples) < args.num_samples:
         print(f"the test split has {len(samples)} different samples; all of them are used")
-    samples = samples[: args.num_samples]
-    dtype = choose_dtype(args.dtype)
-    prompts: dict[str, list[list[int]]] = {}  # by tokenizer and template: checkpoints of a run share them
+    samples = {sample["id"]: sample for sample in samples[: args.num_samples]}
+    prompts: dict[str, list[Prompt]] = {}  # by tokenizer and template: checkpoints of a run share them
+    waiting = list(models.values())
 
     for name, path in models.items():
         in_run = name == BASE or Path(path).parent == run  # another model has a chat template of its own
@@ -73,45 +99,109 @@ def main(args: TestArguments) -> None:
         if name == BASE:
             options["revision"] = record["config"].get("model_revision", "main")
         tokenizer = load_tokenizer(path, record["chat_template"] if in_run else None, **options)
-        key = fingerprint_tokenizer(tokenizer)
-        if key not in prompts:
-            prompts[key] = encode_prompts(tokenizer, [sample["prompt"] for sample in samples])
-        model = load_model(path, dtype, **options)
-        generation_config, sources = build_generation_config(args, tokenizer, model.generation_config)
+        own_config = load_generation_config(path, **options)
+        generation_config, sources = build_generation_config(args, tokenizer, own_config, engine_name)
         settings = {key: f"{getattr(generation_config, key)} ({source})" for key, source in sources.items()}
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+        key = fingerprint_tokenizer(tokenizer)
+        if key not in prompts:
+            prompts[key] = encode_prompts(tokenizer, samples.values())
         identity = {
             "model": fingerprint_model(path),
-            "dtype": str(dtype).removeprefix("torch."),
+            "engine": engine_name,
+            "weights": describe_weights(args, engine_name),
             "generation": describe_generation(generation_config, args.seed),
             "chat_template": hash_text(tokenizer.chat_template),
         }
+
         rows_path, parts = run / PREDICTIONS / f"{name}.jsonl", run / PREDICTIONS / "parts"
         if rank == 0:
             file = RowFile(rows_path, identity, args.overwrite)
             file.absorb(parts.glob(f"{glob.escape(name)}.*.jsonl"))  # of a start that was killed
+            if engine_name == "openai":
+                file.drop(lambda row: row["finish_reason"] == "error")  # the server may have had a bad moment
             file.write_info(path=path, seconds=file.info.get("seconds", 0.0))
         wait(world_size)
-        answered = {row["id"] for row in read_rows(rows_path)}
-        missing = [index for index, sample in enumerate(samples) if sample["id"] not in answered]
-        if not missing:
+        answered = {row["id"] for row in iterate_rows(rows_path)}
+        missing = [prompt for prompt in prompts[key] if prompt.id not in answered]
+        waiting.remove(path)
+        if missing:
+            if rank == 0:
+                file.write_info(metrics=None)  # those there are do not know the new rows
+            else:
+                file = RowFile(parts / f"{name}.{rank}.jsonl", identity, overwrite=True)
+            # ranks take turns down the lengths, so that each has as much to do as the others
+            mine = sorted(missing, key=lambda prompt: -len(prompt.token_ids))[rank::world_size]
+            good, faulty = check_prompts(mine, path, tokenizer, args.max_new_tokens, **options)
+            for answer in faulty:
+                append(file, samples, answer)
+            if good:
+                engine = start_engine(engine_name, args, path, served.get(name), tokenizer, generation_config, options)
+                if waiting and engine_name != "openai" and rank == 0:
+                    read_ahead(waiting[0])
+                answer_samples(engine.answer(good), len(good), samples, file, name)
+                engine.close()  # before the next model is loaded
+        else:
             print(f"{name}: all {len(samples)} samples are answered")
-        # ranks take turns down the lengths, so that each has as much to do as the others
-        mine = sorted(missing, key=lambda index: -len(prompts[key][index]))[rank::world_size]
-        if rank > 0:
-            file = RowFile(parts / f"{name}.{rank}.jsonl", identity, overwrite=True)
-        answer_samples(model, tokenizer, [samples[i] for i in mine], [prompts[key][i] for i in mine],
-                       generation_config, args, file, name)  # fmt: skip
         wait(world_size)
         if rank == 0:
             file.absorb(parts.glob(f"{glob.escape(name)}.*.jsonl"))
-            file.write_info(metrics=score_predictions(file.rows))
-        file.close()
+            measure(file, args, name)
+        if rank == 0 or missing:
+            file.close()
         wait(world_size)
 
     if rank == 0:
-        print_table(summarize_predictions(load_predictions(run, list(models))))
+        print_table(format_metrics({name: read_json(run / PREDICTIONS / f"{name}.json") for name in models}))
         print(f"Written to {run / PREDICTIONS}. Next: python 4_openai_test.py --output_dir {run}")
+
+
+def choose_engine(args: TestArguments, world_size: int) -> str:
+    """What generates: as asked, or what is fastest here.
+
+    Raises:
+        InputError: It is not installed, or cannot share its work among ranks.
+    """
+    if args.base_url is not None:
+        return "openai"
+    installed = importlib.util.find_spec("vllm") is not None
+    if args.engine == "vllm":
+        if not installed:
+            raise InputError("vllm is not installed; docs/generation.md says how to, or use --engine transformers")
+        if world_size > 1:
+            raise InputError("vllm is one process: start it without torchrun, or serve it and give its --base_url")
+    if args.engine != "auto":
+        return args.engine
+    asked = [key for key, neutral in NOT_OF_ENGINE["vllm"].items() if getattr(args, key) not in (None, neutral)]
+    if installed and torch.cuda.is_available() and world_size == 1 and not asked:
+        print("engine: vllm (it is installed, and there is a GPU; another one with --engine)")
+        return "vllm"
+    return "transformers"
+
+
+def describe_weights(args: TestArguments, engine: str) -> str:
+    """In what form the weights are computed with; a server has its own."""
+    if engine == "openai":
+        return "as served"
+    quantised = "8bit " if args.load_in_8bit else "4bit " if args.load_in_4bit else ""
+    return quantised + str(choose_dtype(args.dtype)).removeprefix("torch.")
+
+
+def start_engine(
+    name: str, args: TestArguments, path: str, served: str | None, tokenizer, generation_config, options: dict
+):
+    """The engine with one model in it, ready to answer."""
+    if name == "openai":
+        client = connect(args.base_url, args.timeout)
+        return OpenAIEngine(client, served, tokenizer, generation_config, args.concurrency, args.seed)
+    dtype = choose_dtype(args.dtype)
+    if name == "vllm":
+        from finetuning.vllm_engine import VllmEngine
+
+        return VllmEngine(path, tokenizer, generation_config, dtype, args.batch_size, args.seed, options)
+    quantised = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
+    model = load_model(path, dtype, device_map=args.device_map, **quantised, **options)
+    return TransformersEngine(model, tokenizer, generation_config, args.batch_size, args.seed)
 
 
 def wait(world_size: int) -> None:
@@ -120,39 +210,32 @@ def wait(world_size: int) -> None:
         dist.barrier()
 
 
-def answer_samples(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: list[dict],
-    encoded: list[list[int]],
-    generation_config: GenerationConfig,
-    args: TestArguments,
-    file: RowFile,
-    name: str,
-) -> None:
-    """Answer this rank's samples and append each row as it is finished."""
+def append(file: RowFile, samples: dict[str, dict], answer: Answer) -> None:
+    """Write an answer as a row."""
+    sample = samples[answer.id]
+    file.append(
+        {
+            "id": sample["id"],
+            "messages": sample["prompt"],
+            "references": sample["references"],
+            "prediction": answer.prediction,
+            "num_prompt_tokens": answer.num_prompt_tokens,
+            "num_new_tokens": answer.num_new_tokens,
+            "finish_reason": answer.finish_reason,
+            "removed_tokens": answer.removed_tokens,
+            "error": answer.error,
+        }
+    )
+
+
+def answer_samples(answers: Iterator[Answer], number: int, samples: dict[str, dict], file: RowFile, name: str) -> None:
+    """Append each answer of this rank's samples as it is finished."""
     start = written = time.perf_counter()
     earlier = file.info.get("seconds", 0.0)
     num_tokens = 0
-    reason = why_not_exact(model, generation_config, max(map(len, encoded), default=0) + args.max_new_tokens)
-    if reason is not None:
-        print(f"{name}: the library's own loop answers, in batches, because of {reason}")
-    with tqdm(total=len(samples), desc=name, unit="sample", disable=not is_main_process()) as progress:
-        ids = [sample["id"] for sample in samples]
-        for answer in generate_answers(model, tokenizer, encoded, ids, generation_config, args.batch_size, args.seed):
-            sample = samples[answer.index]
-            file.append(
-                {
-                    "id": sample["id"],
-                    "messages": sample["prompt"],
-                    "references": sample["references"],
-                    "prediction": answer.prediction,
-                    "num_prompt_tokens": answer.num_prompt_tokens,
-                    "num_new_tokens": answer.num_new_tokens,
-                    "finish_reason": answer.finish_reason,
-                    "error": answer.error,
-                }
-            )
+    with tqdm(total=number, desc=name, unit="sample", disable=not is_main_process()) as progress:
+        for answer in answers:
+            append(file, samples, answer)
             num_tokens += answer.num_new_tokens
             now = time.perf_counter()
             progress.set_postfix_str(f"{num_tokens / (now - start):.0f} tokens/s", refresh=False)
@@ -161,6 +244,38 @@ def answer_samples(
                 file.write_info(seconds=round(earlier + now - start, 2))
                 written = now
     file.write_info(seconds=round(earlier + time.perf_counter() - start, 2))
+
+
+def measure(file: RowFile, args: TestArguments, name: str) -> None:
+    """Score all rows of a model, and say what is wrong with them."""
+    metrics = score_predictions(iterate_rows(file.path), args.rouge_tokenizer)
+    file.write_info(metrics=metrics)
+    errors = collections.Counter(row["error"] for row in iterate_rows(file.path) if row["finish_reason"] == "error")
+    for error, count in errors.most_common(3):
+        print(f"{name}: {count} of {metrics['num_samples']} samples have no answer: {error}")
+    removed = metrics["removed_tokens"]
+    if removed:
+        print(f"{name}: removed from the answers: " + ", ".join(f"{token} {n}" for token, n in removed.items()))
+    if metrics["discarded_characters"] is not None and metrics["discarded_characters"] > MOST_DISCARDED:
+        print(
+            f"warning: {name}: ROUGE leaves out {metrics['discarded_characters']:.0%} of the characters of answers and "
+            f"references (read as {', '.join(metrics['tokenizers'])}), so it says little about them; see chrF"
+        )
+
+
+def rescore(run: Path, args: TestArguments) -> None:
+    """Measure the predictions there are, and leave them as they are."""
+    names = names_of_files(run / PREDICTIONS, args.model_name)
+    if not names:
+        raise InputError(
+            f"no predictions of `{args.model_name}` in {run / PREDICTIONS}; run 3_test.py without --rescore"
+        )
+    for name in names:
+        path = run / PREDICTIONS / f"{name}.jsonl"
+        file = RowFile(path, read_json(path.with_suffix(".json"))["identity"])
+        measure(file, args, name)
+        file.close()
+    print_table(format_metrics({name: read_json(run / PREDICTIONS / f"{name}.json") for name in names}))
 
 
 if __name__ == "__main__":

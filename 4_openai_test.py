@@ -25,7 +25,7 @@ from tqdm import tqdm
 from finetuning.configs import JudgeArguments, run_step
 from finetuning.errors import InputError
 from finetuning.judge import CRITERIA, judge_identity, judge_rows, prediction_hash
-from finetuning.results import RowFile, read_rows
+from finetuning.results import RowFile, iterate_rows, read_rows
 from finetuning.runs import EVALUATIONS, PREDICTIONS, find_run, names_of_files
 
 
@@ -33,7 +33,7 @@ async def judge_file(
     client: AsyncOpenAI, name: str, predictions: list[dict], file: RowFile, args: JudgeArguments
 ) -> None:
     """Judge the predictions that `file` has no successful evaluation of."""
-    judged = {row["prediction_hash"] for row in file.rows if row["status"] == "ok"}
+    judged = {row["prediction_hash"] for row in iterate_rows(file.path) if row["status"] == "ok"}
     missing = [row for row in predictions if prediction_hash(row) not in judged]
     counts = collections.Counter()
     with tqdm(total=len(predictions), initial=len(predictions) - len(missing), desc=name, unit="answer") as progress:
@@ -46,10 +46,11 @@ async def judge_file(
 
 def summarize(name: str, predictions: list[dict], file: RowFile) -> str:
     """Record the coverage beside the rows, and say it in one line."""
-    latest = {row["prediction_hash"]: row for row in file.rows}  # a failure that was tried again counts once
+    rows = read_rows(file.path)
+    latest = {row["prediction_hash"]: row for row in rows}  # a failure that was tried again counts once
     evaluations = [latest[h] for h in map(prediction_hash, predictions) if h in latest]
     statuses = collections.Counter(row["status"] for row in evaluations)
-    usage = [row["usage"] for row in file.rows if row["usage"]]  # every reply was paid for
+    usage = [row["usage"] for row in rows if row["usage"]]  # every reply was paid for
     tokens = {key: sum(u[key] for u in usage) for key in ("prompt_tokens", "completion_tokens")}
     coverage = statuses["ok"] / len(predictions) if predictions else None
     file.write_info(num_predictions=len(predictions), statuses=dict(statuses), coverage=coverage, usage=tokens)

@@ -5,9 +5,17 @@ Tokenizers and chat templates: how messages become tokens, which tokens end an a
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AddedToken, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from finetuning.errors import InputError
+from finetuning.runs import read_json
 
 # For base models without a chat template: plain words, and the end token that every tokenizer has.
 PLAIN_TEMPLATE = (Path(__file__).parent / "plain_chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
@@ -48,12 +56,34 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     return tokenizer
 
 
-def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:
-    """The model's own generation config, or what its config says where it has none."""
+def base_of(name_or_path: str) -> str:
+    """The model under an adapter; any other model itself."""
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if not adapter.is_file():
+        return name_or_path
+    return read_json(adapter)["base_model_name_or_path"]
+
+
+def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
+    """The config of a model, or of the model under an adapter.
+
+    Raises:
+        InputError: There is no such model.
+    """
     try:
-        return GenerationConfig.from_pretrained(name_or_path, **kwargs)
-    except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name_or_path, **kwargs))
+        return AutoConfig.from_pretrained(base_of(name_or_path), **kwargs)
+    except (OSError, ValueError) as error:
+        raise InputError(f"could not load the model {name_or_path}: {str(error).splitlines()[0]}") from error
+
+
+def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:
+    """The model's own generation config, else that of the model under it, else what its config says."""
+    for source in dict.fromkeys((name_or_path, base_of(name_or_path))):
+        try:
+            return GenerationConfig.from_pretrained(source, **kwargs)
+        except OSError:
+            continue
+    return GenerationConfig.from_model_config(load_model_config(name_or_path, **kwargs))
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:

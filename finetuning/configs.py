@@ -23,7 +23,8 @@ RANGES = {
     "adam_beta1": (0, 0.9999999), "adam_beta2": (0, 0.9999999), "label_smoothing_factor": (0, 1),
     "neftune_noise_alpha": (0, None), "lora_r": (1, None), "lora_alpha": (1, None), "lora_dropout": (0, 0.9999999),
     "num_prompts": (1, None), "num_samples": (1, None), "batch_size": (1, None), "max_new_tokens": (1, None),
-    "top_p": (0, 1), "num_beams": (1, None), "no_repeat_ngram_size": (1, None), "top_k": (0, None), "concurrency": (1, None), "max_tokens": (1, None), "max_retries": (0, None),
+    "top_p": (0, 1), "num_beams": (1, None), "no_repeat_ngram_size": (0, None), "top_k": (0, None), "concurrency": (1, None),
+    "max_tokens": (1, None), "max_retries": (0, None),
     "preview_rows": (0, None), "pad_to_multiple_of": (1, None),
 }  # fmt: skip
 POSITIVE = {
@@ -33,6 +34,17 @@ POSITIVE = {
 
 REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory")  # of preflight
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+NOT_OF_VLLM = {
+    "load_in_8bit": False,
+    "load_in_4bit": False,
+    "device_map": None,
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+}
+NOT_OF_ENGINE = {  # keys of step 3 that an engine cannot obey, and their neutral values
+    "vllm": NOT_OF_VLLM,
+    "openai": {**NOT_OF_VLLM, "batch_size": None, "dtype": None},  # the server has loaded the model in its own way
+}
 LORA_DEFAULTS = {f.name: f.default for f in fields(ModelConfig) if f.name.startswith("lora_")}
 
 
@@ -72,6 +84,11 @@ def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
         if values.get(quantised) and values.get("use_peft") is False:
             keys = (quantised, "use_peft")
             faults.append((keys, f"{quantised} freezes the weights, so nothing would train without use_peft: true"))
+    engine = "openai" if values.get("base_url") else values.get("engine")
+    for key, neutral in NOT_OF_ENGINE.get(engine, {}).items():
+        if values.get(key) not in (None, neutral):
+            text = f"{key} is not known to the engine {engine}; use engine: transformers, or leave it out"
+            faults.append(((key, "base_url" if engine == "openai" else "engine"), text))
     faulty = {key for keys, _ in faults for key in keys}
     lora = [key for key, default in LORA_DEFAULTS.items() if values.get(key, default) not in (None, default)]
     lora = [key for key in lora if key not in faulty]
@@ -139,6 +156,14 @@ CONTRADICTIONS = (
      "do_sample and num_beams: {num_beams} exclude each other; keep one of them"),
     (("num_beams", "length_penalty"), lambda beams, penalty: penalty is not None and (beams or 1) == 1,
      "length_penalty has no effect without num_beams of 2 or more; set both, or neither"),
+    (("engine", "base_url"), lambda engine, url: engine == "openai" and url is None,
+     "engine: openai needs base_url, the address of the server, e.g. http://localhost:8000/v1"),
+    (("engine", "base_url"), lambda engine, url: engine in ("transformers", "vllm") and url is not None,
+     "base_url is for engine: openai, not {engine}; leave one of them out"),
+    (("base_url", "base_url"), lambda url, _: url is not None and not url.startswith(("http://", "https://")),
+     "base_url: {base_url} is no address; write it as http://localhost:8000/v1"),
+    (("rescore", "overwrite"), lambda rescore, overwrite: rescore and overwrite,
+     "rescore reads the predictions that overwrite deletes; keep one of them"),
     (("do_sample", "temperature"), lambda sample, t: sample and t is not None and t <= 0,
      "temperature: must be more than 0 with do_sample: true, got {temperature}; for greedy answers, do_sample: false"),
 )  # fmt: skip
@@ -301,6 +326,42 @@ class TestArguments(RunArguments):
             "help": "dtype to load models in. Unset: bfloat16 on GPUs that have it, float16 on older ones, else float32.",
             "choices": ["bfloat16", "float16", "float32"],
         },
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the weights to 8 bits (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the weights to 4 bits (bitsandbytes, nf4)."})
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "How layers are spread over GPUs; what does not fit there goes to memory, then to files. Unset: auto "
+            "where there is a GPU, and each rank's own GPU under torchrun.",
+            "choices": ["auto", "balanced", "balanced_low_0", "sequential"],
+        },
+    )
+    engine: str = field(
+        default="auto",
+        metadata={
+            "help": "What generates: transformers (batched, exact, needs nothing else), vllm (if it is installed), or "
+            "openai (a server at base_url). auto: openai with a base_url, vllm with a GPU where it is installed, else "
+            "transformers.",
+            "choices": ["auto", "transformers", "vllm", "openai"],
+        },
+    )
+    base_url: str | None = field(
+        default=None,
+        metadata={"help": "Address of a server that speaks the OpenAI API and serves the checkpoints by their names."},
+    )
+    concurrency: int = field(default=64, metadata={"help": "Requests in flight at once, with base_url."})
+    timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for one reply, with base_url."})
+    rouge_tokenizer: str = field(
+        default="auto",
+        metadata={
+            "help": "What ROUGE counts. auto: morphemes in Korean samples, words in all others.",
+            "choices": ["auto", "words", "morphemes", "characters"],
+        },
+    )
+    rescore: bool = field(
+        default=False,
+        metadata={"help": "Measure the predictions there are again, without a model, and answer nothing."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Answer again, and replace the predictions there are."})
 

@@ -7,7 +7,7 @@ that wait take its place. Greedy tokens are those of `model.generate` for each p
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -124,13 +124,14 @@ class SlotCache:
 
 
 @dataclass
-class Sequence:
+class Running:
     """A prompt and what has been generated for it."""
 
     index: int
     prompt: list[int]
     generator: torch.Generator | None
     new_ids: list[int] = field(default_factory=list)
+    failed: bool = False  # its logits were no numbers
 
     @property
     def cached(self) -> int:
@@ -182,11 +183,11 @@ def build_processors(config: GenerationConfig) -> tuple[LogitsProcessorList, Log
 
 def choose_tokens(
     logits: torch.Tensor,
-    sequences: list[Sequence],
+    sequences: list[Running],
     config: GenerationConfig,
     processors: tuple[LogitsProcessorList, LogitsProcessorList],
-) -> list[int]:
-    """The next token of each sequence; a sampled one by the sequence's own generator.
+) -> list[int | None]:
+    """The next token of each sequence; a sampled one by the sequence's own generator. None where logits are no numbers.
 
     Args:
         logits: (sequences, vocabulary), float32.
@@ -199,10 +200,16 @@ def choose_tokens(
             rows.append(by_sequence(ids, row[None]))
         logits = torch.cat(rows)
     if not config.do_sample:
-        return logits.argmax(dim=-1).tolist()
+        best, tokens = logits.max(dim=-1)
+        return _known(tokens, best)
     cumulated = alike(None, logits).double().softmax(dim=-1).cumsum(dim=-1)
     drawn = torch.stack([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in sequences])
-    return torch.searchsorted(cumulated, drawn.to(logits.device) * cumulated[:, -1:]).flatten().tolist()
+    return _known(torch.searchsorted(cumulated, drawn.to(logits.device) * cumulated[:, -1:])[:, 0], cumulated[:, -1])
+
+
+def _known(tokens: torch.Tensor, evidence: torch.Tensor) -> list[int | None]:
+    pairs = zip(tokens.tolist(), evidence.isfinite().tolist(), strict=True)
+    return [token if finite else None for token, finite in pairs]
 
 
 class Decoder:
@@ -229,8 +236,12 @@ class Decoder:
         self.tokenizer = tokenizer
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], seeds: list[int] | None = None) -> Iterator[tuple[int, list[int]]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: list[int] | None = None
+    ) -> Iterator[tuple[int, list[int] | None]]:
         """Yield (index of the prompt, new token ids with the end token if there is one), as sequences finish.
+
+        None in place of the ids where the model's logits are no numbers.
 
         Args:
             seeds: One a prompt; needed for sampling.
@@ -242,12 +253,12 @@ class Decoder:
         finally:
             self.model.set_attn_implementation(implementation)
 
-    def _generate(self, prompts: list[list[int]], seeds: list[int] | None) -> Iterator[tuple[int, list[int]]]:
+    def _generate(self, prompts, seeds) -> Iterator[tuple[int, list[int] | None]]:
         # the longest first, so that memory runs out at once or not at all; pop() takes from the end
         waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         num_slots = min(self.num_slots, len(prompts))
         cache = SlotCache(num_slots, max(map(len, prompts), default=0) + self.config.max_new_tokens)
-        active: list[Sequence] = []
+        active: list[Running] = []
         ends = set(self.config.eos_token_id)
         while waiting or active:
             free = num_slots - len(active)
@@ -258,6 +269,10 @@ class Decoder:
             finished = []
             for slot, token in enumerate(choose_tokens(logits, active, self.config, self.processors)):
                 sequence = active[slot]
+                if token is None:
+                    sequence.failed = True
+                    finished.append(slot)
+                    continue
                 sequence.new_ids.append(token)
                 full = len(sequence.new_ids) == self.config.max_new_tokens
                 if token in ends or full or self._stops(sequence.new_ids):
@@ -268,7 +283,7 @@ class Decoder:
                     cache.move(len(active), slot, last.cached)
                     active[slot] = last
                 cache.active = len(active)
-                yield sequence.index, sequence.new_ids
+                yield sequence.index, None if sequence.failed else sequence.new_ids
 
     def _stops(self, new_ids: list[int]) -> bool:
         """Whether the text so far has a stop string; a token may end one that others began."""
@@ -277,19 +292,19 @@ class Decoder:
         tail = self.tokenizer.decode(new_ids[-max(map(len, self.config.stop_strings)) - 1 :])
         return any(stop in tail for stop in self.config.stop_strings)
 
-    def _take(self, waiting: list[int], prompts, seeds, free: int) -> list[Sequence]:
+    def _take(self, waiting: list[int], prompts, seeds, free: int) -> list[Running]:
         """The longest prompts that wait, as many as are read at once."""
-        taken: list[Sequence] = []
+        taken: list[Running] = []
         while waiting and len(taken) < free:
             longest = len(taken[0].prompt) if taken else 0
             if taken and longest * (len(taken) + 1) > PREFILL_TOKENS:
                 break
             index = waiting.pop()
             generator = torch.Generator().manual_seed(seeds[index]) if self.config.do_sample else None
-            taken.append(Sequence(index, prompts[index], generator))
+            taken.append(Running(index, list(prompts[index]), generator))
         return taken
 
-    def _read(self, cache: SlotCache, sequences: list[Sequence]) -> list[Sequence]:
+    def _read(self, cache: SlotCache, sequences: list[Running]) -> list[Running]:
         """Fill the cache with prompts, all but the last token of each, which the first step takes.
 
         Padding stands on the right, where causal attention does not look.
@@ -307,7 +322,7 @@ class Decoder:
         cache.write(prompts, lengths)
         return sequences
 
-    def _step(self, cache: SlotCache, active: list[Sequence]) -> torch.Tensor:
+    def _step(self, cache: SlotCache, active: list[Running]) -> torch.Tensor:
         """Logits (sequences, vocabulary) of the next token of each sequence."""
         device = self.model.device
         tokens = torch.tensor([[(s.new_ids or s.prompt)[-1]] for s in active], device=device)

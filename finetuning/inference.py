@@ -1,20 +1,36 @@
 """
-Answers from a checkpoint: which settings they are made with, and what becomes of the tokens.
+Answers from a checkpoint: prompts, the settings they are answered with, and what becomes of the tokens. The engine
+`transformers` is here, over finetuning/decoding.py; the others are in openai_engine.py and vllm_engine.py.
 """
 
+import array
+import collections
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import bitsandbytes
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from jinja2 import TemplateError
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from finetuning.chat import control_token_ids, decode_answer, end_token_ids
-from finetuning.configs import TestArguments
+from finetuning.chat import base_of, control_token_ids, decode_answer, end_token_ids, load_model_config
+from finetuning.configs import NOT_OF_ENGINE, TestArguments
 from finetuning.decoding import Decoder, seed_of, why_not_exact
 from finetuning.errors import InputError
 from finetuning.hardware import choose_attention
@@ -24,6 +40,7 @@ OWN_KEYS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_p
 SAMPLING_KEYS = ("temperature", "top_p", "top_k")
 PLAIN_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 MOST_SLOTS = 128
+READ_AT_ONCE = 1 << 24  # bytes
 
 
 def fingerprint_model(name_or_path: str) -> str:
@@ -37,7 +54,7 @@ def fingerprint_model(name_or_path: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*config.json")):
         digest.update(path.read_bytes())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*model*.bin")]):
+    for path in weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -52,37 +69,88 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hash_text([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
 
 
-def load_model(name_or_path: str, dtype: torch.dtype, **kwargs) -> PreTrainedModel:
+def weight_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*model*.bin")])
+
+
+def read_ahead(name_or_path: str) -> threading.Thread:
+    """Read a model's weights into the system's file cache, beside what else is done, so that loading it finds them there.
+
+    Nothing is kept by this process: with less free memory the system forgets them again.
+    """
+
+    def read() -> None:
+        for folder in dict.fromkeys((Path(name_or_path), Path(base_of(name_or_path)))):
+            for path in weight_files(folder):
+                with path.open("rb", buffering=0) as file:
+                    while file.read(READ_AT_ONCE):
+                        pass
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
+
+
+def load_model(
+    name_or_path: str,
+    dtype: torch.dtype,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    device_map: str | None = None,
+    **kwargs,
+) -> PreTrainedModel:
     """Load a model, or an adapter on its base model, for inference.
+
+    Args:
+        device_map: How accelerate spreads the layers over GPUs, then memory, then files in a temporary folder. None for
+            `auto` where there is a GPU; under torchrun, for each rank its own.
+        kwargs: More of from_pretrained's.
 
     Raises:
         InputError: There is no such model.
     """
     settings = {"dtype": dtype, "attn_implementation": choose_attention(None, dtype)[0], **kwargs}
-    if torch.cuda.is_available():  # one process spreads a large model over all GPUs; of several, each has its own
+    if device_map is None and torch.cuda.is_available():
         several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
-        settings["device_map"] = {"": int(os.environ["LOCAL_RANK"])} if several else "auto"
+        device_map = {"": int(os.environ["LOCAL_RANK"])} if several else "auto"
+    if device_map is not None:
+        offloaded = tempfile.mkdtemp(prefix="offloaded_weights_")
+        settings |= {"device_map": device_map, "offload_folder": offloaded}
+    if load_in_8bit or load_in_4bit:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=load_in_8bit,
+            load_in_4bit=load_in_4bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
     try:
         if (Path(name_or_path) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, **settings)
-            if (Path(name_or_path) / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(name_or_path)
         else:
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **settings)
     except OSError as error:
         raise InputError(f"could not load the model {name_or_path}: {str(error).splitlines()[0]}") from error
+    if load_in_4bit:
+        for module in model.modules():  # bitsandbytes 0.50 packs rows for CPUs with bfloat16, and fails at an odd length
+            if isinstance(module, bitsandbytes.nn.Linear4bit) and module.in_features % 64:
+                module.support_avx512bf16_for_cpu = False
+    if device_map is not None:
+        weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
     return model.eval()
 
 
 def build_generation_config(
-    args: TestArguments, tokenizer: PreTrainedTokenizerBase, own_config: GenerationConfig
+    args: TestArguments, tokenizer: PreTrainedTokenizerBase, own_config: GenerationConfig, engine: str = "transformers"
 ) -> tuple[GenerationConfig, dict[str, str]]:
     """Settings of generation, and where each came from: a flag, else what the checkpoint declares, else a default.
 
     Generation stops at every end token, whoever declares it. Sampling settings of the checkpoint count only where
     `do_sample` is set.
+
+    Raises:
+        InputError: The checkpoint declares a setting that the engine does not know.
     """
     settings: dict = {"do_sample": args.do_sample, "max_new_tokens": args.max_new_tokens}
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
@@ -92,10 +160,14 @@ def build_generation_config(
         if value is None:
             value, source = getattr(own_config, key, None), "checkpoint"
         if value is None and key in PLAIN_SAMPLING and args.do_sample:
-            value, source = (
-                PLAIN_SAMPLING[key],
-                "default",
-            )  # transformers would sample from 50 tokens unless told otherwise
+            # transformers would sample from 50 tokens unless told otherwise
+            value, source = PLAIN_SAMPLING[key], "default"
+        neutral = NOT_OF_ENGINE.get(engine, {})
+        if key in neutral and value not in (None, neutral[key]):
+            raise InputError(
+                f"the checkpoint's generation_config.json has {key}: {value}, which the engine {engine} does not know; use "
+                f"--engine transformers, or change it with --{key} {neutral[key]}"
+            )
         if value is not None:
             settings[key], sources[key] = value, source
     config = GenerationConfig(
@@ -116,21 +188,191 @@ def describe_generation(config: GenerationConfig, seed: int) -> dict:
     return {**settings, "seed": seed} if config.do_sample else settings
 
 
+@dataclass(slots=True)
+class Prompt:
+    """What is asked for one test sample; `error` says why it cannot be."""
+
+    id: str
+    messages: list[dict]
+    token_ids: Sequence[int] = ()  # up to where the model's answer begins
+    error: str | None = None
+
+
 @dataclass
 class Answer:
     """What a model answered to one prompt; `finish_reason` is stop, length or error."""
 
-    index: int
+    id: str
     prediction: str | None
     num_prompt_tokens: int
     num_new_tokens: int
     finish_reason: str
+    removed_tokens: dict[str, int] = field(default_factory=dict)  # control tokens that were taken out, by name
     error: str | None = None
 
+    @classmethod
+    def failed(cls, prompt: Prompt, error: str) -> "Answer":
+        return cls(prompt.id, None, len(prompt.token_ids), 0, "error", error=error)
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]]) -> list[list[int]]:
-    """Token ids of each prompt, up to where the model's answer begins."""
-    return [tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"] for prompt in prompts]
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, samples: list[dict]) -> list[Prompt]:
+    """Tokenise the questions of samples. One that the chat template refuses has the reason as its `error`."""
+    prompts = []
+    for sample in samples:
+        prompt = Prompt(sample["id"], sample["prompt"])
+        try:
+            ids = tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True)["input_ids"]
+            prompt.token_ids = array.array("i", ids)  # a list would need ten times the memory
+        except (TemplateError, ValueError, TypeError) as error:
+            prompt.error = f"the chat template cannot phrase this sample: {error}"
+        prompts.append(prompt)
+    return prompts
+
+
+def check_prompts(
+    prompts: list[Prompt], model: str, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **kwargs
+) -> tuple[list[Prompt], list[Answer]]:
+    """Prompts that a model can take, and answers of kind `error` for the others.
+
+    Args:
+        model: Folder or Hub id.
+        kwargs: Of AutoConfig.from_pretrained.
+    """
+    config = load_model_config(model, **kwargs).get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or float("inf")
+    # an adapter may bring embeddings of new tokens, which its base's config does not know
+    vocabulary = config.vocab_size if base_of(model) == model else max(config.vocab_size, len(tokenizer))
+    good, faulty = [], []
+    for prompt in prompts:
+        error = prompt.error
+        if error is None and not prompt.token_ids:
+            error = "the chat template makes no token of this sample"
+        elif error is None and max(prompt.token_ids) >= vocabulary:
+            error = f"token {max(prompt.token_ids)} is not in the model's vocabulary of {vocabulary}"
+        elif error is None and len(prompt.token_ids) + max_new_tokens > context:
+            error = (
+                f"{len(prompt.token_ids)} prompt tokens and {max_new_tokens} new ones exceed the context of {context}"
+            )
+        if error is None:
+            good.append(prompt)
+        else:
+            faulty.append(Answer.failed(prompt, error))
+    return good, faulty
+
+
+class AnswerReader:
+    """Makes answers of the token ids, or the text, that an engine has generated: the same for every engine."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig):
+        self.tokenizer = tokenizer
+        self.config = config
+        self.control_ids = control_token_ids(tokenizer, config.eos_token_id)
+
+    def read(self, prompt: Prompt, new_ids: list[int]) -> Answer:
+        """Cut at the first end token, take control tokens out, and cut at the first stop string."""
+        end = next((place for place, token_id in enumerate(new_ids) if token_id in self.config.eos_token_id), None)
+        if end is not None:
+            new_ids = new_ids[: end + 1]
+        removed = collections.Counter(token_id for token_id in new_ids if token_id in self.control_ids)
+        text, at_stop_string = self._cut(decode_answer(self.tokenizer, new_ids, self.control_ids))
+        return Answer(
+            prompt.id,
+            prediction=text,
+            num_prompt_tokens=len(prompt.token_ids),
+            num_new_tokens=len(new_ids),
+            finish_reason="stop" if end is not None or at_stop_string else "length",
+            removed_tokens={self.tokenizer.convert_ids_to_tokens(token_id): n for token_id, n in removed.items()},
+        )
+
+    def read_text(self, prompt: Prompt, text: str, num_new_tokens: int, stopped: bool) -> Answer:
+        """The same for an engine that gives text only, in which control tokens may stand by their names."""
+        removed = {}
+        for token in self.tokenizer.convert_ids_to_tokens(sorted(self.control_ids)):
+            if token in text:
+                removed[token] = text.count(token)
+                text = text.replace(token, "")
+        text, at_stop_string = self._cut(text.strip())
+        reason = "stop" if stopped or at_stop_string else "length"
+        return Answer(prompt.id, text, len(prompt.token_ids), num_new_tokens, reason, removed)
+
+    def _cut(self, text: str) -> tuple[str, bool]:
+        stops = [text.index(stop) for stop in self.config.stop_strings or [] if stop in text]
+        return (text[: min(stops)].strip(), True) if stops else (text, False)
+
+
+class TransformersEngine:
+    """Answers with torch and transformers alone."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, batch_size: int | None, seed: int
+    ):  # fmt: skip
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.batch_size, self.seed = batch_size, seed
+        self.reader = AnswerReader(tokenizer, config)
+
+    def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
+        """Answer prompts, the longest first, so that memory runs out at once or not at all.
+
+        Greedy answers do not depend on the batch but for rounding. Sampled ones depend on the seed and the sample alone,
+        not on the batch, the order or a start in the middle. Where memory runs out, the batch is halved. A model whose
+        logits are no numbers gives an error for that sample.
+
+        Yields:
+            One answer after the other, as they finish.
+        """
+        if not prompts:
+            return
+        longest = max(len(prompt.token_ids) for prompt in prompts) + self.config.max_new_tokens
+        size = self.batch_size or choose_num_slots(self.model, longest)
+        reason = why_not_exact(self.model, self.config, longest)
+        if reason is not None:
+            print(f"the library's own loop answers, in batches, because of {reason}")
+        generate = self._decode if reason is None else self._generate_batches
+        todo = {prompt.id: prompt for prompt in prompts}
+        while todo:
+            try:
+                for prompt, new_ids in generate(list(todo.values()), size):
+                    del todo[prompt.id]
+                    if new_ids is None:
+                        yield Answer.failed(prompt, "the model's logits are not numbers (NaN or infinite)")
+                    else:
+                        yield self.reader.read(prompt, new_ids)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if size == 1:
+                    raise InputError(
+                        "out of memory with a single prompt; a smaller --max_new_tokens, --load_in_4bit true or a device "
+                        "with more memory is needed"
+                    ) from None
+                size //= 2
+                print(f"out of memory; going on with {size} prompts at once")
+                clear_device_cache(garbage_collection=True)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self.model
+        clear_device_cache(garbage_collection=True)
+
+    def _decode(self, prompts: list[Prompt], size: int) -> Iterator[tuple[Prompt, list[int] | None]]:
+        decoder = Decoder(self.model, self.config, size, self.tokenizer)
+        seeds = [seed_of(self.seed, prompt.id) for prompt in prompts]
+        for place, new_ids in decoder.generate([prompt.token_ids for prompt in prompts], seeds):
+            yield prompts[place], new_ids
+
+    def _generate_batches(self, prompts: list[Prompt], size: int) -> Iterator[tuple[Prompt, list[int]]]:
+        """The library's own loop, in batches of like length; one by one where it samples, so that no batch has a say."""
+        self.model.generation_config = self.config
+        prompts = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
+        size = 1 if self.config.do_sample else size
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            torch.manual_seed(seed_of(self.seed, batch[0].id))
+            ids = [list(prompt.token_ids) for prompt in batch]
+            inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+            with torch.inference_mode():
+                output = self.model.generate(**inputs, tokenizer=self.tokenizer)
+            yield from zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
 
 
 def choose_num_slots(model: PreTrainedModel, longest: int) -> int:
@@ -141,102 +383,6 @@ def choose_num_slots(model: PreTrainedModel, longest: int) -> int:
     per_sequence = 2 * config.num_hidden_layers * heads * head_dim * longest * model.dtype.itemsize
     free = available_memory(model.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return MOST_SLOTS if free is None else max(1, min(MOST_SLOTS, int(free / 3 / per_sequence)))
-
-
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: list[list[int]],
-    names: list[str],
-    generation_config: GenerationConfig,
-    batch_size: int | None,
-    seed: int,
-) -> Iterator[Answer]:
-    """Answer prompts, longest first, so that memory runs out at once or not at all.
-
-    Greedy answers do not depend on the batch but for rounding. Sampled ones depend on the seed and the sample alone, not on
-    the batch, the order or a start in the middle. A prompt that does not fit the model's context with its answer gives an
-    error and no answer. Where memory runs out, the batch is halved.
-
-    Args:
-        encoded: Prompts as `encode_prompts` gives them.
-        names: What a sample's random numbers depend on, its id.
-        batch_size: Prompts answered at once; None for as many as memory allows.
-
-    Yields:
-        One answer after the other, as they finish; `index` is the place in `encoded`.
-    """
-    end_ids = generation_config.eos_token_id
-    control_ids = control_token_ids(tokenizer, end_ids)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = float("inf") if context is None else context - generation_config.max_new_tokens
-    todo = []
-    for index, ids in enumerate(encoded):
-        if len(ids) <= longest:
-            todo.append(index)
-            continue
-        error = (
-            f"{len(ids)} prompt tokens and {generation_config.max_new_tokens} new ones exceed the context of {context}"
-        )
-        yield Answer(index, None, len(ids), 0, "error", error)
-    if not todo:
-        return
-    length = max(len(encoded[index]) for index in todo) + generation_config.max_new_tokens
-    batch_size = batch_size or choose_num_slots(model, length)
-    reason = why_not_exact(model, generation_config, length)
-    generate = _decode if reason is None else _generate_batches
-    while todo:
-        finished = set()
-        try:
-            for index, new_ids in generate(model, tokenizer, encoded, todo, names, generation_config, batch_size, seed):
-                finished.add(index)
-                yield _to_answer(index, len(encoded[index]), new_ids, tokenizer, generation_config, control_ids)
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise InputError(
-                    "out of memory with a single prompt; a smaller --max_new_tokens or a GPU with more memory is needed"
-                ) from None
-            batch_size //= 2
-            torch.cuda.empty_cache()
-        todo = [index for index in todo if index not in finished]
-
-
-def _decode(model, tokenizer, encoded, todo, names, config, batch_size, seed) -> Iterator[tuple[int, list[int]]]:
-    decoder = Decoder(model, config, batch_size, tokenizer)
-    seeds = [seed_of(seed, names[index]) for index in todo]
-    for place, new_ids in decoder.generate([encoded[index] for index in todo], seeds):
-        yield todo[place], new_ids
-
-
-def _generate_batches(
-    model, tokenizer, encoded, todo, names, config, batch_size, seed
-) -> Iterator[tuple[int, list[int]]]:
-    """The library's own loop, in batches of like length; one by one where it samples, so that no batch has a say."""
-    model.generation_config = config
-    order = sorted(todo, key=lambda index: -len(encoded[index]))
-    size = 1 if config.do_sample else batch_size
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        torch.manual_seed(seed_of(seed, names[batch[0]]))
-        inputs = tokenizer.pad({"input_ids": [encoded[index] for index in batch]}, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            output = model.generate(**inputs, tokenizer=tokenizer)
-        yield from zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
-
-
-def _to_answer(index, num_prompt_tokens, new_ids, tokenizer, config, control_ids) -> Answer:
-    end = next((place for place, token_id in enumerate(new_ids) if token_id in config.eos_token_id), None)
-    if end is not None:
-        new_ids = new_ids[: end + 1]
-    text = decode_answer(tokenizer, new_ids, control_ids)
-    stops = [text.index(stop) for stop in config.stop_strings or [] if stop in text]
-    return Answer(
-        index,
-        prediction=text[: min(stops)].strip() if stops else text,
-        num_prompt_tokens=num_prompt_tokens,
-        num_new_tokens=len(new_ids),
-        finish_reason="stop" if end is not None or stops else "length",
-    )
 
 
 def hash_text(content) -> str:

@@ -170,7 +170,7 @@ def measure_shapes(
     activations, unmeasured = 0, None
     try:
         activations = _kept_bytes(model.base_model, batch, args.device.type, compute, masked)
-    except (RuntimeError, TypeError, ValueError) as error:  # the model's own code, which may look at data or lay its mask
+    except (RuntimeError, TypeError, ValueError) as error:  # the model's own code, which may look at its data
         unmeasured = str(error).splitlines()[0] if str(error) else type(error).__name__
     return Shapes(
         parameters=sum(p.numel() for p in trained.parameters()),

@@ -1,27 +1,47 @@
 """
-ROUGE that reads English and Korean, the share of answers that stopped, and repetition. Imports without torch.
+ROUGE and chrF that read English and Korean, stopping, repetition and length of answers. Imports without torch.
 
     from finetuning.metrics import compute_rouge
     compute_rouge(["#Person1#은 민수를 만났다."], [["#Person1#은 민수를 만났다."]])["rouge1"]   # 1.0
+
+What is undefined (a reference without words, the repetition of three words) is None and counts in no mean.
 """
 
+import collections
 import functools
-import re
+import importlib.metadata
+import itertools
 import statistics
 import unicodedata
+from collections.abc import Iterable, Iterator
 
 import datasets
 import evaluate
+import regex
 from mecab import MeCab
 from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer
+from sacrebleu.metrics import CHRF
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
-TAG = re.compile(r"#\w+#")  # a speaker tag of DialogSum is one word
-# Scripts written without spaces count by character: kana, CJK ideographs, Thai, Lao, Khmer.
-CHARACTER_SCRIPTS = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1780-\u17ff"
-WORD = re.compile(rf"[{CHARACTER_SCRIPTS}]|[^\W_{CHARACTER_SCRIPTS}]+")
-HANGUL = re.compile(r"[\uac00-\ud7a3]")
+SIMILARITIES = (*ROUGE_TYPES, "chrf")
+PER_SAMPLE = (*SIMILARITIES, "seq_rep_4", "length_ratio")
+TAG = regex.compile(r"#\w+#")  # a speaker tag of DialogSum is one word
+# Scripts written without spaces count by character.
+CHARACTER = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}]"
+LETTER = rf"(?:(?!{CHARACTER})[\p{{L}}\p{{N}}])"
+WORD = regex.compile(rf"{CHARACTER}\p{{M}}*|{LETTER}(?:{LETTER}|\p{{M}})*")
+SINGLE = regex.compile(r"[\p{L}\p{N}]\p{M}*")
+HANGUL = regex.compile(r"[\uac00-\ud7a3]")
+MEANINGLESS = regex.compile(r"[\s\p{P}]")  # spaces and punctuation, which no metric of words counts
+MOST_DISCARDED = 0.05  # of the other characters; above it, scores say little about the texts
+TOKENIZERS = {
+    "words": "words, English ones stemmed (Porter)",
+    "morphemes": f"morphemes (python-mecab-ko {importlib.metadata.version('python-mecab-ko')})",
+    "characters": "characters",
+}
+TOKENIZER_OF_LANGUAGE = {"en": "words", "ko": "morphemes"}
+CHUNK = 500  # samples scored at once
 
 
 def detect_language(text: str) -> str:
@@ -40,38 +60,48 @@ def _stem(word: str) -> str:
     return PorterStemmer().stem(word)
 
 
-def _split_words(text: str) -> list[str]:
-    """Words in lower case; ASCII words of more than three letters stemmed as rouge_score does, others as they are."""
-    words = WORD.findall(text.lower())
-    return [_stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+@functools.lru_cache(maxsize=64)  # an answer is compared with several references, and measured by itself
+def _tokenize(text: str, tokenizer: str) -> tuple[list[str], float]:
+    """Tokens, and the share of the characters that are in none of them."""
+    text = unicodedata.normalize("NFC", text).lower()
+    tokens, position = [], 0
+    for tag in TAG.finditer(text):
+        tokens += [*_split(text[position : tag.start()], tokenizer), tag[0]]
+        position = tag.end()
+    tokens += _split(text[position:], tokenizer)
+    meant = len(MEANINGLESS.sub("", text))
+    kept = sum(len(MEANINGLESS.sub("", token)) for token in tokens)
+    if tokenizer != "characters":  # as rouge_score stems: ASCII words of more than three letters
+        tokens = [_stem(token) if len(token) > 3 and token.isascii() and token[0] != "#" else token for token in tokens]
+    return tokens, 1 - kept / meant if meant else 0.0
+
+
+def _split(text: str, tokenizer: str) -> list[str]:
+    if tokenizer == "morphemes" and text.strip():
+        text = " ".join(_mecab().morphs(text))
+    return (SINGLE if tokenizer == "characters" else WORD).findall(text)
 
 
 class RougeTokenizer:
-    """Tokenizer for rouge_score: `#Person1#` is one token; Korean becomes morphemes, all else words.
+    """Tokenizer for rouge_score that keeps `#Person1#` as one token.
 
-    rouge_score's own tokenizer keeps [a-z0-9] only, so that two equal Korean sentences score 0 and two unlike ones
-    with the same speaker tags score 1.
+    rouge_score's own keeps [a-z0-9] only, so that two equal Korean sentences score 0 and two unlike ones with the same
+    speaker tags score 1.
+
+    Args:
+        name: `words` (stemmed where they are ASCII; in scripts without spaces, characters), `morphemes` of Korean, in
+            which all else is words, or `characters`.
     """
 
-    def __init__(self, language: str):
-        self.language = language
+    def __init__(self, name: str):
+        self.name = name
 
     def tokenize(self, text: str) -> list[str]:
-        text = unicodedata.normalize("NFC", text)
-        tokens, position = [], 0
-        for tag in TAG.finditer(text):
-            tokens += [*self._tokenize_plain(text[position : tag.start()]), tag[0].lower()]
-            position = tag.end()
-        return tokens + self._tokenize_plain(text[position:])
-
-    def _tokenize_plain(self, text: str) -> list[str]:
-        if self.language == "ko" and text.strip():
-            text = " ".join(_mecab().morphs(text))
-        return _split_words(text)
+        return _tokenize(text, self.name)[0]
 
 
 class Rouge(evaluate.Metric):
-    """ROUGE-1, -2 and -L F1 as a metric of `evaluate` that needs no network.
+    """ROUGE-1, -2 and -L F1 (Lin 2004, https://aclanthology.org/W04-1013) as a metric of `evaluate` that needs no network.
 
     Takes predictions (str) and references (list of str each). Of several references the mean counts, as in DialogSum's
     paper (https://aclanthology.org/2021.findings-acl.449); the first and the best are given beside it.
@@ -86,83 +116,200 @@ class Rouge(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, language="auto"):
-        per_sample = [_score(p, refs, language) for p, refs in zip(predictions, references, strict=True)]
-        result = {}
+    def _compute(self, predictions, references, language="auto", tokenizer="auto"):
+        used, discarded = collections.Counter(), []
+        scores: dict[str, list[list[float | None]]] = {rouge_type: [] for rouge_type in ROUGE_TYPES}
+        for prediction, sample_references in zip(predictions, references, strict=True):
+            name = choose_tokenizer(sample_references, language, tokenizer)
+            used[TOKENIZERS[name]] += 1
+            discarded.append(discarded_share([prediction, *sample_references], name))
+            scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), tokenizer=RougeTokenizer(name))
+            found = [scorer.score(r, prediction) if _tokenize(r, name)[0] else None for r in sample_references]
+            for rouge_type in ROUGE_TYPES:
+                scores[rouge_type].append([one and one[rouge_type].fmeasure for one in found])
+        result = {"tokenizers": dict(used), "discarded_characters": mean(discarded)}
         for rouge_type in ROUGE_TYPES:
-            scores = [sample[rouge_type] for sample in per_sample]
-            result[rouge_type] = statistics.fmean(statistics.fmean(s) for s in scores)
-            result[f"{rouge_type}_first"] = statistics.fmean(s[0] for s in scores)
-            result[f"{rouge_type}_max"] = statistics.fmean(max(s) for s in scores)
-            result[f"{rouge_type}_per_sample"] = [statistics.fmean(s) for s in scores]
+            result |= _over_references(rouge_type, scores[rouge_type])
         return result
 
 
-def _score(prediction: str, references: list[str], language: str) -> dict[str, list[float]]:
-    """F1 against each reference."""
-    if language == "auto":
-        language = detect_language(" ".join(references))
-    scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), tokenizer=RougeTokenizer(language))
-    scores = [scorer.score(reference, prediction) for reference in references]
-    return {rouge_type: [score[rouge_type].fmeasure for score in scores] for rouge_type in ROUGE_TYPES}
+def choose_tokenizer(references: list[str], language: str, tokenizer: str) -> str:
+    """Name of the tokenizer: the one that is asked for, else that of the language, which the references show."""
+    if tokenizer not in ("auto", *TOKENIZERS) or language not in ("auto", *TOKENIZER_OF_LANGUAGE):
+        raise ValueError(
+            f"the tokenizer is auto, {', '.join(TOKENIZERS)}, the language auto, {', '.join(TOKENIZER_OF_LANGUAGE)}; "
+            f"got {tokenizer!r}, {language!r}"
+        )
+    if tokenizer != "auto":
+        return tokenizer
+    return TOKENIZER_OF_LANGUAGE[detect_language(" ".join(references)) if language == "auto" else language]
 
 
-def compute_rouge(predictions: list[str], references: list[list[str]], language: str = "auto") -> dict:
+def discarded_share(texts: list[str], tokenizer: str) -> float:
+    """Mean share of the characters of each text, spaces and punctuation aside, that are in no token."""
+    return statistics.fmean(_tokenize(text, tokenizer)[1] for text in texts)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Plain mean of what is defined; None where nothing is."""
+    values = [value for value in values if value is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _over_references(name: str, scores: list[list[float | None]]) -> dict:
+    """Mean over references, the first one and the best: each sample's, and their plain mean over samples."""
+    result = {}
+    for key, pick in ((name, mean), (f"{name}_first", _first), (f"{name}_max", _best)):
+        result[f"{key}_per_sample"] = [pick(sample) for sample in scores]
+        result[key] = mean(result[f"{key}_per_sample"])
+    return result
+
+
+def _first(scores: list[float | None]) -> float | None:
+    return scores[0]
+
+
+def _best(scores: list[float | None]) -> float | None:
+    return max((score for score in scores if score is not None), default=None)
+
+
+def compute_rouge(
+    predictions: list[str], references: list[list[str]], language: str = "auto", tokenizer: str = "auto"
+) -> dict:
     """ROUGE F1 between 0 and 1, plain means over samples.
 
     Args:
         predictions: One text a sample.
         references: One or more texts a sample.
         language: `en`, `ko`, or `auto`, which looks at the script of each sample's references.
+        tokenizer: `auto`, which is that of the language, or one of `RougeTokenizer`.
 
     Returns:
-        For each of rouge1, rouge2, rougeL: `<type>` (mean over references), `<type>_first`, `<type>_max`, and
-        `<type>_per_sample`, a list.
+        For each of rouge1, rouge2, rougeL: `<type>` (mean over references), `<type>_first` and `<type>_max`, each with
+        a list of them, `<...>_per_sample`. None against references without a token; an empty prediction scores 0.
+        `tokenizers` counts samples by the tokenizer they were read with. `discarded_characters` is the mean share of
+        characters, spaces and punctuation aside, that are in no token.
     """
-    return Rouge().compute(predictions=predictions, references=references, language=language)
+    return Rouge().compute(predictions=predictions, references=references, language=language, tokenizer=tokenizer)
 
 
-def sequence_repetition(text: str, n: int = 4) -> float:
+def compute_chrf(predictions: list[str], references: list[list[str]]) -> dict:
+    """chrF2 between 0 and 1 (Popović 2015, https://aclanthology.org/W15-3049) by sacrebleu, in the form of `compute_rouge`.
+
+    F-score of character 6-grams and shorter ones, without a tokenizer; particles and endings count by their characters.
+    """
+    chrf = CHRF()
+    scores = [
+        [chrf.sentence_score(prediction, [r]).score / 100 if r.strip() else None for r in sample_references]
+        for prediction, sample_references in zip(predictions, references, strict=True)
+    ]
+    return _over_references("chrf", scores)
+
+
+def count_ngrams(text: str, n: int, tokenizer: str | None = None) -> collections.Counter:
+    """n-grams of the tokens that ROUGE sees."""
+    tokens = RougeTokenizer(tokenizer or TOKENIZER_OF_LANGUAGE[detect_language(text)]).tokenize(text)
+    return collections.Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def sequence_repetition(text: str, n: int = 4, tokenizer: str | None = None) -> float | None:
     """seq-rep-n: share of n-grams that stood in the text before (Welleck et al. 2020, arXiv:1908.04319).
 
-    Over the words or morphemes that ROUGE sees. 0 for a text with fewer than n of them.
+    Over the words or morphemes that ROUGE sees. None for a text with fewer than n of them.
 
     >>> sequence_repetition("a b c d a b c d a b c d")
     0.5555555555555556
     """
-    tokens = RougeTokenizer(detect_language(text)).tokenize(text)
-    ngrams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    ngrams = count_ngrams(text, n, tokenizer)
+    return 1 - len(ngrams) / ngrams.total() if ngrams else None
 
 
-def score_predictions(rows: list[dict]) -> dict:
-    """What step 3 reports of one model.
+def length_ratio(prediction: str, references: list[str], tokenizer: str) -> float | None:
+    """Tokens of the answer for each token of its references, which are averaged. None where these have none.
+
+    As BLEU's length ratio (Papineni et al. 2002, https://aclanthology.org/P02-1040), by sample.
+    """
+    expected = statistics.fmean(len(_tokenize(reference, tokenizer)[0]) for reference in references)
+    return len(_tokenize(prediction, tokenizer)[0]) / expected if expected else None
+
+
+def _chunks(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk
+
+
+def score_predictions(rows: Iterable[dict], tokenizer: str = "auto") -> dict:
+    """What step 3 reports of one model. Rows are taken one by one and not kept.
 
     Args:
         rows: Predictions as finetuning/results.py describes them. Rows with an error have no prediction; they are
             counted and nothing else.
+        tokenizer: As for `compute_rouge`.
 
     Returns:
-        num_samples, num_errors, and over the answered samples rouge1, rouge2, rougeL with their `_first` and `_max`,
-        stop_rate, seq_rep_4, mean_new_tokens; None where no sample was answered. `per_sample` maps ids to their
-        rouge1, rouge2, rougeL and seq_rep_4.
+        num_samples, num_errors, and over the answered samples
+
+            rouge1, rouge2, rougeL, chrf    with their `_first` and `_max`
+            stop_rate                       share that ended by itself, with an end token or a stop string
+            limit_rate                      share that was cut off at max_new_tokens
+            empty_rate                      share without any text
+            seq_rep_4                       mean of `sequence_repetition`
+            distinct_2                      different bigrams of all answers together, for each bigram of them (Li et al.
+                                            2016, https://aclanthology.org/N16-1014); near 0 where answers are all the
+                                            same. It falls with the number of samples: compare it over the same ones
+            length_ratio                    mean of `length_ratio`
+            mean_new_tokens                 tokens of the model, end token included
+            tokenizers, discarded_characters    as `compute_rouge`
+            removed_tokens                  control tokens that were taken out of the answers, counted by name
+
+        None where nothing defines it. `per_sample` has a list for `id` and for each of PER_SAMPLE, in the order of rows.
     """
-    answered = [row for row in rows if row["finish_reason"] != "error"]
-    counts = {"num_samples": len(rows), "num_errors": len(rows) - len(answered)}
-    names = [f"{t}{suffix}" for t in ROUGE_TYPES for suffix in ("", "_first", "_max")]
-    if not answered:
-        return {**counts, **dict.fromkeys([*names, "stop_rate", "seq_rep_4", "mean_new_tokens"]), "per_sample": {}}
-    rouge = compute_rouge([row["prediction"] for row in answered], [row["references"] for row in answered])
-    repetition = [sequence_repetition(row["prediction"]) for row in answered]
-    per_sample = {
-        row["id"]: {**{t: rouge[f"{t}_per_sample"][i] for t in ROUGE_TYPES}, "seq_rep_4": repetition[i]}
-        for i, row in enumerate(answered)
-    }
+    reasons, removed, tokenizers, counts = (collections.Counter() for _ in range(4))
+    bigrams: set[int] = set()
+    discarded: list[float] = []
+    columns: dict[str, list] = {name: [] for name in ("id", *PER_SAMPLE)}
+    variants: dict[str, list] = {f"{name}_{variant}": [] for name in SIMILARITIES for variant in ("first", "max")}
+    for chunk in _chunks(rows, CHUNK):
+        counts["rows"] += len(chunk)
+        answered = [row for row in chunk if row["finish_reason"] != "error"]
+        if not answered:
+            continue
+        predictions, references = ([row[key] for row in answered] for key in ("prediction", "references"))
+        scores = compute_rouge(predictions, references, tokenizer=tokenizer) | compute_chrf(predictions, references)
+        for name, values in (columns | variants).items():
+            values += scores.get(f"{name}_per_sample", [])
+        tokenizers.update(scores["tokenizers"])
+        for row in answered:
+            prediction, own = row["prediction"], choose_tokenizer(row["references"], "auto", tokenizer)
+            columns["id"].append(row["id"])
+            columns["seq_rep_4"].append(sequence_repetition(prediction, 4, own))
+            columns["length_ratio"].append(length_ratio(prediction, row["references"], own))
+            discarded.append(discarded_share([prediction, *row["references"]], own))
+            ngrams = count_ngrams(prediction, 2, own)
+            bigrams.update(map(hash, ngrams))
+            counts.update(bigrams=ngrams.total(), empty=not prediction.strip(), new_tokens=row["num_new_tokens"])
+            reasons[row["finish_reason"]] += 1
+            removed.update(row.get("removed_tokens"))
+    num_answered = len(columns["id"])
+
+    def share(number: int) -> float | None:
+        return number / num_answered if num_answered else None
+
     return {
-        **counts,
-        **{name: rouge[name] for name in names},
-        "stop_rate": statistics.fmean(row["finish_reason"] == "stop" for row in answered),
-        "seq_rep_4": statistics.fmean(repetition),
-        "mean_new_tokens": statistics.fmean(row["num_new_tokens"] for row in answered),
-        "per_sample": per_sample,
+        "num_samples": counts["rows"],
+        "num_errors": counts["rows"] - num_answered,
+        **{name: mean(columns[name]) for name in SIMILARITIES},
+        **{name: mean(values) for name, values in variants.items()},
+        "stop_rate": share(reasons["stop"]),
+        "limit_rate": share(reasons["length"]),
+        "empty_rate": share(counts["empty"]),
+        "seq_rep_4": mean(columns["seq_rep_4"]),
+        "distinct_2": len(bigrams) / counts["bigrams"] if counts["bigrams"] else None,
+        "length_ratio": mean(columns["length_ratio"]),
+        "mean_new_tokens": share(counts["new_tokens"]),
+        "tokenizers": dict(tokenizers),
+        "discarded_characters": mean(discarded),
+        "removed_tokens": dict(removed),
+        "per_sample": columns,
     }

@@ -1,7 +1,7 @@
 """
 Rows of predictions and evaluations: JSON lines that are appended as they are finished and joined on `id`.
 
-    prediction   id, messages, references [str], prediction, num_prompt_tokens, num_new_tokens, finish_reason stop|length|error, error
+    prediction   id, messages, references [str], prediction, num_prompt_tokens, num_new_tokens, finish_reason stop|length|error, removed_tokens {name: count}, error
     evaluation   id, status ok|refusal|truncated|content_filter|invalid|error, evaluation {criterion: {score, explanation}} or null, usage, error
 
 Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows were made. Imports without torch.
@@ -9,23 +9,30 @@ Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its r
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from finetuning.errors import InputError
-from finetuning.runs import write_json
+from finetuning.runs import read_json, write_json
+
+
+def iterate_rows(path: Path) -> Iterator[dict]:
+    """The finished rows, one by one; a last line that a kill has torn is left out."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and line != b"\n":
+                yield json.loads(line)
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Read the finished rows; a last line that a kill has torn is left out."""
-    if not path.is_file():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [json.loads(line) for line in lines if line]
+    """The finished rows, all at once."""
+    return list(iterate_rows(path))
 
 
 class RowFile:
-    """The rows of one model, opened to be appended to.
+    """The rows of one model, opened to be appended to. They are in the file only, however many there are.
 
     Args:
         path: The JSON lines file; it is made, with its folder, if it is missing.
@@ -43,9 +50,8 @@ class RowFile:
         if overwrite:
             path.unlink(missing_ok=True)
             self.info_path.unlink(missing_ok=True)
-        self.rows = read_rows(path)
-        info = json.loads(self.info_path.read_text(encoding="utf-8")) if self.info_path.is_file() else {}
-        if self.rows:
+        info = read_json(self.info_path) if self.info_path.is_file() else {}
+        if next(iterate_rows(path), None) is not None:
             self._check_identity(info.get("identity", {}), json.loads(json.dumps(identity)))
         self.info = {**info, "identity": identity}
         self._cut_torn_line()
@@ -68,24 +74,36 @@ class RowFile:
         """Add one finished row; it is in the file when this returns, whatever happens to the process next."""
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
-        self.rows.append(row)
 
     def absorb(self, parts: Iterable[Path]) -> None:
         """Take over rows that other processes have written under the same identity, and delete their files.
 
         Rows whose id is here already, after a kill in the middle of this, are not taken twice.
         """
-        known = {row["id"] for row in self.rows}
+        known = {row["id"] for row in iterate_rows(self.path)}
         for part in parts:
             info_path = part.with_suffix(".json")
-            info = json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {}
+            info = read_json(info_path) if info_path.is_file() else {}
             if info.get("identity") == json.loads(json.dumps(self.info["identity"])):
-                for row in read_rows(part):
+                for row in iterate_rows(part):
                     if row["id"] not in known:
                         self.append(row)
                         known.add(row["id"])
             part.unlink()
             info_path.unlink(missing_ok=True)
+
+    def drop(self, unwanted: Callable[[dict], bool]) -> None:
+        """Remove rows, so that they are made again; a kill leaves all of them or none."""
+        if not any(map(unwanted, iterate_rows(self.path))):
+            return
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            for row in iterate_rows(self.path):
+                if not unwanted(row):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.close()
+        os.replace(partial, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write_info(self, **info) -> None:
         """Record what is known of all rows (metrics, usage) beside their identity."""

@@ -36,6 +36,10 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(partial, path)
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def find_run(output_dir: str | None) -> Path:
     """The folder of the run: `output_dir`, or the newest run under outputs/."""
     if output_dir is not None:
@@ -52,7 +56,7 @@ def find_run(output_dir: str | None) -> Path:
 
 def read_run(run: Path) -> dict:
     """The record of the run."""
-    return json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    return read_json(run / RUN_FILE)
 
 
 def checkpoint_step(name: str) -> int:

@@ -9,7 +9,6 @@ the BCa bootstrap (Efron 1987), shares with Wilson's. What has no score counts i
 
 import base64
 import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from finetuning.runs import (
     find_run,
     list_checkpoints,
     names_of_files,
+    read_json,
     read_run,
 )
 
@@ -45,9 +45,20 @@ MEASURES = {  # column: (title, decimals)
     "rouge1": ("ROUGE-1", 3),
     "rouge2": ("ROUGE-2", 3),
     "rougeL": ("ROUGE-L", 3),
+    "chrf": ("chrF", 3),
     "stopped": ("stopped", 2),
     "seq_rep_4": ("seq-rep-4", 3),
+    "length_ratio": ("length ratio", 2),
     "num_new_tokens": ("tokens", 1),
+}
+METRICS = {  # what step 3 measures of a whole model, under finetuning/metrics.py's names
+    **{measure: MEASURES[measure] for measure in (*ROUGE_COLUMNS, "chrf")},
+    "stop_rate": MEASURES["stopped"],
+    "empty_rate": ("empty", 2),
+    "seq_rep_4": MEASURES["seq_rep_4"],
+    "distinct_2": ("distinct-2", 3),
+    "length_ratio": MEASURES["length_ratio"],
+    "mean_new_tokens": MEASURES["num_new_tokens"],
 }
 COVERAGE_NEEDED = 0.95  # of its answers a model must have a judgement of, to be ranked by the judge
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # Okabe and Ito 2008
@@ -59,7 +70,8 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
 
     Returns:
         One row a model and sample: model, step, id, messages, references, prediction, finish_reason, error, num_new_tokens,
-        stopped (1 or 0), rouge1, rouge2, rougeL, seq_rep_4, seconds (of the whole model). NaN where there is no answer.
+        stopped (1 or 0), rouge1, rouge2, rougeL, chrf, seq_rep_4, length_ratio, seconds (of the whole model). NaN where there is no answer or
+        nothing defines it.
 
     Raises:
         InputError: There are no predictions, or a model's answers were not scored because step 3 was stopped.
@@ -68,8 +80,10 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
     records = []
     for name in names:
         rows = read_rows(run / PREDICTIONS / f"{name}.jsonl")
-        info = json.loads((run / PREDICTIONS / f"{name}.json").read_text(encoding="utf-8"))
-        per_sample = info.get("metrics", {}).get("per_sample", {})
+        info = read_json(run / PREDICTIONS / f"{name}.json")
+        columns = dict((info.get("metrics") or {}).get("per_sample", {"id": []}))
+        ids = columns.pop("id")
+        per_sample = {sample_id: {c: columns[c][i] for c in columns} for i, sample_id in enumerate(ids)}
         answered = {row["id"] for row in rows if row["finish_reason"] != "error"}
         if answered != per_sample.keys():
             raise InputError(f"{run / PREDICTIONS / name}: step 3 has not finished; start it again and it goes on")
@@ -80,7 +94,7 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
                     "model": name,
                     "step": checkpoint_step(name),
                     **row,
-                    **{column: measured.get(column, math.nan) for column in [*ROUGE_COLUMNS, "seq_rep_4"]},
+                    **{column: _number(measured.get(column)) for column in columns},
                     "stopped": float(row["finish_reason"] == "stop") if measured else math.nan,
                     "num_new_tokens": row["num_new_tokens"] if measured else math.nan,
                     "prediction_hash": prediction_hash(row),
@@ -90,6 +104,10 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
     if not records:
         raise InputError(f"no predictions in {run / PREDICTIONS}; run 3_test.py first")
     return pd.DataFrame(records).sort_values(["step", "model", "id"], ignore_index=True)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def load_samples(run: Path) -> pd.DataFrame:
@@ -200,9 +218,19 @@ def format_table(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
     return table
 
 
-def summarize_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Readable table of what step 3 measures."""
-    return format_table(summarize(predictions), intervals=False)
+def format_metrics(infos: dict[str, dict]) -> pd.DataFrame:
+    """Readable table of what step 3 measured, from the files beside the rows, by model."""
+    metrics = {name: info["metrics"] for name, info in infos.items()}
+    table = pd.DataFrame(index=pd.Index(metrics, name="model"))
+    table["samples"] = [values["num_samples"] for values in metrics.values()]
+    if any(values["num_errors"] for values in metrics.values()):
+        table["errors"] = [values["num_errors"] for values in metrics.values()]
+    for key, (title, decimals) in METRICS.items():
+        found = [values[key] for values in metrics.values()]
+        if key != "empty_rate" or any(found):
+            table[title] = ["-" if value is None else f"{value:.{decimals}f}" for value in found]
+    table["seconds"] = [f"{info['seconds']:.1f}" for info in infos.values()]
+    return table
 
 
 def print_table(table: pd.DataFrame) -> None:
@@ -329,7 +357,7 @@ def load_training_log(run: Path) -> pd.DataFrame:
     states = [f / "trainer_state.json" for f in list_checkpoints(run) if (f / "trainer_state.json").is_file()]
     if not states:
         return pd.DataFrame(columns=["step", "loss"])
-    log = pd.DataFrame(json.loads(states[-1].read_text(encoding="utf-8"))["log_history"])
+    log = pd.DataFrame(read_json(states[-1])["log_history"])
     return log
 
 
@@ -424,7 +452,7 @@ def _to_svg(figure: Figure) -> str:
 def read_preflight(run: Path) -> dict | None:
     """What step 1 found before training; None where it was not asked, or the run was made elsewhere."""
     file = run / PREFLIGHT_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def _to_data_uri(image: Path) -> str:

@@ -90,7 +90,7 @@ def tokenizer():
 def make_run(folder: Path, models: dict[str, list[str]]) -> Path:
     """A run's folder with the predictions of `models`, each a list of answers to the same questions."""
     from finetuning.metrics import score_predictions
-    from finetuning.results import RowFile
+    from finetuning.results import RowFile, read_rows
     from finetuning.runs import write_json
 
     folder.mkdir(parents=True)
@@ -120,6 +120,6 @@ def make_run(folder: Path, models: dict[str, list[str]]) -> Path:
                     "error": "too long" if answer is None else None,
                 }
             )
-        file.write_info(seconds=1.5, metrics=score_predictions(file.rows))
+        file.write_info(seconds=1.5, metrics=score_predictions(read_rows(file.path)))
         file.close()
     return folder

@@ -13,17 +13,22 @@ import torch
 from conftest import ROOT, command, kill_all, read_losses, run, train
 from transformers import GenerationConfig
 
-from finetuning.chat import load_tokenizer
+from finetuning.chat import load_generation_config, load_tokenizer
 from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
 from finetuning.decoding import SlotCache, why_not_exact
 from finetuning.inference import (
+    AnswerReader,
+    Prompt,
+    TransformersEngine,
     build_generation_config,
+    check_prompts,
     encode_prompts,
     fingerprint_model,
-    generate_answers,
     load_model,
 )
 from finetuning.results import read_rows
+
+DEMO = str(ROOT / "demo/model")
 
 
 def answer(run_dir, *args: str, check: bool = True, **env):
@@ -56,7 +61,8 @@ def test_base_and_every_checkpoint_answer_the_same_samples(answered_run):
 def test_rows_hold_what_the_design_says(answered_run):
     for row in predictions(answered_run, "checkpoint-10"):
         assert list(row) == [
-            "id", "messages", "references", "prediction", "num_prompt_tokens", "num_new_tokens", "finish_reason", "error",
+            "id", "messages", "references", "prediction", "num_prompt_tokens", "num_new_tokens", "finish_reason",
+            "removed_tokens", "error",
         ]  # fmt: skip
         assert row["messages"][-1]["role"] == "user" and isinstance(row["references"], list)
         assert row["finish_reason"] == ("stop" if row["num_new_tokens"] < 48 else row["finish_reason"])
@@ -124,20 +130,27 @@ def test_two_ranks_give_the_rows_of_one_after_a_kill_too(answered_run, tmp_path)
     assert len(rows["one"]) == 40 and rows["one"] == rows["two"] == rows["killed"]
 
 
-def load_demo(**settings):
-    """The demo model with what answers need: model, tokenizer, generation config."""
-    model = load_model(str(ROOT / "demo/model"), torch.float32)
-    tokenizer = load_tokenizer(str(ROOT / "demo/model"))
-    config, _ = build_generation_config(Arguments(**settings), tokenizer, model.generation_config)
-    return model, tokenizer, config
+def load_demo(loading: dict | None = None, **settings) -> TransformersEngine:
+    """The demo model, ready to answer."""
+    model = load_model(DEMO, torch.float32, **(loading or {}))
+    tokenizer = load_tokenizer(DEMO)
+    config, _ = build_generation_config(Arguments(**settings), tokenizer, load_generation_config(DEMO))
+    return TransformersEngine(model, tokenizer, config, batch_size=None, seed=0)
 
 
-def answers_to(texts: list[str], model, tokenizer, config, batch_size=None, seed=0, names=None):
-    encoded = encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in texts])
-    found = generate_answers(model, tokenizer, encoded, names or texts, config, batch_size, seed)
-    answers = sorted(found, key=lambda answer: answer.index)
-    assert [answer.index for answer in answers] == list(range(len(texts)))
-    return answers
+def make_prompts(texts: list[str], tokenizer, ids: list[str] | None = None) -> list[Prompt]:
+    pairs = zip(ids or texts, texts, strict=True)
+    samples = [{"id": name, "prompt": [{"role": "user", "content": text}]} for name, text in pairs]
+    return encode_prompts(tokenizer, samples)
+
+
+def answers_to(texts: list[str], engine: TransformersEngine, batch_size=None, seed=0, ids: list[str] | None = None):
+    """Answers in the order of `texts`; a text is its own id unless there are `ids`."""
+    engine.batch_size, engine.seed = batch_size, seed
+    prompts = make_prompts(texts, engine.tokenizer, ids)
+    answers = {answer.id: answer for answer in engine.answer(prompts)}
+    assert answers.keys() == {prompt.id for prompt in prompts}
+    return [answers[prompt.id] for prompt in prompts]
 
 
 TEXTS = [
@@ -152,23 +165,24 @@ TEXTS = [
 @pytest.mark.parametrize("sample", [{}, {"do_sample": True}, {"do_sample": True, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}], ids=["greedy", "sampled", "penalised"])  # fmt: skip
 def test_an_answer_depends_on_its_sample_and_the_seed_only(sample):
     """Not on the batch, the order, or what else is asked."""
-    loaded = load_demo(max_new_tokens=24, **sample)
-    whole = answers_to(TEXTS, *loaded)
+    engine = load_demo(max_new_tokens=24, **sample)
+    whole = answers_to(TEXTS, engine)
     for batch_size in (1, 3, 5):
-        assert [a.prediction for a in answers_to(TEXTS, *loaded, batch_size)] == [a.prediction for a in whole]
-    backwards = answers_to(TEXTS[::-1], *loaded, 4)
+        assert [a.prediction for a in answers_to(TEXTS, engine, batch_size)] == [a.prediction for a in whole]
+    backwards = answers_to(TEXTS[::-1], engine, 4)
     assert [a.prediction for a in backwards[::-1]] == [a.prediction for a in whole]
-    some = answers_to(TEXTS[5:8], *loaded)
+    some = answers_to(TEXTS[5:8], engine)
     assert [a.prediction for a in some] == [a.prediction for a in whole[5:8]]
     if sample:
-        other = answers_to(TEXTS, *loaded, seed=1)
+        other = answers_to(TEXTS, engine, seed=1)
         assert [a.prediction for a in other] != [a.prediction for a in whole]
-        assert len({a.prediction for a in answers_to(TEXTS[:1] * 6, *loaded, names=list("abcdef"))}) > 1
+        assert len({a.prediction for a in answers_to(TEXTS[:1] * 6, engine, ids=list("abcdef"))}) > 1
 
 
 def test_greedy_answers_are_those_of_the_library():
-    model, tokenizer, config = load_demo(max_new_tokens=24)
-    answers = answers_to(TEXTS, model, tokenizer, config)
+    engine = load_demo(max_new_tokens=24)
+    answers = answers_to(TEXTS, engine)
+    model, tokenizer, config = engine.model, engine.tokenizer, engine.config
     for text, answer in zip(TEXTS, answers, strict=True):
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt"
@@ -181,16 +195,17 @@ def test_greedy_answers_are_those_of_the_library():
 
 
 def test_an_answer_ends_before_a_stop_string():
-    plain = answers_to(TEXTS[4:5], *load_demo(max_new_tokens=48))[0].prediction
+    plain = answers_to(TEXTS[4:5], load_demo(max_new_tokens=48))[0].prediction
     word = plain.split()[4]
-    (stopped,) = answers_to(TEXTS[4:5], *load_demo(max_new_tokens=48, stop=[word]))
+    (stopped,) = answers_to(TEXTS[4:5], load_demo(max_new_tokens=48, stop=[word]))
     assert stopped.prediction == plain[: plain.index(word)].strip() and stopped.finish_reason == "stop"
 
 
 def test_beams_go_through_the_library_and_give_its_answers():
-    model, tokenizer, config = load_demo(max_new_tokens=12, num_beams=3)
+    engine = load_demo(max_new_tokens=12, num_beams=3)
+    model, tokenizer, config = engine.model, engine.tokenizer, engine.config
     assert why_not_exact(model, config, 100) == "beam search"
-    answers = answers_to(TEXTS[:4], model, tokenizer, config)
+    answers = answers_to(TEXTS[:4], engine)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True, return_tensors="pt"
     )
@@ -201,26 +216,72 @@ def test_beams_go_through_the_library_and_give_its_answers():
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch):
-    loaded = load_demo(max_new_tokens=12, do_sample=True)
-    expected = [a.prediction for a in answers_to(TEXTS, *loaded)]
+    engine = load_demo(max_new_tokens=12, do_sample=True)
+    expected = [a.prediction for a in answers_to(TEXTS, engine)]
     tried = []
     write = SlotCache.write
 
     def write_if_small(cache, prompts, lengths):
         tried.append(cache.num_slots)
         if cache.num_slots > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         write(cache, prompts, lengths)
 
     monkeypatch.setattr(SlotCache, "write", write_if_small)
-    assert [a.prediction for a in answers_to(TEXTS, *loaded, 12)] == expected
+    assert [a.prediction for a in answers_to(TEXTS, engine, 12)] == expected
     assert sorted(set(tried), reverse=True) == [12, 6, 3]
 
 
-def test_a_prompt_longer_than_the_context_is_an_error_row_and_the_others_are_answered():
-    answers = answers_to(["x" * 5000, "Hi"], *load_demo(max_new_tokens=8), 4)
-    assert answers[0].finish_reason == "error" and "exceed the context of 2048" in answers[0].error
-    assert answers[1].finish_reason != "error"
+def test_what_a_model_cannot_take_is_an_error_of_that_sample_and_the_others_are_answered():
+    engine = load_demo(max_new_tokens=8)
+    prompts = make_prompts(["x" * 5000, "strange", "empty", "Hi"], engine.tokenizer)
+    prompts[1].token_ids = [1, 999_999]
+    prompts[2].token_ids = []
+    template, engine.tokenizer.chat_template = engine.tokenizer.chat_template, "{{ raise_exception('no such role') }}"
+    prompts += make_prompts(["roles"], engine.tokenizer)
+    engine.tokenizer.chat_template = template
+    good, faulty = check_prompts(prompts, DEMO, engine.tokenizer, 8)
+    assert [prompt.id for prompt in good] == ["Hi"]
+    assert {answer.finish_reason for answer in faulty} == {"error"}
+    parts = ("the context of 2048", "not in the model's vocabulary", "makes no token", "no such role")
+    for answer, part in zip(faulty, parts, strict=True):
+        assert part in answer.error
+    (answer,) = engine.answer(good)
+    assert answer.finish_reason != "error" and answer.prediction
+
+
+@pytest.mark.parametrize("sample", [{}, {"do_sample": True, "temperature": 0.7}], ids=["greedy", "sampled"])
+def test_weights_that_are_no_numbers_are_an_error_and_not_an_answer(sample):
+    engine = load_demo(max_new_tokens=8, **sample)
+    with torch.no_grad():
+        engine.model.model.norm.weight[0] = torch.nan
+    answers = answers_to(TEXTS[:3], engine)
+    assert [answer.finish_reason for answer in answers] == ["error"] * 3 and "NaN" in answers[0].error
+
+
+@pytest.mark.parametrize("quantised", ["load_in_8bit", "load_in_4bit"])
+def test_quantised_weights_answer(quantised):
+    engine = load_demo({quantised: True}, max_new_tokens=12)
+    assert {p.dtype for p in engine.model.parameters()} & {torch.int8, torch.uint8}
+    assert all(answer.num_new_tokens > 0 for answer in answers_to(TEXTS, engine))
+
+
+def test_layers_that_are_offloaded_to_files_answer_alike():
+    whole = [answer.prediction for answer in answers_to(TEXTS, load_demo(max_new_tokens=12))]
+    engine = load_demo({"device_map": "auto", "max_memory": {"cpu": "3MB"}}, max_new_tokens=12)
+    assert "disk" in engine.model.hf_device_map.values()
+    assert [answer.prediction for answer in answers_to(TEXTS, engine)] == whole
+
+
+def test_control_tokens_are_removed_and_counted_and_those_of_the_task_stay(tokenizer):
+    end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    words = tokenizer("#Person1# met Ella", add_special_tokens=False)["input_ids"]
+    reader = AnswerReader(tokenizer, GenerationConfig(eos_token_id=[end]))
+    answer = reader.read(Prompt("a", []), [start, *words, start, end, *words])
+    assert answer.prediction == "#Person1# met Ella" and answer.finish_reason == "stop"
+    assert answer.removed_tokens == {"<|im_start|>": 2, "<|im_end|>": 1} and answer.num_new_tokens == len(words) + 3
+    text = reader.read_text(Prompt("a", []), "#Person1# met Ella<|im_end|>", 6, stopped=True)
+    assert text.prediction == answer.prediction and text.removed_tokens == {"<|im_end|>": 1}
 
 
 def test_what_is_not_set_comes_from_the_checkpoint(tokenizer):
