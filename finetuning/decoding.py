@@ -102,15 +102,14 @@ class SlotCache:
 
     def begin_step(self, positions: torch.Tensor) -> None:
         """Say where the token of each active slot goes in this step."""
-        self.positions = positions
-        self.rows = torch.arange(len(positions), device=positions.device)
+        self.positions = positions[:, None, None, None]
         self.longest = int(positions.max()) + 1
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
-        rows, positions = self.rows.to(key.device), self.positions.to(key.device)
+        positions = self.positions.to(key.device)
         tensors = self.layers[layer_idx]
         for tensor, new in zip(tensors, (key, value), strict=True):
-            tensor[rows, :, positions] = new[:, :, 0]
+            tensor[: self.active].scatter_(2, positions.expand_as(new), new)
         return tuple(tensor[: self.active, :, : self.longest] for tensor in tensors)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -133,7 +133,9 @@ def load_model(
     except OSError as error:
         raise InputError(f"could not load the model {name_or_path}: {str(error).splitlines()[0]}") from error
     if load_in_4bit:
-        for module in model.modules():  # bitsandbytes 0.50 packs rows for CPUs with bfloat16, and fails at an odd length
+        for (
+            module
+        ) in model.modules():  # bitsandbytes 0.50 packs rows for CPUs with bfloat16, and fails at an odd length
             if isinstance(module, bitsandbytes.nn.Linear4bit) and module.in_features % 64:
                 module.support_avx512bf16_for_cpu = False
     if device_map is not None:

@@ -56,11 +56,18 @@ def write_model(path: Path, preferences: dict[str, float]) -> None:
 
 
 def start_llama_server(folder: Path, preferences: dict[str, float]) -> str:
-    """Start a server in this process and return its base URL; it runs until the process ends."""
+    """Start a judge in this process and return its base URL; it runs until the process ends."""
     path = folder / "model.gguf"
     write_model(path, preferences)
+    return serve_gguf(path)
+
+
+def serve_gguf(path: Path, name: str = "judge") -> str:
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
+    params.model_alias = {name}
+    params.use_jinja = True
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.n_ctx = 32_768
     params.n_parallel = 2
     params.cpuparams.n_threads = 1
@@ -97,6 +104,10 @@ def serve(stub: StubJudge):
     """Serve a stub judge on 127.0.0.1 and give its base URL."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            model = {"id": "base", "object": "model", "created": 0, "owned_by": "stub"}
+            self.send(200, {}, {"object": "list", "data": [model]})
+
         def do_POST(self):
             reply = stub.next_reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             if reply == "hang up":
@@ -107,7 +118,9 @@ def serve(stub: StubJudge):
                 self.wfile.flush()
                 self.connection.close()
                 return
-            status, headers, body = reply if isinstance(reply, tuple) else (200, {}, completion(reply))
+            self.send(*(reply if isinstance(reply, tuple) else (200, {}, completion(reply))))
+
+        def send(self, status: int, headers: dict, body: str | dict):
             content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **headers}.items():

@@ -1,0 +1,181 @@
+"""The engine `openai` against a real server (llama.cpp) with the demo model, and a stub for what that does not do."""
+
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+from conftest import ROOT, command, run
+from demo_server import serve_model
+from judge_servers import StubJudge, serve
+from transformers import GenerationConfig
+
+from finetuning.chat import load_generation_config, load_tokenizer
+from finetuning.configs import TestArguments as Arguments
+from finetuning.data import load_test_samples
+from finetuning.errors import InputError
+from finetuning.inference import TransformersEngine, build_generation_config, encode_prompts, load_model
+from finetuning.openai_engine import OpenAIEngine, connect, find_served
+from finetuning.results import read_rows
+from finetuning.runs import write_json
+
+DEMO = ROOT / "demo/model"
+CONFIG = {"dataset_name": str(ROOT / "demo/data"), "dataset_test_split": "test", "model_name_or_path": str(DEMO)}
+
+
+@pytest.fixture(scope="module")
+def base_url(tmp_path_factory) -> str:
+    return serve_model(DEMO, tmp_path_factory.mktemp("gguf"), "base")
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run of which there is nothing but the base model."""
+    record = {"config": CONFIG, "chat_template": load_tokenizer(str(DEMO)).chat_template}
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run/run.json", record)
+    return tmp_path / "run"
+
+
+def make_engine(base_url: str, engine: str = "openai", **settings):
+    tokenizer = load_tokenizer(str(DEMO))
+    config, _ = build_generation_config(Arguments(**settings), tokenizer, load_generation_config(str(DEMO)))
+    if engine == "transformers":
+        return TransformersEngine(load_model(str(DEMO), torch.float32), tokenizer, config, None, seed=0)
+    client = connect(base_url, timeout=30).with_options(max_retries=1)
+    return OpenAIEngine(client, "base", tokenizer, config, concurrency=4, seed=0)
+
+
+def demo_prompts(number: int, tokenizer):
+    return encode_prompts(tokenizer, load_test_samples(CONFIG)[:number])
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.1}, {"stop": ["."]}], ids=["plain", "penalised", "stop"])  # fmt: skip
+def test_a_server_gives_the_answers_of_transformers(base_url, settings):
+    served, local = (make_engine(base_url, name, max_new_tokens=40, **settings) for name in ("openai", "transformers"))
+    prompts = demo_prompts(12, served.reader.tokenizer)
+    expected = {answer.id: answer for answer in local.answer(prompts)}
+    answers = {answer.id: answer for answer in served.answer(prompts)}
+    assert served.num_unlike == 0 and answers.keys() == expected.keys()
+    same = [i for i in expected if answers[i].prediction == expected[i].prediction]
+    # llama.cpp penalises the last 64 tokens only, transformers all of them
+    assert len(same) == 12 if "repetition_penalty" not in settings else len(same) >= 1
+    assert [answers[i].finish_reason for i in same] == [expected[i].finish_reason for i in same]
+    if not settings:
+        assert [answers[i].num_prompt_tokens for i in same] == [expected[i].num_prompt_tokens for i in same]
+
+
+def test_the_script_answers_through_a_server_and_goes_on(base_url, run_dir):
+    arguments = ["--output_dir", run_dir, "--base_url", base_url, "--max_new_tokens", 24]
+    first = run(command("3_test.py", *arguments, "--num_samples", 6))
+    rows = read_rows(run_dir / "predictions/base.jsonl")
+    assert len(rows) == 6 and all(row["prediction"] and row["finish_reason"] != "error" for row in rows)
+    info = json.loads((run_dir / "predictions/base.json").read_text())
+    assert info["identity"]["engine"] == "openai" and info["metrics"]["num_samples"] == 6
+    assert "ROUGE-1" in first.stdout and "error" not in first.stdout
+    run(command("3_test.py", *arguments, "--num_samples", 9))
+    assert read_rows(run_dir / "predictions/base.jsonl")[:6] == rows
+    other = run(command("3_test.py", "--output_dir", run_dir, "--num_samples", 9, "--max_new_tokens", 24), check=False)
+    assert other.returncode == 2 and "engine was 'openai' and is 'transformers'" in other.stderr
+
+
+def test_what_is_not_served_is_said(base_url, run_dir):
+    shutil.copytree(DEMO, run_dir / "checkpoint-7")
+    client = connect(base_url, timeout=30)
+    models = {"base": str(DEMO), "checkpoint-7": str(run_dir / "checkpoint-7")}
+    assert find_served(client, models, "all") == {"base": "base"}
+    with pytest.raises(InputError, match="serves base, and not checkpoint-7; serve each"):
+        find_served(client, models, "checkpoint-*")
+    with pytest.raises(InputError, match="no OpenAI-compatible server answers at"):
+        find_served(connect("http://127.0.0.1:9/v1", 1).with_options(max_retries=0), models, "all")
+
+
+def reply(**changes) -> dict:
+    return {"message": {"content": "#Person1# met Ella."}, **changes}
+
+
+def answer_stub(*replies, number: int = 1, **settings):
+    stub = StubJudge(*replies)
+    with serve(stub) as url:
+        engine = make_engine(url, max_new_tokens=16, **settings)
+        answers = list(engine.answer(demo_prompts(number, engine.reader.tokenizer)))
+    return answers, stub.requests, engine
+
+
+def test_every_setting_is_sent_so_that_no_default_of_the_server_counts():
+    _, (greedy,), _ = answer_stub(reply())
+    assert greedy["temperature"] == 0 and greedy["max_completion_tokens"] == 16
+    assert greedy["repetition_penalty"] == 1.0 and greedy["stop_token_ids"] == [3, 1]
+    assert greedy["skip_special_tokens"] is False and greedy["return_token_ids"] is True
+    _, (sampled, other), _ = answer_stub(reply(), number=2, do_sample=True, temperature=0.6, top_p=0.9, top_k=7)
+    assert (sampled["temperature"], sampled["top_p"], sampled["top_k"], sampled["min_p"]) == (0.6, 0.9, 7, 0)
+    assert sampled["seed"] != other["seed"]
+
+
+def test_token_ids_are_read_as_those_of_every_other_engine(tokenizer):
+    ids = tokenizer("#Person1# met Ella.<|im_end|>", add_special_tokens=False)["input_ids"]
+    (answer,), _, engine = answer_stub(reply(message={"content": "met Ella."}, token_ids=ids))
+    assert answer.prediction == "#Person1# met Ella." and answer.num_new_tokens == len(ids)
+    assert answer.removed_tokens == {"<|im_end|>": 1} and engine.gives_ids
+
+
+def test_a_server_that_counts_other_tokens_or_hides_some_is_named(capsys):
+    answer_stub(reply())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning: in 1 of 1 prompts base counts another number of tokens than training did" in printed
+    assert "if it hides special tokens, #Person1#, #Person2#, #Person3# are missing" in printed
+
+
+def test_a_refused_request_is_an_error_of_its_sample(capsys):
+    refused = (400, {}, {"error": {"message": "too long for me"}})
+    answers, _, _ = answer_stub(refused, reply(finish_reason="content_filter"), reply(), number=3)
+    reasons = sorted(answer.finish_reason for answer in answers)
+    assert reasons == ["error", "error", "stop"]
+    errors = " ".join(answer.error or "" for answer in answers)
+    assert "too long for me" in errors and "content_filter" in errors
+
+
+@pytest.mark.parametrize("fault", [(401, {}, {"error": {"message": "no such key"}}), "hang up"], ids=["key", "hang up"])
+def test_a_server_that_is_gone_ends_the_test_and_keeps_what_was_answered(fault):
+    stub = StubJudge(*[reply()] * 3, fault)
+    kept = []
+    with serve(stub) as url:
+        engine = make_engine(url, max_new_tokens=16)
+        engine.concurrency = 1
+        with pytest.raises(InputError, match="stopped the test.*the same command goes on"):
+            for answer in engine.answer(demo_prompts(8, engine.reader.tokenizer)):
+                kept.append(answer)
+    assert len(kept) == 3
+
+
+def test_requests_are_in_flight_together():
+    barrier = threading.Barrier(4, timeout=20)
+
+    class Together(StubJudge):
+        def next_reply(self, request):
+            barrier.wait()  # breaks, and with it the test, unless four requests are here at once
+            return super().next_reply(request)
+
+    with serve(Together(reply())) as url:
+        engine = make_engine(url, max_new_tokens=16)
+        assert len(list(engine.answer(demo_prompts(8, engine.reader.tokenizer)))) == 8
+
+
+def test_a_failed_row_is_asked_again(run_dir):
+    stub = StubJudge((400, {}, {"error": {"message": "out of luck"}}), reply())
+    with serve(stub) as url:
+        arguments = ["--output_dir", run_dir, "--base_url", url, "--num_samples", 3]
+        first = run(command("3_test.py", *arguments))
+        assert "1 of 3 samples have no answer: BadRequestError: Error code: 400" in first.stdout
+        assert "out of luck" in first.stdout
+        run(command("3_test.py", *arguments))
+    assert len(stub.requests) == 4
+    rows = read_rows(run_dir / "predictions/base.jsonl")
+    assert len(rows) == 3 and all(row["finish_reason"] == "stop" for row in rows)
+
+
+def test_a_setting_of_the_checkpoint_that_no_server_knows_is_refused(tokenizer):
+    own = GenerationConfig(no_repeat_ngram_size=3)
+    with pytest.raises(InputError, match="no_repeat_ngram_size: 3, which the engine openai does not know"):
+        build_generation_config(Arguments(), tokenizer, own, "openai")
