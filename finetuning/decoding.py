@@ -28,23 +28,35 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SLOT_ATTENTION = "slots"
-PREFILL_TOKENS = 4096  # read at once; more than this only where one prompt is longer
+# Read at once; more than this only where one prompt is longer. On a CPU, what a layer makes of them stays in its cache.
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
+SLOTS_PER_GROUP = 8  # on a CPU, so many slots look no further than the longest of them; they are sorted, roughly
 REFILL = 4  # waiting prompts are read when 1 / REFILL of the slots is free
 
 
-def slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def slot_attention(module, query, key, value, attention_mask, scaling=None, slot_groups=None, **kwargs):
     """SDPA, where the queries of one token that share a key head are rows of one matrix: nothing is repeated.
 
     Shapes: query (slots, heads, 1, dim), key and value (slots, key heads, length, dim), mask (slots, 1, 1, length).
+
+    Args:
+        slot_groups: [(first slot, last slot + 1, length), ...]: no slot of a group has more keys than its length.
     """
     if query.shape[2] > 1 or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     slots, heads, _, dim = query.shape
     grouped = query.view(slots, key.shape[1], heads // key.shape[1], dim)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    return output.reshape(slots, 1, heads, dim), None
+    outputs = [
+        torch.nn.functional.scaled_dot_product_attention(
+            grouped[first:last],
+            key[first:last, :, :length],
+            value[first:last, :, :length],
+            attn_mask=attention_mask[first:last, ..., :length],
+            scale=scaling,
+        )
+        for first, last, length in slot_groups or [(0, slots, key.shape[2])]
+    ]
+    return torch.cat(outputs).reshape(slots, 1, heads, dim), None
 
 
 AttentionInterface.register(SLOT_ATTENTION, slot_attention)
@@ -85,10 +97,10 @@ class SlotCache:
     def write(self, prompts: PromptCache, lengths: list[int]) -> None:
         """Put prompts into the next free slots."""
         if not self.layers:
+            # zeros, as what is masked must be a number
             for tensors in prompts.layers:
-                self.layers.append(
-                    tuple(t.new_zeros(self.num_slots, t.shape[1], self.length, t.shape[3]) for t in tensors)
-                )
+                shapes = [(self.num_slots, t.shape[1], self.length, t.shape[3]) for t in tensors]
+                self.layers.append(tuple(t.new_zeros(shape) for t, shape in zip(tensors, shapes, strict=True)))
         last = self.active + len(lengths)
         for (keys, values), (new_keys, new_values) in zip(self.layers, prompts.layers, strict=True):
             keys[self.active : last, :, : new_keys.shape[2]] = new_keys
@@ -296,7 +308,7 @@ class Decoder:
         taken: list[Running] = []
         while waiting and len(taken) < free:
             longest = len(taken[0].prompt) if taken else 0
-            if taken and longest * (len(taken) + 1) > PREFILL_TOKENS:
+            if taken and longest * (len(taken) + 1) > PREFILL_TOKENS.get(self.model.device.type, 4096):
                 break
             index = waiting.pop()
             generator = torch.Generator().manual_seed(seeds[index]) if self.config.do_sample else None
@@ -328,9 +340,15 @@ class Decoder:
         positions = torch.tensor([s.cached for s in active], device=device)
         cache.begin_step(positions)
         mask = torch.arange(cache.longest, device=device) <= positions[:, None]
+        size = SLOTS_PER_GROUP if device.type == "cpu" else len(active)
+        groups = [
+            (first, min(first + size, len(active)), 1 + max(s.cached for s in active[first : first + size]))
+            for first in range(0, len(active), size)
+        ]
         output = self.model(
             input_ids=tokens,
             attention_mask=mask[:, None, None],
+            slot_groups=groups,
             position_ids=positions[:, None],
             past_key_values=cache,
             use_cache=True,
