@@ -34,9 +34,10 @@ quiet_libraries()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+from transformers import GenerationConfig, PreTrainedTokenizerBase  # noqa: E402
 
 from finetuning.chat import load_generation_config, load_tokenizer  # noqa: E402
-from finetuning.data import load_test_samples  # noqa: E402
+from finetuning.data import TestSamples, load_test_samples  # noqa: E402
 from finetuning.hardware import choose_dtype  # noqa: E402
 from finetuning.inference import (  # noqa: E402
     Answer,
@@ -89,7 +90,7 @@ def main(args: TestArguments) -> None:
     samples = load_test_samples(record["config"])
     if len(samples) < args.num_samples:
         print(f"the test split has {len(samples)} different samples; all of them are used")
-    samples = {sample["id"]: sample for sample in samples[: args.num_samples]}
+    samples = samples[: args.num_samples]
     prompts: dict[str, list[Prompt]] = {}  # by tokenizer and template: checkpoints of a run share them
     waiting = list(models.values())
 
@@ -105,7 +106,7 @@ def main(args: TestArguments) -> None:
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
         key = fingerprint_tokenizer(tokenizer)
         if key not in prompts:
-            prompts[key] = encode_prompts(tokenizer, samples.values())
+            prompts[key] = encode_prompts(tokenizer, samples)
         identity = {
             "model": fingerprint_model(path),
             "engine": engine_name,
@@ -136,7 +137,9 @@ def main(args: TestArguments) -> None:
             for answer in faulty:
                 append(file, samples, answer)
             if good:
-                engine = start_engine(engine_name, args, path, served.get(name), tokenizer, generation_config, options)
+                engine = start_engine(
+                    engine_name, args, samples, path, served.get(name), tokenizer, generation_config, options
+                )
                 if waiting and engine_name != "openai" and rank == 0:
                     read_ahead(waiting[0])
                 answer_samples(engine.answer(good), len(good), samples, file, name)
@@ -188,12 +191,19 @@ def describe_weights(args: TestArguments, engine: str) -> str:
 
 
 def start_engine(
-    name: str, args: TestArguments, path: str, served: str | None, tokenizer, generation_config, options: dict
+    name: str,
+    args: TestArguments,
+    samples: TestSamples,
+    path: str,
+    served: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig,
+    options: dict,
 ):
     """The engine with one model in it, ready to answer."""
     if name == "openai":
         client = connect(args.base_url, args.timeout)
-        return OpenAIEngine(client, served, tokenizer, generation_config, args.concurrency, args.seed)
+        return OpenAIEngine(client, served, samples, tokenizer, generation_config, args.concurrency, args.seed)
     dtype = choose_dtype(args.dtype)
     if name == "vllm":
         from finetuning.vllm_engine import VllmEngine
@@ -210,9 +220,9 @@ def wait(world_size: int) -> None:
         dist.barrier()
 
 
-def append(file: RowFile, samples: dict[str, dict], answer: Answer) -> None:
+def append(file: RowFile, samples: TestSamples, answer: Answer) -> None:
     """Write an answer as a row."""
-    sample = samples[answer.id]
+    sample = samples.by_id(answer.id)
     file.append(
         {
             "id": sample["id"],
@@ -228,7 +238,7 @@ def append(file: RowFile, samples: dict[str, dict], answer: Answer) -> None:
     )
 
 
-def answer_samples(answers: Iterator[Answer], number: int, samples: dict[str, dict], file: RowFile, name: str) -> None:
+def answer_samples(answers: Iterator[Answer], number: int, samples: TestSamples, file: RowFile, name: str) -> None:
     """Append each answer of this rank's samples as it is finished."""
     start = written = time.perf_counter()
     earlier = file.info.get("seconds", 0.0)

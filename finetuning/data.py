@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -371,7 +372,37 @@ def fingerprint_rows(rows: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_test_samples(config: dict) -> list[dict]:
+class TestSamples(Sequence):
+    """Samples of a test split, {"id", "prompt", "references"}, ordered by `id` and read from the data when asked for."""
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self, dataset: Dataset, row_format: RowFormat, rows: list[tuple[str, list[int]]]):
+        self.dataset, self.row_format = dataset, row_format
+        self._rows = rows  # id, and the rows that ask the same
+        self._places = {sample_id: place for place, (sample_id, _) in enumerate(rows)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return TestSamples(self.dataset, self.row_format, self._rows[place])
+        sample_id, rows = self._rows[place]
+        return {"id": sample_id, **_join_rows(self.dataset, self.row_format, rows)}
+
+    def by_id(self, sample_id: str) -> dict:
+        return self[self._places[sample_id]]
+
+
+def _join_rows(dataset: Dataset, row_format: RowFormat, rows: list[int]) -> dict:
+    """Rows that ask the same, as one sample."""
+    samples = [to_sample(dataset[row], row_format) for row in rows]
+    references = dict.fromkeys(reference for sample in samples for reference in sample["references"])
+    return {"prompt": samples[0]["prompt"], "references": list(references)}
+
+
+def load_test_samples(config: dict) -> TestSamples:
     """Load the test split as samples, ordered by `id`.
 
     Rows that ask the same are one sample with several references, as in DialogSum's test split on the Hub. An id is a
@@ -380,24 +411,21 @@ def load_test_samples(config: dict) -> list[dict]:
 
     Args:
         config: The keys of ScriptArguments, as `run.json` has them.
-
-    Returns:
-        [{"id", "prompt", "references"}, ...]
     """
     name, split = config["dataset_name"], config["dataset_test_split"]
     dataset = load_split(name, split, config.get("dataset_config"))
     given = {key: config[key] for key in FORMAT_KEYS if config.get(key) is not None}
     row_format = _format_of(dataset, f"{name} ({split})", given)
-    by_prompt: dict[str, dict] = {}
-    for row in dataset:
+    by_prompt: dict[bytes, list[int]] = {}
+    for index, row in enumerate(dataset):
         try:
-            sample = to_sample(row, row_format)
+            prompt = to_sample(row, row_format)["prompt"]
         except InputError:
             raise InputError(describe_bad_rows(dataset, row_format, f"{name} ({split})")) from None
-        known = by_prompt.setdefault(json.dumps(sample["prompt"]), {"prompt": sample["prompt"], "references": []})
-        known["references"] += [r for r in sample["references"] if r not in known["references"]]
+        by_prompt.setdefault(hashlib.sha256(json.dumps(prompt).encode()).digest(), []).append(index)
     samples = []
-    for sample in by_prompt.values():
+    for rows in by_prompt.values():
+        sample = _join_rows(dataset, row_format, rows)
         content = json.dumps([sample["prompt"], sorted(sample["references"])], ensure_ascii=False)
-        samples.append({"id": hashlib.sha256(content.encode()).hexdigest()[:12], **sample})
-    return sorted(samples, key=lambda sample: sample["id"])
+        samples.append((hashlib.sha256(content.encode()).hexdigest()[:12], rows))
+    return TestSamples(dataset, row_format, sorted(samples))

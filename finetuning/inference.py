@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -192,10 +192,9 @@ def describe_generation(config: GenerationConfig, seed: int) -> dict:
 
 @dataclass(slots=True)
 class Prompt:
-    """What is asked for one test sample; `error` says why it cannot be."""
+    """The tokens of one test sample's question; `error` says why there are none."""
 
     id: str
-    messages: list[dict]
     token_ids: Sequence[int] = ()  # up to where the model's answer begins
     error: str | None = None
 
@@ -217,11 +216,11 @@ class Answer:
         return cls(prompt.id, None, len(prompt.token_ids), 0, "error", error=error)
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, samples: list[dict]) -> list[Prompt]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, samples: Iterable[dict]) -> list[Prompt]:
     """Tokenise the questions of samples. One that the chat template refuses has the reason as its `error`."""
     prompts = []
     for sample in samples:
-        prompt = Prompt(sample["id"], sample["prompt"])
+        prompt = Prompt(sample["id"])
         try:
             ids = tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True)["input_ids"]
             prompt.token_ids = array.array("i", ids)  # a list would need ten times the memory

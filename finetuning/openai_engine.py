@@ -25,6 +25,7 @@ from openai import (
 from openai.types.chat import ChatCompletion
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from finetuning.data import TestSamples
 from finetuning.decoding import seed_of
 from finetuning.errors import InputError
 from finetuning.inference import Answer, AnswerReader, Prompt
@@ -79,13 +80,21 @@ class OpenAIEngine:
 
     Args:
         served: The model's id at the endpoint.
+        samples: Where the messages of a prompt are.
         concurrency: Requests in flight at once.
     """
 
     def __init__(
-        self, client: OpenAI, served: str, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, concurrency: int, seed: int
-    ):  # fmt: skip
-        self.client, self.served, self.config = client, served, config
+        self,
+        client: OpenAI,
+        served: str,
+        samples: TestSamples,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GenerationConfig,
+        concurrency: int,
+        seed: int,
+    ):
+        self.client, self.served, self.samples, self.config = client, served, samples, config
         self.concurrency, self.seed = concurrency, seed
         self.reader = AnswerReader(tokenizer, config)
         self.hidden = sorted(set(tokenizer.all_special_ids) - self.reader.control_ids)  # tokens of the task
@@ -124,7 +133,7 @@ class OpenAIEngine:
         try:
             completion = self.client.chat.completions.create(
                 model=self.served,
-                messages=prompt.messages,
+                messages=self.samples.by_id(prompt.id)["prompt"],
                 max_completion_tokens=self.config.max_new_tokens,
                 seed=seed_of(self.seed, prompt.id) % 2**31,
                 extra_body=self._extra(),

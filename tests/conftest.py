@@ -2,7 +2,9 @@
 Shared by the tests: scripts are run as users run them, in a subprocess, on the demo data and model with a small budget.
 """
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # two busy processes of several threads slow each other down many times
+TRAIN = "1_train_full_fine_tuning.py"
 CONFIG = "./0_full_fine_tuning_config.yaml"
 SMALL = ["--max_steps", "10", "--save_steps", "5", "--logging_steps", "1", "--max_length", "128", "--warmup_steps", "2"]
 
@@ -37,10 +40,64 @@ def run(args: list[str], check: bool = True, timeout: int = 150, **env: str) -> 
     return result
 
 
+# Many tests start the same script; a process that has imported all it needs forks to run it in a second instead of eight.
+SERVER = """
+import json, os, runpy, signal, sys
+script = sys.argv[1]
+runpy.run_path(script, run_name="imported")
+for line in sys.stdin:
+    printed, *arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(140)
+        output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.argv = [script, *arguments]
+        try:
+            runpy.run_path(script, run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        sys.stdout.flush()
+        os._exit(status)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)  # an ordinary end takes seconds to free what was imported
+"""
+
+
+@functools.cache
+def script_server(script: str) -> subprocess.Popen:
+    """A process that has imported what a step imports, and forks to run it; it ends with the tests."""
+    arguments = [sys.executable, "-c", SERVER, script]
+    server = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)
+    return server
+
+
+def start_step(script: str, printed: Path, *arguments: str) -> int:
+    """Start a script in a process of its own, that need not import everything anew; gives the process id."""
+    server = script_server(script)
+    server.stdin.write(json.dumps([str(printed), *map(str, arguments)]) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+def end_step(script: str) -> int:
+    """Wait until the script that was started last has ended; gives its status, negative for a signal."""
+    return int(script_server(script).stdout.readline())
+
+
+def run_step(script: str, printed: Path, *arguments: str) -> tuple[int, str]:
+    """Run a script in a process of its own; gives the status and all that it printed."""
+    start_step(script, printed, *arguments)
+    return end_step(script), printed.read_text()
+
+
 def train(output_dir: Path, *args: str, num_processes: int = 1, check: bool = True, **env: str):
     """Run step 1 with a small budget."""
     arguments = ["--config", CONFIG, *SMALL, "--output_dir", output_dir, *args]
-    return run(command("1_train_full_fine_tuning.py", *arguments, num_processes=num_processes), check, **env)
+    return run(command(TRAIN, *arguments, num_processes=num_processes), check, **env)
 
 
 def kill_all(process: subprocess.Popen) -> None:

@@ -14,10 +14,9 @@ from pathlib import Path
 import datasets
 import pandas as pd
 import pytest
-from conftest import CONFIG, command, run
+from conftest import CONFIG, TRAIN, command, run, run_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_wrong_yaml import run_step_1
 
 from finetuning.configs import ScriptArguments
 from finetuning.data import ROLES, find_row_format, load_split, load_test_samples, load_training_rows, to_sample
@@ -468,7 +467,9 @@ def arguments_of_step_1(path: Path, run_dir: Path) -> list[str]:
 @pytest.mark.parametrize("name, content, said", STEP_1, ids=[case[2] for case in STEP_1])
 def test_step_1_refuses_broken_data_before_a_run_begins(tmp_path, name, content, said):
     run_dir = tmp_path / "run"
-    status, printed = run_step_1(tmp_path / "printed", *arguments_of_step_1(write(tmp_path / name, content), run_dir))
+    status, printed = run_step(
+        TRAIN, tmp_path / "printed", *arguments_of_step_1(write(tmp_path / name, content), run_dir)
+    )
     check_refusal(status, printed, said, run_dir)
 
 
@@ -483,5 +484,5 @@ def test_step_1_takes_the_right_data(tmp_path):
     rows = [{"prompt": f"What is the number {i}?", "completion": f"It is {i}."} for i in range(40)]
     arguments = arguments_of_step_1(write(tmp_path / "train.jsonl", lines(*rows)), tmp_path / "run")
     arguments += ["--preflight_only", "true", "--dataset_train_split", "train[1:]"]
-    status, printed = run_step_1(tmp_path / "printed", *arguments)
+    status, printed = run_step(TRAIN, tmp_path / "printed", *arguments)
     assert status == 0 and "nothing is trained" in printed, printed

@@ -139,7 +139,7 @@ def test_ids_of_samples_do_not_depend_on_their_order_and_duplicates_count_once(t
     write(tmp_path / "test.jsonl", ROWS)
     samples = load_test_samples(config)
     write(tmp_path / "test.jsonl", [*reversed(ROWS), ROWS[0]])
-    assert load_test_samples(config) == samples
+    assert list(load_test_samples(config)) == list(samples)
     assert len({sample["id"] for sample in samples}) == len(ROWS)
 
 

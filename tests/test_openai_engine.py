@@ -44,7 +44,7 @@ def make_engine(base_url: str, engine: str = "openai", **settings):
     if engine == "transformers":
         return TransformersEngine(load_model(str(DEMO), torch.float32), tokenizer, config, None, seed=0)
     client = connect(base_url, timeout=30).with_options(max_retries=1)
-    return OpenAIEngine(client, "base", tokenizer, config, concurrency=4, seed=0)
+    return OpenAIEngine(client, "base", load_test_samples(CONFIG), tokenizer, config, concurrency=4, seed=0)
 
 
 def demo_prompts(number: int, tokenizer):

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, ROOT, SMALL, command, run, train
+from conftest import CONFIG, ROOT, SMALL, TRAIN, command, run, run_step, train
 from datasets import Dataset
-from test_wrong_yaml import run_step_1
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
@@ -424,7 +423,7 @@ def test_preflight_only_changes_nothing_in_a_run(copy_of_run):
 )
 def test_what_the_libraries_would_trip_over_is_one_line(tmp_path, arguments, message):
     given = ["--config", CONFIG, *SMALL, "--output_dir", tmp_path / "run", *arguments]
-    status, printed = run_step_1(tmp_path / "printed", *given)
+    status, printed = run_step(TRAIN, tmp_path / "printed", *given)
     assert status == 2 and "Traceback" not in printed
     assert printed.count("error: ") == 1 and message in printed
     assert not (tmp_path / "run").exists()

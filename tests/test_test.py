@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -10,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, kill_all, read_losses, run, train
+from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train
 from transformers import GenerationConfig
 
 from finetuning.chat import load_generation_config, load_tokenizer
@@ -27,19 +28,23 @@ from finetuning.inference import (
     load_model,
 )
 from finetuning.results import read_rows
+from finetuning.runs import write_json
 
 DEMO = str(ROOT / "demo/model")
 
 
-def answer(run_dir, *args: str, check: bool = True, **env):
-    return run(command("3_test.py", "--output_dir", run_dir, *args), check, **env)
+def answer(run_dir, *args: str, check: bool = True) -> tuple[int, str]:
+    """Run step 3; gives the status and what it printed."""
+    status, printed = run_step("3_test.py", run_dir.with_name("printed"), "--output_dir", run_dir, *args)
+    assert status == 0 or not check, printed
+    return status, printed
 
 
 @pytest.fixture(scope="module")
 def answered_run(fsdp_run, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("answered") / "run"
     shutil.copytree(fsdp_run, run_dir)
-    result = answer(run_dir, "--num_samples", 8, "--max_new_tokens", 48)
+    result = run(command("3_test.py", "--output_dir", run_dir, "--num_samples", 8, "--max_new_tokens", 48))
     (run_dir / "printed.txt").write_text(result.stdout)
     return run_dir
 
@@ -54,8 +59,11 @@ def test_base_and_every_checkpoint_answer_the_same_samples(answered_run):
     printed = (answered_run / "printed.txt").read_text()
     names = re.findall(r"^\s*(base|checkpoint-\d+)\s", printed, re.MULTILINE)
     assert names == ["base", "checkpoint-5", "checkpoint-10"]
-    for title in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "stopped", "seq-rep-4"):
-        assert title in printed
+    titles = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "chrF", "stopped", "seq-rep-4", "distinct-2", "length ratio", "tokens")
+    assert all(title in printed for title in titles)
+    assert "removed from the answers: " in printed or all(
+        row["finish_reason"] == "length" for row in predictions(answered_run, "checkpoint-10")
+    )
 
 
 def test_rows_hold_what_the_design_says(answered_run):
@@ -81,28 +89,33 @@ def test_more_samples_add_to_those_there_are(answered_run, tmp_path):
 
 def test_other_settings_are_not_mixed_in(answered_run, tmp_path):
     run_dir = shutil.copytree(answered_run, tmp_path / "run")
-    result = answer(run_dir, "--model_name", "base", "--num_samples", 8, "--max_new_tokens", 20, check=False)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "'max_new_tokens': 48" in result.stderr and "--overwrite true" in result.stderr
+    asked = ["--model_name", "base", "--num_samples", 8, "--max_new_tokens", 20]
+    status, printed = answer(run_dir, *asked, check=False)
+    assert status == 2 and "Traceback" not in printed
+    assert "'max_new_tokens': 48" in printed and "--overwrite true" in printed
     answer(run_dir, "--model_name", "base", "--num_samples", 4, "--max_new_tokens", 20, "--overwrite", "true")
     assert len(predictions(run_dir, "base")) == 4
 
 
-def test_a_test_killed_in_the_middle_goes_on_with_nothing_lost_or_double(answered_run, tmp_path):
-    run_dir = shutil.copytree(answered_run, tmp_path / "run")
-    arguments = ["--output_dir", run_dir, "--model_name", "base", "--num_samples", 40, "--batch_size", 2]
-    shutil.rmtree(run_dir / "predictions")
-    process = subprocess.Popen(command("3_test.py", *arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
-    while len(predictions(run_dir, "base")) < 4:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    before = predictions(run_dir, "base")
-    assert 4 <= len(before) < 40
-    run(command("3_test.py", *arguments))
-    after = predictions(run_dir, "base")
-    assert after[: len(before)] == before and len({row["id"] for row in after}) == len(after) == 40
+def test_thirty_kills_at_random_moments_change_nothing(answered_run, tmp_path):
+    """Sampled, so that any dependence on what was running would show."""
+    arguments = ["--model_name", "base", "--num_samples", 300, "--do_sample", "true", "--batch_size", 2]
+    files = []
+    for name, num_kills in (("whole", 0), ("killed", 30)):
+        run_dir = shutil.copytree(answered_run, tmp_path / name / "run")
+        shutil.rmtree(run_dir / "predictions")
+        generator, seen = random.Random(0), []
+        for _ in range(num_kills):
+            process = start_step("3_test.py", tmp_path / "printed", "--output_dir", run_dir, *arguments)
+            time.sleep(generator.uniform(0.1, 1.6))
+            os.kill(process, signal.SIGKILL)
+            assert end_step("3_test.py") == -signal.SIGKILL, "it had ended before it was killed"
+            seen.append(len(predictions(run_dir, "base")))
+        assert seen == sorted(seen) and len(set(seen)) >= num_kills / 3
+        answer(run_dir, *arguments)
+        files.append((run_dir / "predictions/base.jsonl").read_bytes())
+    whole, killed = (sorted(file.splitlines(), key=lambda line: json.loads(line)["id"]) for file in files)
+    assert len(whole) == 300 and killed == whole
 
 
 def test_two_ranks_give_the_rows_of_one_after_a_kill_too(answered_run, tmp_path):
@@ -128,6 +141,44 @@ def test_two_ranks_give_the_rows_of_one_after_a_kill_too(answered_run, tmp_path)
         rows[name] = sorted(predictions(run_dir, "checkpoint-10"), key=lambda row: row["id"])
         assert not list((run_dir / "predictions" / "parts").glob("*"))
     assert len(rows["one"]) == 40 and rows["one"] == rows["two"] == rows["killed"]
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
+    words = "the a man woman goes to market buys bread and milk then meets friend who tells her about new job".split()
+    generator = random.Random(0)
+    with (tmp_path / "test.jsonl").open("w") as file:
+        for i in range(20_000):
+            row = {"prompt": f"{i} " + " ".join(generator.choices(words, k=6)), "completion": generator.choice(words)}
+            file.write(json.dumps(row) + "\n")
+    config = {"dataset_name": str(tmp_path), "dataset_test_split": "test", "model_name_or_path": DEMO}
+    run_json = {"config": config, "chat_template": load_tokenizer(DEMO).chat_template}
+    peaks = []
+    for number in (1_000, 1_000, 20_000):  # the first one finds no cache of the data
+        run_dir = tmp_path / f"run{len(peaks)}"
+        run_dir.mkdir()
+        write_json(run_dir / "run.json", run_json)
+        launch = command("3_test.py", "--output_dir", run_dir, "--num_samples", number, "--max_new_tokens", 2)
+        process = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0 and len(predictions(run_dir, "base")) == number
+        peaks.append(usage.ru_maxrss)
+    assert peaks[2] < 1.05 * peaks[1]
+
+
+def test_predictions_are_measured_again_without_a_model(answered_run, tmp_path):
+    run_dir = shutil.copytree(answered_run, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoint-10")
+    file = run_dir / "predictions/checkpoint-10.json"
+    info = json.loads(file.read_text())
+    metrics, rows = info.pop("metrics"), (run_dir / "predictions/checkpoint-10.jsonl").read_bytes()
+    file.write_text(json.dumps(info))
+    _, printed = answer(run_dir, "--rescore", "true", "--model_name", "checkpoint-*")
+    assert "checkpoint-5" in printed and "ROUGE-1" in printed
+    assert json.loads(file.read_text())["metrics"] == metrics
+    answer(run_dir, "--rescore", "true", "--rouge_tokenizer", "characters")
+    again = json.loads(file.read_text())["metrics"]
+    assert again["tokenizers"] == {"characters": 8} and again["rouge1"] != metrics["rouge1"]
+    assert (run_dir / "predictions/checkpoint-10.jsonl").read_bytes() == rows
 
 
 def load_demo(loading: dict | None = None, **settings) -> TransformersEngine:
@@ -277,10 +328,10 @@ def test_control_tokens_are_removed_and_counted_and_those_of_the_task_stay(token
     end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
     words = tokenizer("#Person1# met Ella", add_special_tokens=False)["input_ids"]
     reader = AnswerReader(tokenizer, GenerationConfig(eos_token_id=[end]))
-    answer = reader.read(Prompt("a", []), [start, *words, start, end, *words])
+    answer = reader.read(Prompt("a"), [start, *words, start, end, *words])
     assert answer.prediction == "#Person1# met Ella" and answer.finish_reason == "stop"
     assert answer.removed_tokens == {"<|im_start|>": 2, "<|im_end|>": 1} and answer.num_new_tokens == len(words) + 3
-    text = reader.read_text(Prompt("a", []), "#Person1# met Ella<|im_end|>", 6, stopped=True)
+    text = reader.read_text(Prompt("a"), "#Person1# met Ella<|im_end|>", 6, stopped=True)
     assert text.prediction == answer.prediction and text.removed_tokens == {"<|im_end|>": 1}
 
 
@@ -307,8 +358,8 @@ def test_other_weights_have_another_fingerprint(fsdp_run):
 
 @pytest.mark.parametrize("model_name, message", [("checkpoint-77", "has base, checkpoint-5, checkpoint-10"), ("none/such", "could not load")])  # fmt: skip
 def test_a_missing_model_is_one_line(fsdp_run, model_name, message):
-    result = answer(fsdp_run, "--model_name", model_name, check=False)
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    status, printed = answer(fsdp_run, "--model_name", model_name, check=False)
+    assert status == 2 and message in printed and "Traceback" not in printed
 
 
 def test_an_adapter_is_trained_under_fsdp_merged_and_answers_alike(tmp_path):

@@ -4,22 +4,18 @@ What step 1 says to a YAML that is wrong: every problem at once, one line each, 
 Each fault stands beside the file without it, which must parse, so that no test passes for another reason.
 """
 
-import atexit
 import contextlib
 import dataclasses
-import functools
 import io
-import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, command, run
+from conftest import ROOT, command, run, run_step
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -703,46 +699,6 @@ def test_any_secret_under_any_key_is_never_printed(folder, secret, key):
 
 # Through the script
 
-SERVER = """
-import json, os, runpy, signal, sys
-script = sys.argv[1]
-runpy.run_path(script, run_name="imported")  # all that it imports, which takes seconds, once
-for line in sys.stdin:
-    printed, *arguments = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(100)
-        output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1), os.dup2(output, 2)
-        sys.argv = [script, *arguments]
-        try:
-            runpy.run_path(script, run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        sys.stdout.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-os._exit(0)  # an ordinary end takes seconds to free what was imported
-"""
-
-
-@functools.cache
-def script_server(script: str) -> subprocess.Popen:
-    """A process that has imported what a step imports, and forks to run it; it ends with the tests."""
-    arguments = [sys.executable, "-c", SERVER, script]
-    server = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(server.communicate)
-    return server
-
-
-def run_step_1(printed: Path, *arguments: str) -> tuple[int, str]:
-    """Run step 1 in a process of its own, that need not import everything anew; gives the status and the output."""
-    server = script_server(SCRIPT)
-    server.stdin.write(json.dumps([str(printed), *map(str, arguments)]) + "\n")
-    server.stdin.flush()
-    return int(server.stdout.readline()), printed.read_text()
-
 
 @pytest.mark.parametrize(
     "content, messages",
@@ -759,7 +715,7 @@ def run_step_1(printed: Path, *arguments: str) -> tuple[int, str]:
 def test_the_script_says_the_same(tmp_path, content, messages):
     path = write(tmp_path / "config.yaml", content)
     for form in (["--config", path], [f"--config={path}"]):
-        status, printed = run_step_1(tmp_path / "printed", *form, *NEEDED, "--output_dir", tmp_path / "run")
+        status, printed = run_step(SCRIPT, tmp_path / "printed", *form, *NEEDED, "--output_dir", tmp_path / "run")
         check_refusal(status, printed, path)
         assert all(message in printed for message in messages) and "abcdef" not in printed
 
