@@ -107,9 +107,12 @@ def load_model(
         kwargs: More of from_pretrained's.
 
     Raises:
-        InputError: There is no such model.
+        InputError: There is no such model, or it is no causal language model.
     """
-    settings = {"dtype": dtype, "attn_implementation": choose_attention(None, dtype)[0], **kwargs}
+    attention, _ = choose_attention(None, dtype)
+    settings = {"dtype": dtype, **kwargs}
+    if attention != "sdpa":  # which is the library's own choice, where the model has it
+        settings["attn_implementation"] = attention
     if device_map is None and torch.cuda.is_available():
         several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
         device_map = {"": int(os.environ["LOCAL_RANK"])} if several else "auto"
@@ -130,7 +133,7 @@ def load_model(
             model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, **settings)
         else:
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **settings)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # there is none, or it is no causal language model
         raise InputError(f"could not load the model {name_or_path}: {str(error).splitlines()[0]}") from error
     if load_in_4bit:
         for (

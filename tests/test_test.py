@@ -12,11 +12,12 @@ import time
 import pytest
 import torch
 from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train
-from transformers import GenerationConfig
+from transformers import GenerationConfig, T5Config
 
 from finetuning.chat import load_generation_config, load_tokenizer
 from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
 from finetuning.decoding import SlotCache, why_not_exact
+from finetuning.errors import InputError
 from finetuning.inference import (
     AnswerReader,
     Prompt,
@@ -308,6 +309,12 @@ def test_weights_that_are_no_numbers_are_an_error_and_not_an_answer(sample):
         engine.model.model.norm.weight[0] = torch.nan
     answers = answers_to(TEXTS[:3], engine)
     assert [answer.finish_reason for answer in answers] == ["error"] * 3 and "NaN" in answers[0].error
+
+
+def test_a_model_that_cannot_answer_is_one_line(tmp_path):
+    T5Config(d_model=8, num_layers=1, num_heads=1, vocab_size=32).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="could not load the model .*T5Config"):
+        load_model(str(tmp_path), torch.float32)
 
 
 @pytest.mark.parametrize("quantised", ["load_in_8bit", "load_in_4bit"])
