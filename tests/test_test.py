@@ -1,6 +1,8 @@
 """Step 3, as users run it."""
 
+import ctypes
 import json
+import mmap
 import os
 import random
 import re
@@ -27,6 +29,7 @@ from finetuning.inference import (
     encode_prompts,
     fingerprint_model,
     load_model,
+    read_ahead,
 )
 from finetuning.results import read_rows
 from finetuning.runs import write_json
@@ -309,6 +312,31 @@ def test_weights_that_are_no_numbers_are_an_error_and_not_an_answer(sample):
         engine.model.model.norm.weight[0] = torch.nan
     answers = answers_to(TEXTS[:3], engine)
     assert [answer.finish_reason for answer in answers] == ["error"] * 3 and "NaN" in answers[0].error
+
+
+def share_in_file_cache(path) -> float:
+    """Share of a file's pages that the system holds in memory (mincore)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as pages:
+        number = -(-len(pages) // mmap.PAGESIZE)
+        found = (ctypes.c_ubyte * number)()
+        address = ctypes.addressof(ctypes.c_ubyte.from_buffer(pages))
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(pages)), found) == 0
+        return sum(page & 1 for page in found) / number
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux only")
+def test_the_weights_of_the_next_model_are_read_ahead(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:
+        file.write(os.urandom(1 << 22))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if share_in_file_cache(weights) > 0.5:
+        pytest.skip("this file system keeps its files in memory")
+    read_ahead(str(tmp_path)).join()
+    assert share_in_file_cache(weights) == 1
 
 
 def test_a_model_that_cannot_answer_is_one_line(tmp_path):
