@@ -17,9 +17,9 @@ adds to them. A sample that cannot be answered is a row with its error, and does
 
 import collections
 import datetime
-import glob
 import importlib.util
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -50,22 +50,25 @@ from finetuning.inference import (  # noqa: E402
     fingerprint_model,
     fingerprint_tokenizer,
     hash_text,
+    ignored_settings,
     load_model,
     read_ahead,
+    why_not_vllm,
 )
 from finetuning.metrics import MOST_DISCARDED, score_predictions  # noqa: E402
 from finetuning.openai_engine import OpenAIEngine, connect, find_served  # noqa: E402
-from finetuning.results import RowFile, iterate_rows  # noqa: E402
+from finetuning.results import RowFile, iterate_rows, read_info  # noqa: E402
 from finetuning.runs import (  # noqa: E402
     BASE,
     PREDICTIONS,
     find_models,
     find_run,
     names_of_files,
-    read_json,
     read_run,
 )
 from finetuning.scores import format_metrics, print_table  # noqa: E402
+
+CONCURRENCY, TIMEOUT = 64, 600.0  # of requests to a server, unless they are set
 
 
 def main(args: TestArguments) -> None:
@@ -81,16 +84,16 @@ def main(args: TestArguments) -> None:
             rescore(run, args)
         return
     record = read_run(run)
-    engine_name = choose_engine(args, world_size)
     models = find_models(run, args.model_name)
+    engine_name = choose_engine(args, world_size, list(models.values()))
     served: dict[str, str] = {}
     if engine_name == "openai":
-        served = find_served(connect(args.base_url, args.timeout), models, args.model_name)
+        served = find_served(connect(args.base_url, args.timeout or TIMEOUT), models, args.model_name)
         models = {name: models[name] for name in served}
-    samples = load_test_samples(record["config"])
+    all_samples = load_test_samples(record["config"])
+    samples = all_samples[: args.num_samples]
     if len(samples) < args.num_samples:
         print(f"the test split has {len(samples)} different samples; all of them are used")
-    samples = samples[: args.num_samples]
     prompts: dict[str, list[Prompt]] = {}  # by tokenizer and template: checkpoints of a run share them
     waiting = list(models.values())
 
@@ -104,33 +107,40 @@ def main(args: TestArguments) -> None:
         generation_config, sources = build_generation_config(args, tokenizer, own_config, engine_name)
         settings = {key: f"{getattr(generation_config, key)} ({source})" for key, source in sources.items()}
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+        ignored = ignored_settings(own_config)
+        if ignored:
+            print(f"{name}: its generation_config.json also has {ignored}, which has no effect here")
         key = fingerprint_tokenizer(tokenizer)
         if key not in prompts:
             prompts[key] = encode_prompts(tokenizer, samples)
         identity = {
             "model": fingerprint_model(path),
             "engine": engine_name,
-            "weights": describe_weights(args, engine_name),
+            "weights": f"served as {served[name]}" if served else describe_weights(args),
             "generation": describe_generation(generation_config, args.seed),
             "chat_template": hash_text(tokenizer.chat_template),
+            "tokenizer": key,
         }
 
-        rows_path, parts = run / PREDICTIONS / f"{name}.jsonl", run / PREDICTIONS / "parts"
+        folder = run / PREDICTIONS
+        missing_ids: set[str] = set()
         if rank == 0:
-            file = RowFile(rows_path, identity, args.overwrite)
-            file.absorb(parts.glob(f"{glob.escape(name)}.*.jsonl"))  # of a start that was killed
+            if args.overwrite:
+                for part in find_parts(folder, name):
+                    part.unlink()
+            file = RowFile(folder / f"{name}.jsonl", identity, args.overwrite)
+            # metrics come when all is answered; until then step 5 says that this step has not finished
+            file.write_info(path=path, seconds=file.info.get("seconds", 0.0), metrics=None)
+            file.absorb(find_parts(folder, name))  # of a start that was killed
             if engine_name == "openai":
                 file.drop(lambda row: row["finish_reason"] == "error")  # the server may have had a bad moment
-            file.write_info(path=path, seconds=file.info.get("seconds", 0.0))
-        wait(world_size)
-        answered = {row["id"] for row in iterate_rows(rows_path)}
-        missing = [prompt for prompt in prompts[key] if prompt.id not in answered]
+            missing_ids = find_missing(file, all_samples, samples)
+        missing_ids = share(missing_ids, world_size)
+        missing = [prompt for prompt in prompts[key] if prompt.id in missing_ids]
         waiting.remove(path)
         if missing:
-            if rank == 0:
-                file.write_info(metrics=None)  # those there are do not know the new rows
-            else:
-                file = RowFile(parts / f"{name}.{rank}.jsonl", identity, overwrite=True)
+            if rank > 0:
+                file = RowFile(folder / "parts" / f"{name}.{rank}.jsonl", identity, overwrite=True)
             # ranks take turns down the lengths, so that each has as much to do as the others
             mine = sorted(missing, key=lambda prompt: -len(prompt.token_ids))[rank::world_size]
             good, faulty = check_prompts(mine, path, tokenizer, args.max_new_tokens, **options)
@@ -145,26 +155,31 @@ def main(args: TestArguments) -> None:
                 answer_samples(engine.answer(good), len(good), samples, file, name)
                 engine.close()  # before the next model is loaded
         else:
-            print(f"{name}: all {len(samples)} samples are answered")
-        wait(world_size)
-        if rank == 0:
-            file.absorb(parts.glob(f"{glob.escape(name)}.*.jsonl"))
-            measure(file, args, name)
-        if rank == 0 or missing:
+            print(f"{name}: all {len(samples)} samples have their row already")
+        if rank > 0 and missing:
             file.close()
-        wait(world_size)
+        share(None, world_size)  # until all ranks are here
+        if rank == 0:
+            file.absorb(find_parts(folder, name))
+            lost = find_missing(file, all_samples, samples)
+            if lost:
+                raise InputError(f"{name}: {len(lost)} samples have no row; start the same command again")
+            measure(file, args, name)
+            file.close()
 
     if rank == 0:
-        print_table(format_metrics({name: read_json(run / PREDICTIONS / f"{name}.json") for name in models}))
+        print_table(format_metrics({name: read_info(run / PREDICTIONS / f"{name}.jsonl") for name in models}))
         print(f"Written to {run / PREDICTIONS}. Next: python 4_openai_test.py --output_dir {run}")
 
 
-def choose_engine(args: TestArguments, world_size: int) -> str:
-    """What generates: as asked, or what is fastest here.
+def choose_engine(args: TestArguments, world_size: int, models: list[str]) -> str:
+    """What generates: as asked, or what is fastest here and can serve all models.
 
     Raises:
         InputError: It is not installed, or cannot share its work among ranks.
     """
+    if args.device_map is not None and world_size > 1:
+        raise InputError("device_map spreads one process over all GPUs: start it without torchrun, or leave it out")
     if args.base_url is not None:
         return "openai"
     installed = importlib.util.find_spec("vllm") is not None
@@ -176,16 +191,18 @@ def choose_engine(args: TestArguments, world_size: int) -> str:
     if args.engine != "auto":
         return args.engine
     asked = [key for key, neutral in NOT_OF_ENGINE["vllm"].items() if getattr(args, key) not in (None, neutral)]
-    if installed and torch.cuda.is_available() and world_size == 1 and not asked:
-        print("engine: vllm (it is installed, and there is a GPU; another one with --engine)")
-        return "vllm"
-    return "transformers"
+    if not installed or not torch.cuda.is_available() or world_size > 1 or asked:
+        return "transformers"
+    problem = next(filter(None, map(why_not_vllm, models)), None)
+    if problem is not None:
+        print(f"engine: transformers (vllm is installed, but {problem})")
+        return "transformers"
+    print("engine: vllm (it is installed, and there is a GPU; another one with --engine)")
+    return "vllm"
 
 
-def describe_weights(args: TestArguments, engine: str) -> str:
-    """In what form the weights are computed with; a server has its own."""
-    if engine == "openai":
-        return "as served"
+def describe_weights(args: TestArguments) -> str:
+    """In what form the weights are computed with."""
     quantised = "8bit " if args.load_in_8bit else "4bit " if args.load_in_4bit else ""
     return quantised + str(choose_dtype(args.dtype)).removeprefix("torch.")
 
@@ -202,11 +219,18 @@ def start_engine(
 ):
     """The engine with one model in it, ready to answer."""
     if name == "openai":
-        client = connect(args.base_url, args.timeout)
-        return OpenAIEngine(client, served, samples, tokenizer, generation_config, args.concurrency, args.seed)
+        client = connect(args.base_url, args.timeout or TIMEOUT)
+        return OpenAIEngine(
+            client, served, samples, tokenizer, generation_config, args.concurrency or CONCURRENCY, args.seed
+        )
     dtype = choose_dtype(args.dtype)
     if name == "vllm":
-        from finetuning.vllm_engine import VllmEngine
+        try:
+            from finetuning.vllm_engine import VllmEngine
+        except (ImportError, OSError) as error:  # a build for another torch or GPU
+            raise InputError(
+                f"vllm does not import ({str(error).splitlines()[0]}); use --engine transformers"
+            ) from error
 
         return VllmEngine(path, tokenizer, generation_config, dtype, args.batch_size, args.seed, options)
     quantised = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
@@ -214,10 +238,33 @@ def start_engine(
     return TransformersEngine(model, tokenizer, generation_config, args.batch_size, args.seed)
 
 
-def wait(world_size: int) -> None:
-    """Until all ranks are here."""
+def share(value, world_size: int):
+    """The first rank's value, on all ranks, when all of them are here."""
+    box = [value]
     if world_size > 1:
+        dist.broadcast_object_list(box, src=0)
         dist.barrier()
+    return box[0]
+
+
+def find_parts(folder: Path, name: str) -> list[Path]:
+    """Rows of other ranks."""
+    return [f for f in (folder / "parts").glob("*.jsonl") if re.fullmatch(rf"{re.escape(name)}\.\d+\.jsonl", f.name)]
+
+
+def find_missing(file: RowFile, all_samples: TestSamples, samples: TestSamples) -> set[str]:
+    """Ids of the samples that have no row.
+
+    Raises:
+        InputError: There are rows of samples that the test split does not have any more.
+    """
+    known, answered = set(all_samples.ids), {row["id"] for row in iterate_rows(file.path)}
+    if answered - known:
+        raise InputError(
+            f"{file.path} has {len(answered - known)} rows of samples that are not in the test split: it was changed. Start over "
+            "with --overwrite true"
+        )
+    return set(samples.ids) - answered
 
 
 def append(file: RowFile, samples: TestSamples, answer: Answer) -> None:
@@ -275,17 +322,17 @@ def measure(file: RowFile, args: TestArguments, name: str) -> None:
 
 def rescore(run: Path, args: TestArguments) -> None:
     """Measure the predictions there are, and leave them as they are."""
-    names = names_of_files(run / PREDICTIONS, args.model_name)
+    folder = run / PREDICTIONS
+    names = names_of_files(folder, args.model_name.replace("/", "--"))  # as the rows of a Hub id are named
     if not names:
-        raise InputError(
-            f"no predictions of `{args.model_name}` in {run / PREDICTIONS}; run 3_test.py without --rescore"
-        )
+        there = ", ".join(names_of_files(folder, "all")) or "none"
+        raise InputError(f"no predictions of `{args.model_name}` in {folder}, which has {there}")
     for name in names:
-        path = run / PREDICTIONS / f"{name}.jsonl"
-        file = RowFile(path, read_json(path.with_suffix(".json"))["identity"])
+        path = folder / f"{name}.jsonl"
+        file = RowFile(path, read_info(path)["identity"])
         measure(file, args, name)
         file.close()
-    print_table(format_metrics({name: read_json(run / PREDICTIONS / f"{name}.json") for name in names}))
+    print_table(format_metrics({name: read_info(run / PREDICTIONS / f"{name}.jsonl") for name in names}))
 
 
 if __name__ == "__main__":

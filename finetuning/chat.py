@@ -128,6 +128,6 @@ def control_token_ids(tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) ->
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], control_ids: set[int]) -> str:
-    """The text of an answer, without control tokens and with every token of the task."""
+    """The text of an answer as it was generated, without control tokens and with every token of the task."""
     kept = [token_id for token_id in token_ids if token_id not in control_ids]
-    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -162,6 +162,12 @@ CONTRADICTIONS = (
      "base_url is for engine: openai, not {engine}; leave one of them out"),
     (("base_url", "base_url"), lambda url, _: url is not None and not url.startswith(("http://", "https://")),
      "base_url: {base_url} is no address; write it as http://localhost:8000/v1"),
+    (("base_url", "concurrency"), lambda url, value: url is None and value is not None,
+     "concurrency has no effect without base_url; leave it out"),
+    (("base_url", "timeout"), lambda url, value: url is None and value is not None,
+     "timeout has no effect without base_url; leave it out"),
+    (("stop", "stop"), lambda stop, _: any(not text for text in stop or []),
+     "stop: an empty text would end every answer at once; leave it out"),
     (("rescore", "overwrite"), lambda rescore, overwrite: rescore and overwrite,
      "rescore reads the predictions that overwrite deletes; keep one of them"),
     (("do_sample", "temperature"), lambda sample, t: sample and t is not None and t <= 0,
@@ -350,8 +356,12 @@ class TestArguments(RunArguments):
         default=None,
         metadata={"help": "Address of a server that speaks the OpenAI API and serves the checkpoints by their names."},
     )
-    concurrency: int = field(default=64, metadata={"help": "Requests in flight at once, with base_url."})
-    timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for one reply, with base_url."})
+    concurrency: int | None = field(
+        default=None, metadata={"help": "Requests in flight at once; needs base_url. Unset: 64."}
+    )
+    timeout: float | None = field(
+        default=None, metadata={"help": "Seconds to wait for one reply; needs base_url. Unset: 600."}
+    )
     rouge_tokenizer: str = field(
         default="auto",
         metadata={

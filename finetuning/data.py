@@ -382,6 +382,10 @@ class TestSamples(Sequence):
         self._rows = rows  # id, and the rows that ask the same
         self._places = {sample_id: place for place, (sample_id, _) in enumerate(rows)}
 
+    @property
+    def ids(self) -> list[str]:
+        return [sample_id for sample_id, _ in self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 

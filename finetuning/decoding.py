@@ -162,8 +162,13 @@ def why_not_exact(model: PreTrainedModel, config: GenerationConfig, longest: int
     window = getattr(text_config, "sliding_window", None)
     if (config.num_beams or 1) > 1:
         return "beam search"
-    if model.config.is_encoder_decoder:
-        return "an encoder and a decoder"
+    peft_config = getattr(model, "active_peft_config", None)
+    if peft_config is not None and peft_config.is_prompt_learning:
+        return "an adapter of virtual tokens"
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    trained = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings
+    if rope.get("rope_type") in ("dynamic", "longrope") and longest > trained:
+        return f"rotary embeddings that change beyond {trained} tokens"
     if layer_types - {"full_attention"}:
         return f"layers of {', '.join(sorted(layer_types - {'full_attention'}))}"
     if window is not None and getattr(text_config, "use_sliding_window", True) and window < longest:
@@ -300,7 +305,9 @@ class Decoder:
         """Whether the text so far has a stop string; a token may end one that others began."""
         if not self.config.stop_strings:
             return False
-        tail = self.tokenizer.decode(new_ids[-max(map(len, self.config.stop_strings)) - 1 :])
+        # a token is at least a byte
+        longest = max(len(stop.encode()) for stop in self.config.stop_strings)
+        tail = self.tokenizer.decode(new_ids[-longest - 1 :])
         return any(stop in tail for stop in self.config.stop_strings)
 
     def _take(self, waiting: list[int], prompts, seeds, free: int) -> list[Running]:

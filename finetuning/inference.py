@@ -7,13 +7,14 @@ import array
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,17 +30,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from finetuning.chat import base_of, control_token_ids, decode_answer, end_token_ids, load_model_config
+from finetuning.chat import (
+    base_of,
+    control_token_ids,
+    decode_answer,
+    end_token_ids,
+    load_generation_config,
+    load_model_config,
+)
 from finetuning.configs import NOT_OF_ENGINE, TestArguments
 from finetuning.decoding import Decoder, seed_of, why_not_exact
 from finetuning.errors import InputError
 from finetuning.hardware import choose_attention
 from finetuning.memory import available_memory
+from finetuning.runs import read_json
 
 OWN_KEYS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty")
 SAMPLING_KEYS = ("temperature", "top_p", "top_k")
 PLAIN_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 MOST_SLOTS = 128
+SLOTS_WITHOUT_HEADS = 16  # of models whose memory cannot be told from their heads
 READ_AT_ONCE = 1 << 24  # bytes
 
 
@@ -66,7 +76,9 @@ def fingerprint_model(name_or_path: str) -> str:
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what makes token ids of messages: the vocabulary, its merges and the chat template."""
-    return hash_text([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
+    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return hash_text([vocabulary, tokenizer.chat_template])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -173,6 +185,10 @@ def build_generation_config(
                 f"the checkpoint's generation_config.json has {key}: {value}, which the engine {engine} does not know; use "
                 f"--engine transformers, or change it with --{key} {neutral[key]}"
             )
+        if key == "num_beams" and args.do_sample and (value or 1) > 1:
+            raise InputError(
+                f"do_sample and num_beams: {value} (from the checkpoint) exclude each other; add --num_beams 1"
+            )
         if value is not None:
             settings[key], sources[key] = value, source
     config = GenerationConfig(
@@ -184,6 +200,25 @@ def build_generation_config(
         **settings,
     )
     return config, {**sources, **({"stop_strings": "flag"} if args.stop else {})}
+
+
+def ignored_settings(own_config: GenerationConfig) -> dict:
+    """What a checkpoint declares beyond the settings of step 3, which has no effect here."""
+    known = {
+        *OWN_KEYS,
+        *SAMPLING_KEYS,
+        "do_sample",
+        "max_new_tokens",
+        "max_length",
+        "use_cache",
+        "transformers_version",
+    }
+    declared = own_config.to_diff_dict()
+    return {
+        key: value
+        for key, value in declared.items()
+        if key not in known and not key.endswith("token_id") and key[0] != "_"
+    }
 
 
 def describe_generation(config: GenerationConfig, seed: int) -> dict:
@@ -278,7 +313,9 @@ class AnswerReader:
         if end is not None:
             new_ids = new_ids[: end + 1]
         removed = collections.Counter(token_id for token_id in new_ids if token_id in self.control_ids)
-        text, at_stop_string = self._cut(decode_answer(self.tokenizer, new_ids, self.control_ids))
+        text = decode_answer(self.tokenizer, new_ids, self.control_ids)
+        whole = self.tokenizer.decode(new_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text, at_stop_string = self._cut(text, whole)
         return Answer(
             prompt.id,
             prediction=text,
@@ -294,14 +331,18 @@ class AnswerReader:
         for token in self.tokenizer.convert_ids_to_tokens(sorted(self.control_ids)):
             if token in text:
                 removed[token] = text.count(token)
-                text = text.replace(token, "")
-        text, at_stop_string = self._cut(text.strip())
+        whole = text
+        for token in removed:
+            text = text.replace(token, "")
+        text, at_stop_string = self._cut(text, whole)
         reason = "stop" if stopped or at_stop_string else "length"
         return Answer(prompt.id, text, len(prompt.token_ids), num_new_tokens, reason, removed)
 
-    def _cut(self, text: str) -> tuple[str, bool]:
-        stops = [text.index(stop) for stop in self.config.stop_strings or [] if stop in text]
-        return (text[: min(stops)].strip(), True) if stops else (text, False)
+    def _cut(self, text: str, whole: str) -> tuple[str, bool]:
+        """The text before the first stop string; such a one may be white space, or stand in `whole` as a control token."""
+        stops = self.config.stop_strings or []
+        places = [text.index(stop) for stop in stops if stop in text]
+        return text[: min(places, default=None)].strip(), any(stop in whole for stop in stops)
 
 
 class TransformersEngine:
@@ -326,12 +367,18 @@ class TransformersEngine:
         """
         if not prompts:
             return
+        groups: dict[str | None, list[Prompt]] = collections.defaultdict(list)
+        for prompt in prompts:  # each by itself, so that no other prompt has a say in how it is answered
+            longest = len(prompt.token_ids) + self.config.max_new_tokens
+            groups[why_not_exact(self.model, self.config, longest)].append(prompt)
+        for reason, group in groups.items():
+            if reason is not None:
+                print(f"the library's own loop answers {len(group)} prompts, because of {reason}")
+            yield from self._answer_group(group, self._decode if reason is None else self._generate_batches)
+
+    def _answer_group(self, prompts: list[Prompt], generate: Callable) -> Iterator[Answer]:
         longest = max(len(prompt.token_ids) for prompt in prompts) + self.config.max_new_tokens
-        size = self.batch_size or choose_num_slots(self.model, longest)
-        reason = why_not_exact(self.model, self.config, longest)
-        if reason is not None:
-            print(f"the library's own loop answers, in batches, because of {reason}")
-        generate = self._decode if reason is None else self._generate_batches
+        size = self.batch_size or choose_num_slots(self.model, longest, self.config.num_beams or 1)
         todo = {prompt.id: prompt for prompt in prompts}
         while todo:
             try:
@@ -345,12 +392,11 @@ class TransformersEngine:
                 if not should_reduce_batch_size(error):
                     raise
                 if size == 1:
-                    raise InputError(
-                        "out of memory with a single prompt; a smaller --max_new_tokens, --load_in_4bit true or a device "
-                        "with more memory is needed"
-                    ) from None
-                size //= 2
-                print(f"out of memory; going on with {size} prompts at once")
+                    longest_prompt = max(todo.values(), key=lambda prompt: len(prompt.token_ids))
+                    yield Answer.failed(todo.pop(longest_prompt.id), "out of memory with this prompt alone")
+                else:
+                    size //= 2
+                    print(f"out of memory; going on with {size} prompts at once")
                 clear_device_cache(garbage_collection=True)
 
     def close(self) -> None:
@@ -365,28 +411,57 @@ class TransformersEngine:
             yield prompts[place], new_ids
 
     def _generate_batches(self, prompts: list[Prompt], size: int) -> Iterator[tuple[Prompt, list[int]]]:
-        """The library's own loop, in batches of like length; one by one where it samples, so that no batch has a say."""
+        """The library's own loop, on prompts of one length, which need no padding; one by one where it samples."""
         self.model.generation_config = self.config
-        prompts = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
         size = 1 if self.config.do_sample else size
-        for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            torch.manual_seed(seed_of(self.seed, batch[0].id))
-            ids = [list(prompt.token_ids) for prompt in batch]
-            inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
-            with torch.inference_mode():
-                output = self.model.generate(**inputs, tokenizer=self.tokenizer)
-            yield from zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
+        prompts = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
+        for length, alike in itertools.groupby(prompts, key=lambda prompt: len(prompt.token_ids)):
+            alike = list(alike)
+            for start in range(0, len(alike), size):
+                batch = alike[start : start + size]
+                torch.manual_seed(seed_of(self.seed, batch[0].id))
+                ids = torch.tensor([list(prompt.token_ids) for prompt in batch], device=self.model.device)
+                with torch.inference_mode():
+                    output = self.model.generate(ids, attention_mask=torch.ones_like(ids), tokenizer=self.tokenizer)
+                for prompt, new_ids in zip(batch, output[:, length:].tolist(), strict=True):
+                    yield prompt, self._without_padding(new_ids)
+
+    def _without_padding(self, new_ids: list[int]) -> list[int]:
+        """What stands behind an answer that ended before the others of its batch."""
+        padding = self.config.pad_token_id
+        while (
+            new_ids
+            and new_ids[-1] == padding
+            and (padding not in self.config.eos_token_id or new_ids[-2:-1] == [padding])
+        ):
+            new_ids = new_ids[:-1]
+        return new_ids
 
 
-def choose_num_slots(model: PreTrainedModel, longest: int) -> int:
+def choose_num_slots(model: PreTrainedModel, longest: int, num_beams: int = 1) -> int:
     """Sequences that are decoded at once: as many as keep the cache under a third of the free memory, at most 128."""
     config = model.config.get_text_config()
+    if getattr(config, "num_attention_heads", None) is None:
+        return SLOTS_WITHOUT_HEADS
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_sequence = 2 * config.num_hidden_layers * heads * head_dim * longest * model.dtype.itemsize
     free = available_memory(model.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return MOST_SLOTS if free is None else max(1, min(MOST_SLOTS, int(free / 3 / per_sequence)))
+    return MOST_SLOTS if free is None else max(1, min(MOST_SLOTS, int(free / 3 / per_sequence / num_beams)))
+
+
+def why_not_vllm(path: str) -> str | None:
+    """Why vllm cannot serve a model or adapter as it is, or None where it can; what it says at the start is another matter."""
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file():
+        config = read_json(adapter)
+        if config.get("modules_to_save") or config.get("use_dora") or config.get("peft_type") != "LORA":
+            return f"{path} is more than plain LoRA; merge it with 2_merge_lora.py"
+    own_config = load_generation_config(path)
+    for key, neutral in NOT_OF_ENGINE["vllm"].items():
+        if getattr(own_config, key, None) not in (None, neutral):
+            return f"the generation_config.json of {path} has {key}"
+    return None
 
 
 def hash_text(content) -> str:

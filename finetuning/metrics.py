@@ -260,7 +260,7 @@ def score_predictions(rows: Iterable[dict], tokenizer: str = "auto") -> dict:
                                             same. It falls with the number of samples: compare it over the same ones
             length_ratio                    mean of `length_ratio`
             mean_new_tokens                 tokens of the model, end token included
-            tokenizers, discarded_characters    as `compute_rouge`
+            rouge_tokenizer, tokenizers, discarded_characters    what was asked for; as `compute_rouge`
             removed_tokens                  control tokens that were taken out of the answers, counted by name
 
         None where nothing defines it. `per_sample` has a list for `id` and for each of PER_SAMPLE, in the order of rows.
@@ -308,6 +308,7 @@ def score_predictions(rows: Iterable[dict], tokenizer: str = "auto") -> dict:
         "distinct_2": len(bigrams) / counts["bigrams"] if counts["bigrams"] else None,
         "length_ratio": mean(columns["length_ratio"]),
         "mean_new_tokens": share(counts["new_tokens"]),
+        "rouge_tokenizer": tokenizer,
         "tokenizers": dict(tokenizers),
         "discarded_characters": mean(discarded),
         "removed_tokens": dict(removed),

@@ -16,6 +16,7 @@ from pathlib import Path
 from openai import (
     APIConnectionError,
     APIStatusError,
+    APITimeoutError,
     AuthenticationError,
     NotFoundError,
     OpenAI,
@@ -37,7 +38,7 @@ def connect(base_url: str, timeout: float) -> OpenAI:
 
 
 def find_served(client: OpenAI, models: dict[str, str], model_name: str) -> dict[str, str]:
-    """The served ids of models of the run, by name: an id is the name, the path, or ends in the path's last part.
+    """The served ids of models of the run, by name: an id is the name, the path, or the path's last two parts.
 
     Args:
         models: Paths or Hub ids by name.
@@ -53,9 +54,13 @@ def find_served(client: OpenAI, models: dict[str, str], model_name: str) -> dict
     found = {}
     for name, path in models.items():
         names = (name, path, str(Path(path).resolve()))
-        matching = [i for i in served if i in names] or [i for i in served if Path(i).name == Path(path).name]
+        # the last part alone may be another run's checkpoint
+        matching = [i for i in served if i in names] or [
+            i for i in served if i.endswith("/".join(Path(path).parts[-2:]))
+        ]
         if len(matching) == 1:
             found[name] = matching[0]
+            print(f"{name}: served as {matching[0]}")
     missing = [name for name in models if name not in found]
     if missing and (model_name != "all" or not found):
         raise InputError(
@@ -139,6 +144,8 @@ class OpenAIEngine:
                 extra_body=self._extra(),
                 **self._sampling(),
             )
+        except APITimeoutError as error:  # of this sample; the others may be faster
+            return Answer.failed(prompt, f"no reply within --timeout ({self.client.timeout:g} s): {_describe(error)}")
         except (AuthenticationError, PermissionDeniedError, NotFoundError, APIConnectionError) as error:
             raise InputError(
                 f"{self.client.base_url} stopped the test: {_describe(error)}. What was answered is kept; the same "

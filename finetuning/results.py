@@ -7,6 +7,7 @@ Rows of predictions and evaluations: JSON lines that are appended as they are fi
 Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows were made. Imports without torch.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,18 @@ def read_rows(path: Path) -> list[dict]:
     return list(iterate_rows(path))
 
 
+def read_info(path: Path) -> dict:
+    """What stands beside rows: their identity, and what is known of all of them.
+
+    Raises:
+        InputError: Nothing does, as a copy or a kill may leave it.
+    """
+    info_path = path.with_suffix(".json")
+    if not info_path.is_file():
+        raise InputError(f"{path} has no {info_path.name} beside it, which says how it was made; make it again")
+    return read_json(info_path)
+
+
 class RowFile:
     """The rows of one model, opened to be appended to. They are in the file only, however many there are.
 
@@ -40,23 +53,31 @@ class RowFile:
         overwrite: Delete the rows there are.
 
     Raises:
-        InputError: There are rows that were made under another identity; says which field differs.
+        InputError: There are rows that were made under another identity; says which field differs. Or another process
+            has them open.
     """
 
     def __init__(self, path: Path, identity: dict, overwrite: bool = False):
         self.path = path
         self.info_path = path.with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
         if overwrite:
-            path.unlink(missing_ok=True)
-            self.info_path.unlink(missing_ok=True)
-        info = read_json(self.info_path) if self.info_path.is_file() else {}
+            os.truncate(path, 0)
+        self.info = {}
         if next(iterate_rows(path), None) is not None:
-            self._check_identity(info.get("identity", {}), json.loads(json.dumps(identity)))
-        self.info = {**info, "identity": identity}
+            self.info = read_info(path)
+            self._check_identity(self.info["identity"], json.loads(json.dumps(identity)))
+        self.write_info(identity=identity)
         self._cut_torn_line()
-        self._file = path.open("a", encoding="utf-8")
-        write_json(self.info_path, self.info)
+
+    def _open(self) -> None:
+        # a server may send half a character, which is none
+        self._file = self.path.open("a", encoding="utf-8", errors="replace")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends in any way
+        except BlockingIOError:
+            raise InputError(f"{self.path} is being written by another process; wait for it, or stop it") from None
 
     def _check_identity(self, old: dict, new: dict) -> None:
         differing = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
@@ -101,9 +122,9 @@ class RowFile:
             for row in iterate_rows(self.path):
                 if not unwanted(row):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.close()
         os.replace(partial, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file.close()
+        self._open()
 
     def write_info(self, **info) -> None:
         """Record what is known of all rows (metrics, usage) beside their identity."""
@@ -111,4 +132,6 @@ class RowFile:
         write_json(self.info_path, self.info)
 
     def close(self) -> None:
+        """Hand the rows to whoever reads them next, on a shared file system too."""
+        os.fsync(self._file)
         self._file.close()

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from finetuning.configs import RunArguments, run_step
 from finetuning.errors import InputError
 from finetuning.judge import CRITERIA, prediction_hash
-from finetuning.results import read_rows
+from finetuning.results import read_info, read_rows
 from finetuning.runs import (
     BASE,
     EDA,
@@ -77,16 +77,22 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
         InputError: There are no predictions, or a model's answers were not scored because step 3 was stopped.
     """
     names = names_of_files(run / PREDICTIONS, "all") if names is None else names
-    records = []
+    records, tokenizers = [], set()
     for name in names:
         rows = read_rows(run / PREDICTIONS / f"{name}.jsonl")
-        info = read_json(run / PREDICTIONS / f"{name}.json")
+        info = read_info(run / PREDICTIONS / f"{name}.jsonl")
         columns = dict((info.get("metrics") or {}).get("per_sample", {"id": []}))
         ids = columns.pop("id")
         per_sample = {sample_id: {c: columns[c][i] for c in columns} for i, sample_id in enumerate(ids)}
         answered = {row["id"] for row in rows if row["finish_reason"] != "error"}
         if answered != per_sample.keys():
             raise InputError(f"{run / PREDICTIONS / name}: step 3 has not finished; start it again and it goes on")
+        tokenizers.add((info.get("metrics") or {}).get("rouge_tokenizer"))
+        if len(tokenizers) > 1:
+            raise InputError(
+                f"{run / PREDICTIONS}: ROUGE was measured in {' and '.join(map(str, sorted(tokenizers, key=str)))}, which cannot be "
+                "compared; 3_test.py --rescore true measures all in one way"
+            )
         for row in rows:
             measured = per_sample.get(row["id"], {})
             records.append(
@@ -226,10 +232,10 @@ def format_metrics(infos: dict[str, dict]) -> pd.DataFrame:
     if any(values["num_errors"] for values in metrics.values()):
         table["errors"] = [values["num_errors"] for values in metrics.values()]
     for key, (title, decimals) in METRICS.items():
-        found = [values[key] for values in metrics.values()]
+        found = [values.get(key) for values in metrics.values()]
         if key != "empty_rate" or any(found):
             table[title] = ["-" if value is None else f"{value:.{decimals}f}" for value in found]
-    table["seconds"] = [f"{info['seconds']:.1f}" for info in infos.values()]
+    table["seconds"] = [f"{info.get('seconds', 0):.1f}" for info in infos.values()]
     return table
 
 

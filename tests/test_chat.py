@@ -36,7 +36,7 @@ def test_speaker_tags_stay_in_the_text_and_control_tokens_do_not(tokenizer):
     text = "#Person1#은 3:30에 #Person2#를 만났다."
     ids = tokenizer(f"{text}<|im_end|><|pad|>")["input_ids"]
     assert text not in tokenizer.decode(ids, skip_special_tokens=True)  # what the usual call makes of it
-    assert decode_answer(tokenizer, ids, control_token_ids(tokenizer, [])) == text
+    assert decode_answer(tokenizer, ids, control_token_ids(tokenizer, [])).strip() == text
 
 
 def test_a_tokenizer_without_chat_template_gets_one_that_ends_with_its_eos_token(tmp_path):

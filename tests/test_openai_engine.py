@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -134,6 +135,21 @@ def test_a_refused_request_is_an_error_of_its_sample(capsys):
     assert reasons == ["error", "error", "stop"]
     errors = " ".join(answer.error or "" for answer in answers)
     assert "too long for me" in errors and "content_filter" in errors
+
+
+def test_a_reply_that_takes_too_long_is_an_error_of_its_sample():
+    class Slow(StubJudge):
+        def next_reply(self, request):
+            reply = super().next_reply(request)
+            time.sleep(reply.pop("seconds", 0))
+            return reply
+
+    with serve(Slow({**reply(), "seconds": 3}, reply())) as url:
+        engine = make_engine(url, max_new_tokens=16)
+        engine.client = engine.client.with_options(timeout=0.5, max_retries=0)
+        answers = list(engine.answer(demo_prompts(4, engine.reader.tokenizer)))
+    assert sorted(answer.finish_reason for answer in answers) == ["error", "stop", "stop", "stop"]
+    assert any("--timeout" in (answer.error or "") for answer in answers)
 
 
 @pytest.mark.parametrize("fault", [(401, {}, {"error": {"message": "no such key"}}), "hang up"], ids=["key", "hang up"])

@@ -49,6 +49,7 @@ def test_a_torn_last_line_is_repaired(tmp_path, cut):
     assert [row["id"] for row in read_rows(path)] == ["0", "1"]
     file = RowFile(path, {})
     file.append({"id": "2", "prediction": "다시"})
+    file.close()
     assert [row["id"] for row in read_rows(path)] == ["0", "1", "2"]
 
 
@@ -60,7 +61,32 @@ def test_rows_of_another_identity_are_refused_by_name_and_kept(tmp_path):
     with pytest.raises(InputError, match="model was 'a' and is 'b'.*--overwrite true"):
         RowFile(path, {"model": "b", "dtype": "float32"})
     assert read_rows(path) == [{"id": "0"}]
-    RowFile(path, {"model": "b", "dtype": "float32"}, overwrite=True)
+    RowFile(path, {"model": "b", "dtype": "float32"}, overwrite=True).close()
+    assert read_rows(path) == []
+
+
+def test_rows_have_one_writer_at_a_time(tmp_path):
+    path = tmp_path / "m.jsonl"
+    first = RowFile(path, {})
+    with pytest.raises(InputError, match="is being written by another process"):
+        RowFile(path, {})
+    first.append({"id": "0", "prediction": "half a character: \ud83d"})
+    first.close()
+    second = RowFile(path, {})
+    assert read_rows(path)[0]["prediction"] == "half a character: ?"
+    second.drop(lambda row: row["id"] == "0")
+    with pytest.raises(InputError, match="is being written by another process"):
+        RowFile(path, {})
+    assert read_rows(path) == []
+    second.close()
+
+
+def test_rows_without_a_record_of_how_they_were_made_are_refused(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"id": "0"}\n')
+    with pytest.raises(InputError, match="has no m.json beside it"):
+        RowFile(path, {})
+    RowFile(path, {}, overwrite=True).close()
     assert read_rows(path) == []
 
 
@@ -68,6 +94,7 @@ def test_info_is_kept_beside_the_identity(tmp_path):
     file = RowFile(tmp_path / "m.jsonl", {"model": "a"})
     file.append({"id": "0"})
     file.write_info(metrics={"rouge1": 0.5})
+    file.close()
     again = RowFile(tmp_path / "m.jsonl", {"model": "a"})
     assert again.info == {"identity": {"model": "a"}, "metrics": {"rouge1": 0.5}}
     assert json.loads((tmp_path / "m.json").read_text()) == again.info

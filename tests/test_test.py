@@ -18,7 +18,7 @@ from transformers import GenerationConfig, T5Config
 
 from finetuning.chat import load_generation_config, load_tokenizer
 from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
-from finetuning.decoding import SlotCache, why_not_exact
+from finetuning.decoding import Decoder, SlotCache, why_not_exact
 from finetuning.errors import InputError
 from finetuning.inference import (
     AnswerReader,
@@ -254,6 +254,18 @@ def test_an_answer_ends_before_a_stop_string():
     word = plain.split()[4]
     (stopped,) = answers_to(TEXTS[4:5], load_demo(max_new_tokens=48, stop=[word]))
     assert stopped.prediction == plain[: plain.index(word)].strip() and stopped.finish_reason == "stop"
+    assert stopped.num_new_tokens < 48
+
+
+@pytest.mark.parametrize("stop", ["\n", "\n\n", "Human: ", "<|im_start|>", "끝"])
+def test_a_stop_string_ends_an_answer_wherever_it_comes_from(stop):
+    """White space at its ends, a control token, a syllable of three tokens: nothing of it is left, and it counts as a stop."""
+    engine = load_demo(max_new_tokens=48, stop=[stop])
+    ids = engine.tokenizer("Ella said yes. " + stop, add_special_tokens=False)["input_ids"]
+    decoder = Decoder(engine.model, engine.config, 1, engine.tokenizer)
+    assert [decoder._stops(ids[:i]) for i in range(1, len(ids) + 1)] == [False] * (len(ids) - 1) + [True]
+    for answer in (engine.reader.read(Prompt("a"), ids), engine.reader.read_text(Prompt("a"), "Ella said yes. " + stop, 9, False)):  # fmt: skip
+        assert (answer.prediction, answer.finish_reason) == ("Ella said yes.", "stop")
 
 
 def test_beams_go_through_the_library_and_give_its_answers():
@@ -268,6 +280,29 @@ def test_beams_go_through_the_library_and_give_its_answers():
     assert (
         answers[0].prediction == tokenizer.decode(output, skip_special_tokens=False).replace("<|im_end|>", "").strip()
     )
+
+
+def test_a_prompt_that_does_not_fit_alone_is_an_error_of_that_sample(monkeypatch):
+    engine = load_demo(max_new_tokens=12)
+    read = Decoder._read
+
+    def read_if_short(decoder, cache, sequences):
+        if max(sequence.cached for sequence in sequences) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return read(decoder, cache, sequences)
+
+    monkeypatch.setattr(Decoder, "_read", read_if_short)
+    answers = answers_to(TEXTS, engine, 4)
+    failed = [text for text, answer in zip(TEXTS, answers, strict=True) if answer.finish_reason == "error"]
+    assert failed == [TEXTS[1]] and "out of memory" in answers[1].error
+
+
+def test_how_a_prompt_is_answered_does_not_depend_on_the_others():
+    """A model with a sliding window: only what is longer than the window goes through the library's loop."""
+    engine = load_demo(max_new_tokens=12, do_sample=True)
+    engine.model.config.sliding_window = 60
+    whole = [answer.prediction for answer in answers_to(TEXTS, engine)]
+    assert [answer.prediction for text in TEXTS for answer in answers_to([text], engine)] == whole
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch):
