@@ -18,6 +18,7 @@ adds to them. A sample that cannot be answered is a row with its error, and does
 import collections
 import datetime
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -109,7 +110,7 @@ def main(args: TestArguments) -> None:
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
         ignored = ignored_settings(own_config)
         if ignored:
-            print(f"{name}: its generation_config.json also has {ignored}, which has no effect here")
+            print(f"{name}: without effect here, from its generation_config.json: {json.dumps(ignored, default=str)}")
         key = fingerprint_tokenizer(tokenizer)
         if key not in prompts:
             prompts[key] = encode_prompts(tokenizer, samples)

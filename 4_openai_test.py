@@ -11,13 +11,16 @@ Writes  <output_dir>/qa_evaluation_results/<model>.jsonl     one row a judged an
 The answers and their questions are sent to the endpoint. What the judge is asked is in finetuning/judge.py.
 
 Stop it and start it again at any time: answers already judged are not sent twice, and failed ones are tried again.
+Ctrl-C waits for the requests in flight, which are paid for, and keeps their replies.
 Without a key it says so and ends with status 0, since all other steps work without a judge.
 """
 
 import asyncio
 import collections
 import os
+import signal
 import statistics
+import sys
 
 from openai import AsyncOpenAI
 from tqdm import tqdm
@@ -30,14 +33,14 @@ from finetuning.runs import EVALUATIONS, PREDICTIONS, find_run, names_of_files
 
 
 async def judge_file(
-    client: AsyncOpenAI, name: str, predictions: list[dict], file: RowFile, args: JudgeArguments
+    client: AsyncOpenAI, name: str, predictions: list[dict], file: RowFile, args: JudgeArguments, stop: asyncio.Event
 ) -> None:
     """Judge the predictions that `file` has no successful evaluation of."""
     judged = {row["prediction_hash"] for row in iterate_rows(file.path) if row["status"] == "ok"}
     missing = [row for row in predictions if prediction_hash(row) not in judged]
     counts = collections.Counter()
     with tqdm(total=len(predictions), initial=len(predictions) - len(missing), desc=name, unit="answer") as progress:
-        async for evaluation in judge_rows(client, missing, args):
+        async for evaluation in judge_rows(client, missing, args, stop):
             file.append(evaluation)
             counts[evaluation["status"]] += 1
             progress.update()
@@ -65,6 +68,19 @@ def summarize(name: str, predictions: list[dict], file: RowFile) -> str:
     )
 
 
+def stop_on_interrupt() -> asyncio.Event:
+    """Set by the first Ctrl-C, which waits for what is in flight, as it is paid for; the second one ends at once."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def interrupted() -> None:
+        print("\nwaiting for the requests in flight; Ctrl-C again drops them", file=sys.stderr)
+        loop.remove_signal_handler(signal.SIGINT)
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    return stop
+
+
 async def judge_run(args: JudgeArguments) -> None:
     run = find_run(args.output_dir)
     names = names_of_files(run / PREDICTIONS, args.model_name)
@@ -72,19 +88,26 @@ async def judge_run(args: JudgeArguments) -> None:
         raise InputError(f"no predictions of `{args.model_name}` in {run / PREDICTIONS}; run 3_test.py first")
     base_url = os.environ.get("OPENAI_BASE_URL") or None  # the client takes an empty one for an address
     num_failed = 0
+    stop = stop_on_interrupt()
     async with AsyncOpenAI(base_url=base_url, timeout=args.timeout, max_retries=args.max_retries) as client:
         print(f"judge: {args.judge_model} at {client.base_url}")
         for name in names:
             predictions = [
-                row for row in read_rows(run / PREDICTIONS / f"{name}.jsonl") if row["finish_reason"] != "error"
+                row for row in iterate_rows(run / PREDICTIONS / f"{name}.jsonl") if row["finish_reason"] != "error"
             ]
+            predictions = sorted(predictions, key=lambda row: row["id"])[
+                : args.limit
+            ]  # the same samples of every model
             file = RowFile(run / EVALUATIONS / f"{name}.jsonl", judge_identity(args), args.overwrite)
             try:
-                await judge_file(client, name, predictions, file, args)
+                await judge_file(client, name, predictions, file, args, stop)
             finally:
                 line = summarize(name, predictions, file)
                 file.close()
             print(line)
+            if stop.is_set():
+                print("stopped; the same command goes on from here", file=sys.stderr)
+                sys.exit(128 + signal.SIGINT)
             num_failed += len(predictions) - file.info["statuses"].get("ok", 0)
     if num_failed:
         print(f"{num_failed} answers have no score and count in no mean; start this step again to try them again")

@@ -78,9 +78,11 @@ def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
 
 def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:
     """The model's own generation config, else that of the model under it, else what its config says."""
+    # it would take any other keyword for one of its settings
+    revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
     for source in dict.fromkeys((name_or_path, base_of(name_or_path))):
         try:
-            return GenerationConfig.from_pretrained(source, **kwargs)
+            return GenerationConfig.from_pretrained(source, **revision)
         except OSError:
             continue
     return GenerationConfig.from_model_config(load_model_config(name_or_path, **kwargs))

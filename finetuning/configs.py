@@ -24,7 +24,7 @@ RANGES = {
     "neftune_noise_alpha": (0, None), "lora_r": (1, None), "lora_alpha": (1, None), "lora_dropout": (0, 0.9999999),
     "num_prompts": (1, None), "num_samples": (1, None), "batch_size": (1, None), "max_new_tokens": (1, None),
     "top_p": (0, 1), "num_beams": (1, None), "no_repeat_ngram_size": (0, None), "top_k": (0, None), "concurrency": (1, None),
-    "max_tokens": (1, None), "max_retries": (0, None),
+    "max_tokens": (1, None), "max_retries": (0, None), "limit": (1, None),
     "preview_rows": (0, None), "pad_to_multiple_of": (1, None),
 }  # fmt: skip
 POSITIVE = {
@@ -386,12 +386,18 @@ class JudgeArguments(RunArguments):
         default="en", metadata={"help": "Language of the judge's instructions.", "choices": ["en", "ko"]}
     )
     concurrency: int = field(default=8, metadata={"help": "Requests in flight at once."})
-    max_tokens: int = field(default=2048, metadata={"help": "Longest evaluation, in tokens, with any reasoning."})
+    max_tokens: int = field(
+        default=2048,
+        metadata={"help": "Longest evaluation, in tokens, with any reasoning; twice as long where it was cut off."},
+    )
     temperature: float | None = field(
         default=None,
         metadata={"help": "Temperature of the judge. Unset: the endpoint's default; some models take no other."},
     )
     timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one reply."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Answers of each model that are judged: the same first ones by id. Unset: all."}
+    )
     max_retries: int = field(default=8, metadata={"help": "Retries of the client on 429, 5xx and broken connections."})
     overwrite: bool = field(default=False, metadata={"help": "Judge again, and replace the evaluations there are."})
 

@@ -117,15 +117,33 @@ def prediction_hash(row: dict) -> str:
 
 
 async def judge_row(client: AsyncOpenAI, row: dict, args: JudgeArguments) -> dict:
-    """Judge one answer.
+    """Judge one answer; a reply that was cut off or does not fit the schema is asked for once more, with twice the limit.
 
     Returns:
         An evaluation row. `status` is ok, or why there is no score: refusal, truncated, content_filter, invalid (the
         reply, kept in `error`, does not fit the schema) or error (the request failed after the client's own retries).
+        `usage` is that of both replies, as both are paid for.
 
     Raises:
         InputError: No request can succeed: the key is refused, or there is no such model.
     """
+    result = await ask_judge(client, row, args, args.max_tokens)
+    if result["status"] not in ("truncated", "invalid"):
+        return result
+    again = await ask_judge(client, row, args, 2 * args.max_tokens)
+    if again["status"] == "error":  # the first reply says more
+        return result
+    return {**again, "usage": _add_usage(result["usage"], again["usage"])}
+
+
+def _add_usage(first: dict | None, second: dict | None) -> dict | None:
+    if first is None or second is None:
+        return first or second
+    return {key: first[key] + second[key] for key in first}
+
+
+async def ask_judge(client: AsyncOpenAI, row: dict, args: JudgeArguments, max_tokens: int) -> dict:
+    """One request, as an evaluation row."""
     result = {"id": row["id"], "prediction_hash": prediction_hash(row)}
     failed = {**result, "status": "error", "evaluation": None, "usage": None}
     settings = {} if args.temperature is None else {"temperature": args.temperature}
@@ -137,7 +155,7 @@ async def judge_row(client: AsyncOpenAI, row: dict, args: JudgeArguments) -> dic
                 "type": "json_schema",
                 "json_schema": {"name": "evaluation", "strict": True, "schema": build_schema()},
             },
-            max_completion_tokens=args.max_tokens,
+            max_completion_tokens=max_tokens,
             **settings,
         )
     except (AuthenticationError, PermissionDeniedError) as error:
@@ -187,13 +205,18 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: the reply is not JSON"
 
 
-async def judge_rows(client: AsyncOpenAI, rows: list[dict], args: JudgeArguments) -> AsyncIterator[dict]:
-    """Judge answers, `args.concurrency` at once, and yield each evaluation as it arrives."""
+async def judge_rows(
+    client: AsyncOpenAI, rows: list[dict], args: JudgeArguments, stop: asyncio.Event
+) -> AsyncIterator[dict]:
+    """Judge answers, `args.concurrency` at once, and yield each evaluation as it arrives.
+
+    Once `stop` is set, nothing more is sent, and what is in flight is waited for.
+    """
     waiting = iter(rows)
     running: set[asyncio.Task] = set()
     try:
         while True:
-            while len(running) < args.concurrency and (row := next(waiting, None)) is not None:
+            while not stop.is_set() and len(running) < args.concurrency and (row := next(waiting, None)) is not None:
                 running.add(asyncio.create_task(judge_row(client, row, args)))
             if not running:
                 return

@@ -87,6 +87,54 @@ def test_a_failed_judgement_is_a_declared_state_and_never_a_score(run_dir, reply
     assert "judged 6 of 6, mean 7.00 of 10" in result.stdout
 
 
+@pytest.mark.parametrize("first", [{"finish_reason": "length", "message": {"content": '{"rel'}}, "ten of ten"], ids=["truncated", "invalid"])  # fmt: skip
+def test_a_reply_that_cannot_be_read_is_asked_for_once_more_with_a_larger_limit(run_dir, first):
+    with serve(stub := StubJudge(first, evaluation(7))) as url:
+        judge(run_dir, url, "--model_name", "checkpoint-10", "--limit", "1", "--max_tokens", "100")
+    (row,) = evaluations(run_dir)
+    assert row["status"] == "ok" and row["usage"] == {
+        "prompt_tokens": 200,
+        "completion_tokens": 100,
+    }  # both are paid for
+    assert [request["max_completion_tokens"] for request in stub.requests] == [100, 200]
+
+
+def test_a_limit_takes_the_same_samples_of_every_model(run_dir):
+    with serve(StubJudge(evaluation(7))) as url:
+        judge(run_dir, url, "--limit", "2")
+        assert "judged 2 of 2" in judge(run_dir, url, "--limit", "2").stdout
+        ids = [{row["id"] for row in evaluations(run_dir, name)} for name in ("base", "checkpoint-10")]
+        assert ids[0] == ids[1] == {"sample0000", "sample0001"}
+        assert "checkpoint-10: judged 6 of 6" in judge(run_dir, url).stdout
+
+
+def test_an_interrupt_keeps_what_is_in_flight(run_dir):
+    stub = StubJudge(evaluation(8))
+    next_reply = stub.next_reply
+    stub.next_reply = lambda request: (next_reply(request), time.sleep(1))[0]
+    with serve(stub) as url:
+        arguments = [
+            "--output_dir",
+            run_dir,
+            "--judge_model",
+            "m",
+            "--concurrency",
+            "2",
+            "--model_name",
+            "checkpoint-10",
+        ]
+        environment = {**os.environ, "OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+        process = subprocess.Popen(
+            command("4_openai_test.py", *arguments), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        while len(stub.requests) < 2:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=30)
+    assert process.returncode == 130 and "waiting for the requests in flight" in printed and "Traceback" not in printed
+    assert len(evaluations(run_dir)) == len(stub.requests) == 2
+
+
 def test_rate_limits_are_waited_out(run_dir):
     busy = (429, {"Retry-After": "0.2"}, {"error": {"message": "slow down"}})
     with serve(StubJudge(busy, busy, evaluation(6))) as url:
