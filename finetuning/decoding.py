@@ -166,7 +166,7 @@ def why_not_exact(model: PreTrainedModel, config: GenerationConfig, longest: int
     if peft_config is not None and peft_config.is_prompt_learning:
         return "an adapter of virtual tokens"
     rope = getattr(text_config, "rope_parameters", None) or {}
-    trained = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings
+    trained = rope.get("original_max_position_embeddings") or getattr(text_config, "max_position_embeddings", longest)
     if rope.get("rope_type") in ("dynamic", "longrope") and longest > trained:
         return f"rotary embeddings that change beyond {trained} tokens"
     if layer_types - {"full_attention"}:

@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train
-from transformers import GenerationConfig, T5Config
+from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, T5Config
 
 from finetuning.chat import load_generation_config, load_tokenizer
 from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
@@ -304,6 +304,14 @@ def test_how_a_prompt_is_answered_does_not_depend_on_the_others():
     engine.model.config.sliding_window = 60
     whole = [answer.prediction for answer in answers_to(TEXTS, engine)]
     assert [answer.prediction for text in TEXTS for answer in answers_to([text], engine)] == whole
+
+
+def test_a_model_without_attention_goes_through_the_library():
+    engine = load_demo(max_new_tokens=8)
+    config = MambaConfig(vocab_size=len(engine.tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+    engine.model = MambaForCausalLM(config).eval()
+    assert why_not_exact(engine.model, engine.config, 100) is not None
+    assert all(answer.num_new_tokens > 0 for answer in answers_to(TEXTS[:3], engine))
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch):
