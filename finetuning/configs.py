@@ -29,7 +29,7 @@ RANGES = {
 }  # fmt: skip
 POSITIVE = {
     "learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps", "tolerance",
-    "repetition_penalty", "timeout",
+    "repetition_penalty", "timeout", "poll_seconds", "max_cost", "requests_per_minute", "tokens_per_minute",
 }  # fmt: skip
 
 REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory")  # of preflight
@@ -162,10 +162,32 @@ CONTRADICTIONS = (
      "base_url is for engine: openai, not {engine}; leave one of them out"),
     (("base_url", "base_url"), lambda url, _: url is not None and not url.startswith(("http://", "https://")),
      "base_url: {base_url} is no address; write it as http://localhost:8000/v1"),
-    (("base_url", "concurrency"), lambda url, value: url is None and value is not None,
+    (("base_url", "concurrency", "engine"), lambda url, value, _: url is None and value is not None,
      "concurrency has no effect without base_url; leave it out"),
-    (("base_url", "timeout"), lambda url, value: url is None and value is not None,
+    (("base_url", "timeout", "engine"), lambda url, value, _: url is None and value is not None,
      "timeout has no effect without base_url; leave it out"),
+    (("compare", "judges"), lambda compare, judges: compare is not None and len(compare) != 2,
+     "compare takes two models, as in --compare checkpoint-148 checkpoint-296"),
+    (("compare", "judges"), lambda compare, judges: compare is not None and len(set(compare)) == 1,
+     "compare: both models are the same"),
+    (("compare", "judges"), lambda compare, judges: compare is not None and judges is not None,
+     "compare asks one judge; leave judges out and name it with judge_model"),
+    (("compare", "human"), lambda compare, human: compare is not None and human is not None,
+     "compare gives no scores to hold against those of human; leave one of them out"),
+    (("compare", "expected_scores"), lambda compare, expected: compare is not None and expected,
+     "compare gives no scores, so expected_scores has no effect; leave one of them out"),
+    (("judges", "judge_language"), lambda judges, _: judges is not None and len(set(split_names(judges))) < 2,
+     "judges: a jury has two or more different judges; for one, use judge_model"),
+    (("mode", "collect"), lambda mode, collect: mode == "live" and collect,
+     "collect has no effect without mode: batch; set both, or neither"),
+    (("dry_run", "collect"), lambda dry, collect: dry and collect,
+     "dry_run sends nothing and collect fetches; leave one of them out"),
+    (("collect", "overwrite"), lambda collect, overwrite: collect and overwrite,
+     "overwrite would delete what collect fetches; leave one of them out"),
+    (("mode", "requests_per_minute"), lambda mode, value: mode == "batch" and value is not None,
+     "requests_per_minute has no effect with mode: batch; leave it out"),
+    (("mode", "tokens_per_minute"), lambda mode, value: mode == "batch" and value is not None,
+     "tokens_per_minute has no effect with mode: batch; leave it out"),
     (("stop", "stop"), lambda stop, _: any(not text for text in stop or []),
      "stop: an empty text would end every answer at once; leave it out"),
     (("rescore", "overwrite"), lambda rescore, overwrite: rescore and overwrite,
@@ -173,6 +195,15 @@ CONTRADICTIONS = (
     (("do_sample", "temperature"), lambda sample, t: sample and t is not None and t <= 0,
      "temperature: must be more than 0 with do_sample: true, got {temperature}; for greedy answers, do_sample: false"),
 )  # fmt: skip
+
+
+def split_names(names: list[str]) -> list[str]:
+    """Names that were given as a list, or as one text with commas between them.
+
+    >>> split_names(["a,b", "c"])
+    ['a', 'b', 'c']
+    """
+    return [name.strip() for part in names for name in part.split(",") if name.strip()]
 
 
 class Checked:
@@ -382,10 +413,73 @@ class JudgeArguments(RunArguments):
 
     model_name: str = field(default="all", metadata={"help": "Predictions to judge: a name, a glob, or `all`."})
     judge_model: str = field(default="gpt-5.4-mini", metadata={"help": "Name of the judge at the endpoint."})
+    judges: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of several judges, a jury: the mean of their scores, and how far they agree."},
+    )
+    base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a server that speaks the OpenAI API. Unset: OPENAI_BASE_URL, and without it OpenAI."
+        },
+    )
     judge_language: str = field(
         default="en", metadata={"help": "Language of the judge's instructions.", "choices": ["en", "ko"]}
     )
-    concurrency: int = field(default=8, metadata={"help": "Requests in flight at once."})
+    rubric: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other criteria: file.py:ClassName of a class like `Evaluation` in finetuning/judge.py, or a YAML of "
+            "`name: description` lines."
+        },
+    )
+    compare: list[str] | None = field(
+        default=None,
+        metadata={"help": "Two models whose answers are compared with each other, in both orders, and not scored."},
+    )
+    human: str | None = field(
+        default=None,
+        metadata={
+            "help": "A csv of scores that people gave (columns id, model, and score or criteria), to measure the judge by."
+        },
+    )
+    expected_scores: bool = field(
+        default=False,
+        metadata={
+            "help": "Also take the mean score under the judge's log-probabilities, where the endpoint gives them."
+        },
+    )
+    mask_pii: bool = field(
+        default=False,
+        metadata={"help": "Mask personal data before it leaves this machine; see docs/cleaning.md for what is missed."},
+    )
+    mode: str = field(
+        default="live",
+        metadata={
+            "help": "live: request by request. batch: the Batch API, which takes up to a day and costs half.",
+            "choices": ["live", "batch"],
+        },
+    )
+    collect: bool = field(
+        default=False, metadata={"help": "With mode: batch, fetch what is ready of earlier batches, and send nothing."}
+    )
+    poll_seconds: float = field(default=30.0, metadata={"help": "Seconds between two looks at a batch."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print what would be sent, what it would cost and one prompt, and send nothing."},
+    )
+    max_cost: float | None = field(
+        default=None,
+        metadata={"help": "Most US dollars that these evaluations may cost, those of earlier starts included."},
+    )
+    prices: str | None = field(
+        default=None, metadata={"help": "Price table. Unset: finetuning/judge_prices.yaml, which you can edit."}
+    )
+    concurrency: int = field(default=8, metadata={"help": "Most requests in flight; fewer while the endpoint is busy."})
+    requests_per_minute: float | None = field(default=None, metadata={"help": "Most requests to send in a minute."})
+    tokens_per_minute: float | None = field(
+        default=None, metadata={"help": "Most tokens to use in a minute, of prompts and replies."}
+    )
     max_tokens: int = field(
         default=2048,
         metadata={"help": "Longest evaluation, in tokens, with any reasoning; twice as long where it was cut off."},
@@ -399,6 +493,9 @@ class JudgeArguments(RunArguments):
         default=None, metadata={"help": "Answers of each model that are judged: the same first ones by id. Unset: all."}
     )
     max_retries: int = field(default=8, metadata={"help": "Retries of the client on 429, 5xx and broken connections."})
+    retry_failed: bool = field(
+        default=True, metadata={"help": "Ask again for the judgements that failed on an earlier start."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Judge again, and replace the evaluations there are."})
 
 

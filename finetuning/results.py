@@ -44,6 +44,21 @@ def read_info(path: Path) -> dict:
     return read_json(info_path)
 
 
+def check_identity(path: Path, identity: dict) -> None:
+    """Refuse to go on with rows that were made under another identity.
+
+    Raises:
+        InputError: There are such rows; says which field differs.
+    """
+    if next(iterate_rows(path), None) is None:
+        return
+    old, new = read_info(path)["identity"], json.loads(json.dumps(identity))
+    differing = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    if differing:
+        what = "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(differing))
+        raise InputError(f"{path} was made under other conditions: {what}. Start over with --overwrite true")
+
+
 class RowFile:
     """The rows of one model, opened to be appended to. They are in the file only, however many there are.
 
@@ -66,8 +81,8 @@ class RowFile:
             os.truncate(path, 0)
         self.info = {}
         if next(iterate_rows(path), None) is not None:
+            check_identity(path, identity)
             self.info = read_info(path)
-            self._check_identity(self.info["identity"], json.loads(json.dumps(identity)))
         self.write_info(identity=identity)
         self._cut_torn_line()
 
@@ -79,17 +94,18 @@ class RowFile:
         except BlockingIOError:
             raise InputError(f"{self.path} is being written by another process; wait for it, or stop it") from None
 
-    def _check_identity(self, old: dict, new: dict) -> None:
-        differing = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-        if differing:
-            what = "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(differing))
-            raise InputError(f"{self.path} was made under other conditions: {what}. Start over with --overwrite true")
-
     def _cut_torn_line(self) -> None:
-        if self.path.is_file():
-            content = self.path.read_bytes()
-            if content and not content.endswith(b"\n"):
-                os.truncate(self.path, content.rfind(b"\n") + 1)
+        with self.path.open("rb+") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end > 0:  # backwards, as the file may be large and its last line is not
+                start = max(0, end - 65_536)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    file.truncate(start + newline + 1)
+                    return
+                end = start
+            file.truncate(0)
 
     def append(self, row: dict) -> None:
         """Add one finished row; it is in the file when this returns, whatever happens to the process next."""
@@ -115,13 +131,23 @@ class RowFile:
 
     def drop(self, unwanted: Callable[[dict], bool]) -> None:
         """Remove rows, so that they are made again; a kill leaves all of them or none."""
-        if not any(map(unwanted, iterate_rows(self.path))):
-            return
+        if any(map(unwanted, iterate_rows(self.path))):
+            self._rewrite(row for row in iterate_rows(self.path) if not unwanted(row))
+
+    def keep_latest(self, key: Callable[[dict], str]) -> None:
+        """Of rows with the same key, remove all but the one that was appended last; a kill leaves all of them or none."""
+        latest, num_rows = {}, 0
+        for row in iterate_rows(self.path):
+            latest[key(row)] = num_rows
+            num_rows += 1
+        if len(latest) < num_rows:
+            self._rewrite(row for i, row in enumerate(iterate_rows(self.path)) if latest[key(row)] == i)
+
+    def _rewrite(self, rows: Iterable[dict]) -> None:
         partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            for row in iterate_rows(self.path):
-                if not unwanted(row):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with partial.open("w", encoding="utf-8", errors="replace") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(partial, self.path)
         self._file.close()
         self._open()

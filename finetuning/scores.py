@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from finetuning.configs import RunArguments, run_step
 from finetuning.errors import InputError
-from finetuning.judge import CRITERIA, prediction_hash
-from finetuning.results import read_info, read_rows
+from finetuning.judge import prediction_hash
+from finetuning.results import iterate_rows, read_info, read_rows
 from finetuning.runs import (
     BASE,
     EDA,
@@ -39,9 +39,8 @@ from finetuning.runs import (
 )
 
 ROUGE_COLUMNS = ["rouge1", "rouge2", "rougeL"]
-MEASURES = {  # column: (title, decimals)
-    "overall": ("judge overall", 2),
-    **{criterion: (criterion.replace("_", " "), 2) for criterion in CRITERIA},
+JUDGED = {"overall": ("judge overall", 2), "expected_overall": ("judge expected", 2)}
+MEASURES = {  # column: (title, decimals); the criteria of a judge come from its evaluations
     "rouge1": ("ROUGE-1", 3),
     "rouge2": ("ROUGE-2", 3),
     "rougeL": ("ROUGE-L", 3),
@@ -60,6 +59,7 @@ METRICS = {  # what step 3 measures of a whole model, under finetuning/metrics.p
     "length_ratio": MEASURES["length_ratio"],
     "mean_new_tokens": MEASURES["num_new_tokens"],
 }
+RANKING = {"overall": ("the judge's overall score", 2), "rouge1": MEASURES["rouge1"]}  # what models are ranked by
 COVERAGE_NEEDED = 0.95  # of its answers a model must have a judgement of, to be ranked by the judge
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # Okabe and Ito 2008
 NUM_RESAMPLES = 2000
@@ -121,25 +121,52 @@ def load_samples(run: Path) -> pd.DataFrame:
 
     Returns:
         The columns of `load_predictions`, and status (ok, or why there is no score; None where it was not judged), the
-        score of each criterion, overall (their mean), evaluation (the scores with their explanations).
+        score of each criterion of the rubric, overall (their mean), expected_overall (that of the expected scores, if
+        they were asked for), evaluation (the scores with their explanations).
+
+    Raises:
+        InputError: Models were judged by different rubrics.
     """
     samples = load_predictions(run)
-    evaluations = {}
-    for name in names_of_files(run / EVALUATIONS, "all"):
-        for row in read_rows(run / EVALUATIONS / f"{name}.jsonl"):
-            # of several tries, a success counts before a later failure
-            key = (name, row["prediction_hash"])
-            if row["status"] == "ok" or evaluations.get(key, {}).get("status") != "ok":
-                evaluations[key] = row
+    names = names_of_files(run / EVALUATIONS, "all")
+    paths = {name: run / EVALUATIONS / f"{name}.jsonl" for name in names}
+    rubrics = {name: read_info(path)["identity"]["criteria"] for name, path in paths.items()}
+    criteria = next(iter(rubrics.values()), [])
+    for name, its_criteria in rubrics.items():
+        if its_criteria != criteria:
+            raise InputError(
+                f"{paths[name]} was judged by {', '.join(its_criteria)}, and {names[0]} by {', '.join(criteria)}; judge all "
+                "with the same rubric (4_openai_test.py --overwrite true)"
+            )
+    evaluations = {(name, row["prediction_hash"]): row for name, path in paths.items() for row in iterate_rows(path)}
     found = [evaluations.get(key, {}) for key in zip(samples["model"], samples["prediction_hash"], strict=True)]
     samples["status"] = [row.get("status") for row in found]
     samples["evaluation"] = [row.get("evaluation") for row in found]
-    for criterion in CRITERIA:
+    for criterion in criteria:
         samples[criterion] = [
             row["evaluation"][criterion]["score"] if row.get("status") == "ok" else math.nan for row in found
         ]
-    samples["overall"] = samples[list(CRITERIA)].mean(axis=1, skipna=False)
+    samples["overall"] = samples[criteria].mean(axis=1, skipna=False) if criteria else math.nan
+    if any(row.get("expected") for row in found):
+        expected = pd.DataFrame([row.get("expected") or {} for row in found], columns=criteria)
+        samples["expected_overall"] = expected.mean(axis=1, skipna=False).to_numpy(dtype=float)
     return samples
+
+
+def criteria_of(samples: pd.DataFrame) -> list[str]:
+    """The criteria that samples were judged by; none where nothing has a score."""
+    return next((list(evaluation) for evaluation in samples["evaluation"] if isinstance(evaluation, dict)), [])
+
+
+def measures_of(samples: pd.DataFrame) -> list[str]:
+    """The columns of samples that were measured: the judge's first, then what step 3 measures."""
+    criteria = criteria_of(samples) if "evaluation" in samples else []
+    return [m for m in (*JUDGED, *criteria, *MEASURES) if m in samples and samples[m].notna().any()]
+
+
+def describe_measure(measure: str) -> tuple[str, int]:
+    """Title and decimals of a measure; what has no entry is a criterion of a judge."""
+    return {**JUDGED, **MEASURES}.get(measure, (measure.replace("_", " "), 2))
 
 
 def bootstrap_interval(values) -> tuple[float, float]:
@@ -175,14 +202,14 @@ def share_interval(values) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def summarize(samples: pd.DataFrame, measures: list[str] | None = None) -> pd.DataFrame:
+def summarize(samples: pd.DataFrame) -> pd.DataFrame:
     """Means with intervals.
 
     Returns:
         Indexed by model, in the order of steps: samples, errors (no answer), judged, failed (no score though it was
         asked for), and for each measure that was taken `<measure>`, `<measure>_low`, `<measure>_high`.
     """
-    wanted = measures or [m for m in MEASURES if m in samples and samples[m].notna().any()]
+    wanted = measures_of(samples)
     rows = {}
     for name, group in samples.groupby("model", sort=False):
         row = {
@@ -202,15 +229,18 @@ def summarize(samples: pd.DataFrame, measures: list[str] | None = None) -> pd.Da
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
+def _measures_in(summary: pd.DataFrame) -> list[str]:
+    return [column for column in summary if f"{column}_low" in summary]
+
+
 def format_table(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
     """The summary as text, `0.712 [0.680, 0.741]`, under readable titles."""
     table = pd.DataFrame(index=summary.index)
     counts = ["samples"] + [c for c in ("errors", "judged", "failed") if c in summary and summary[c].any()]
     for column in counts:
         table[column] = summary[column].astype(str)
-    for measure, (title, decimals) in MEASURES.items():
-        if measure not in summary:
-            continue
+    for measure in _measures_in(summary):
+        title, decimals = describe_measure(measure)
         table[title] = [
             "-"
             if math.isnan(mean)
@@ -304,8 +334,7 @@ def choose_measure(samples: pd.DataFrame) -> tuple[str, str]:
 def decide(samples: pd.DataFrame) -> Verdict:
     """Name the best model and say what the samples can and cannot show."""
     measure, reason = choose_measure(samples)
-    title, decimals = MEASURES[measure]
-    title = "the judge's overall score" if measure == "overall" else title
+    title, decimals = RANKING[measure]
     unit = " points of 10" if measure == "overall" else ""
     scored = samples[samples[measure].notna()]
     num_models = scored["model"].nunique()
@@ -398,7 +427,7 @@ def plot_measures(summary: pd.DataFrame) -> Figure | None:
             errors = [mean - checkpoints[f"{measure}_low"], checkpoints[f"{measure}_high"] - mean]
             axes.errorbar(
                 checkpoints["step"], mean, np.nan_to_num(np.clip(errors, 0, None)), color=color, marker="o", markersize=4,
-                capsize=3, linewidth=1.3, label=MEASURES[measure][0],
+                capsize=3, linewidth=1.3, label=describe_measure(measure)[0],
             )  # fmt: skip
         if "stopped" in measures:
             axes.set_ylim(-0.05, 1.05)
@@ -412,7 +441,7 @@ def plot_measures(summary: pd.DataFrame) -> Figure | None:
 
 def plot_criteria(summary: pd.DataFrame) -> Figure | None:
     """The judge's criteria side by side for each model; None where nothing was judged."""
-    criteria = [c for c in CRITERIA if c in summary]
+    criteria = [c for c in _measures_in(summary) if c not in JUDGED and c not in MEASURES]
     if not criteria:
         return None
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -498,7 +527,7 @@ def write_report(run: Path, samples: pd.DataFrame) -> Path:
         plots=[_to_svg(plot) for plot in plots if plot is not None],
         cards=cards,
         models=models,
-        criteria=CRITERIA,
+        criteria=criteria_of(samples),
         preflight=read_preflight(run),
         lengths=[_to_data_uri(plot) for plot in sorted((run / EDA).glob("*.png"))],
     )

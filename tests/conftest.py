@@ -42,14 +42,17 @@ def run(args: list[str], check: bool = True, timeout: int = 150, **env: str) -> 
 
 # Many tests start the same script; a process that has imported all it needs forks to run it in a second instead of eight.
 SERVER = """
-import json, os, runpy, signal, sys
-script = sys.argv[1]
+import importlib, json, os, runpy, signal, sys
+script, *modules = sys.argv[1:]
+for module in modules:
+    importlib.import_module(module)
 runpy.run_path(script, run_name="imported")
 for line in sys.stdin:
-    printed, *arguments = json.loads(line)
+    printed, environment, *arguments = json.loads(line)
     child = os.fork()
     if child == 0:
         signal.alarm(140)
+        os.environ.update(environment)
         output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)
         sys.argv = [script, *arguments]
@@ -69,16 +72,17 @@ os._exit(0)  # an ordinary end takes seconds to free what was imported
 @functools.cache
 def script_server(script: str) -> subprocess.Popen:
     """A process that has imported what a step imports, and forks to run it; it ends with the tests."""
-    arguments = [sys.executable, "-c", SERVER, script]
+    late = {"4_openai_test.py": ["finetuning.judge_summary"]}  # what a script imports only once it needs it
+    arguments = [sys.executable, "-c", SERVER, script, *late.get(script, [])]
     server = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)
     return server
 
 
-def start_step(script: str, printed: Path, *arguments: str) -> int:
+def start_step(script: str, printed: Path, *arguments: str, **env: str) -> int:
     """Start a script in a process of its own, that need not import everything anew; gives the process id."""
     server = script_server(script)
-    server.stdin.write(json.dumps([str(printed), *map(str, arguments)]) + "\n")
+    server.stdin.write(json.dumps([str(printed), env, *map(str, arguments)]) + "\n")
     server.stdin.flush()
     return int(server.stdout.readline())
 
@@ -88,9 +92,9 @@ def end_step(script: str) -> int:
     return int(script_server(script).stdout.readline())
 
 
-def run_step(script: str, printed: Path, *arguments: str) -> tuple[int, str]:
+def run_step(script: str, printed: Path, *arguments: str, **env: str) -> tuple[int, str]:
     """Run a script in a process of its own; gives the status and all that it printed."""
-    start_step(script, printed, *arguments)
+    start_step(script, printed, *arguments, **env)
     return end_step(script), printed.read_text()
 
 

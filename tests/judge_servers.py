@@ -85,7 +85,8 @@ _running: list = []
 class StubJudge:
     """Answers each request with the next of `replies`, the last one for ever, and remembers what it was sent.
 
-    A reply is an evaluation's JSON text, or (status, headers, body), or a dict that updates the choice, or "hang up".
+    A reply is an evaluation's JSON text, or (status, headers, body), or a dict that updates the choice, or "hang up", or
+    a function of the request that gives one of these.
     """
 
     def __init__(self, *replies):
@@ -96,7 +97,97 @@ class StubJudge:
     def next_reply(self, request: dict):
         with self.lock:
             self.requests.append(request)
-            return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+            reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        return reply(request) if callable(reply) else reply
+
+    def get(self, path: str):
+        """What a GET of a path gives."""
+        return {"object": "list", "data": [{"id": "base", "object": "model", "created": 0, "owned_by": "stub"}]}
+
+    def post(self, path: str, body: bytes):
+        """(status, headers, body), or "hang up", for a POST."""
+        reply = self.next_reply(json.loads(body))
+        return reply if isinstance(reply, tuple) or reply == "hang up" else (200, {}, completion(reply))
+
+
+class StubBatches(StubJudge):
+    """Has the Batch API as well: each batch ends with the next of `ends` when it is looked at for the `looks`-th time.
+
+    In a batch a reply may also be "unanswered", which is a request that it had not come to when it expired.
+    """
+
+    def __init__(self, *replies, ends: tuple[str, ...] = ("completed",), looks: int = 2):
+        super().__init__(*replies)
+        self.ends, self.looks = list(ends), looks
+        self.files: dict[str, bytes] = {}
+        self.batches: dict[str, dict] = {}
+        self.num_looks: dict[str, int] = {}
+
+    def post(self, path: str, body: bytes):
+        if path.endswith("/files"):
+            file_id = f"file-{len(self.files)}"
+            self.files[file_id] = body[body.index(b'{"custom_id"') : body.rindex(b"}\n") + 2]
+            return 200, {}, {"id": file_id, "object": "file", "bytes": len(body), "created_at": 0, "filename": "x", "purpose": "batch", "status": "processed"}  # fmt: skip
+        if path.endswith("/batches"):
+            return 200, {}, self.create(json.loads(body))
+        return super().post(path, body)
+
+    def create(self, request: dict) -> dict:
+        batch_id = f"batch-{len(self.batches)}"
+        self.batches[batch_id] = {
+            "id": batch_id, "object": "batch", "endpoint": request["endpoint"], "errors": None, "created_at": 0,
+            "input_file_id": request["input_file_id"], "completion_window": "24h", "status": "validating",
+            "output_file_id": None, "error_file_id": None, "metadata": request.get("metadata"),
+            "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        }  # fmt: skip
+        return self.batches[batch_id]
+
+    def get(self, path: str):
+        parts = path.split("?")[0].strip("/").split("/")
+        if parts[-1] == "batches":
+            return {"object": "list", "data": list(self.batches.values()), "has_more": False}
+        if parts[-2] == "batches":
+            return self.look_at(self.batches[parts[-1]])
+        if parts[-1] == "content":
+            return self.files[parts[-2]].decode()
+        return super().get(path)
+
+    def look_at(self, batch: dict) -> dict:
+        self.num_looks[batch["id"]] = self.num_looks.get(batch["id"], 0) + 1
+        if batch["status"] in ("validating", "in_progress"):
+            batch["status"] = "in_progress"
+            if self.num_looks[batch["id"]] >= self.looks:
+                self.end(batch)
+        return batch
+
+    def end(self, batch: dict) -> None:
+        batch["status"] = self.ends.pop(0) if len(self.ends) > 1 else self.ends[0]
+        if batch["status"] == "failed":
+            batch["errors"] = {
+                "object": "list",
+                "data": [{"code": "invalid_json_line", "message": "line 1 is no JSON"}],
+            }
+            return
+        done, failed = [], []
+        for line in self.files[batch["input_file_id"]].splitlines():
+            request = json.loads(line)
+            reply = self.next_reply(request["body"])
+            row = {"id": "r", "custom_id": request["custom_id"], "response": None, "error": None}
+            if reply == "unanswered":
+                row["error"] = {
+                    "code": "batch_expired",
+                    "message": "This request could not be executed before it expired.",
+                }
+                failed.append(row)
+            elif isinstance(reply, tuple):
+                failed.append({**row, "response": {"status_code": reply[0], "request_id": "q", "body": reply[2]}})
+            else:
+                done.append({**row, "response": {"status_code": 200, "request_id": "q", "body": completion(reply)}})
+        for kind, rows in (("output_file_id", done), ("error_file_id", failed)):
+            if rows:
+                batch[kind] = f"file-{len(self.files)}"
+                self.files[batch[kind]] = "\n".join(json.dumps(row) for row in rows[::-1]).encode()  # in no order
+        batch["request_counts"] = {"total": len(done) + len(failed), "completed": len(done), "failed": len(failed)}
 
 
 @contextlib.contextmanager
@@ -105,11 +196,10 @@ def serve(stub: StubJudge):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            model = {"id": "base", "object": "model", "created": 0, "owned_by": "stub"}
-            self.send(200, {}, {"object": "list", "data": [model]})
+            self.send(200, {}, stub.get(self.path))
 
         def do_POST(self):
-            reply = stub.next_reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            reply = stub.post(self.path, self.rfile.read(int(self.headers["Content-Length"])))
             if reply == "hang up":
                 self.send_response(200)
                 self.send_header("Content-Length", "1000")
@@ -118,7 +208,7 @@ def serve(stub: StubJudge):
                 self.wfile.flush()
                 self.connection.close()
                 return
-            self.send(*(reply if isinstance(reply, tuple) else (200, {}, completion(reply))))
+            self.send(*reply)
 
         def send(self, status: int, headers: dict, body: str | dict):
             content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
@@ -149,6 +239,6 @@ def completion(reply: str | dict) -> dict:
 
 
 def evaluation(score: int) -> str:
-    from finetuning.judge import CRITERIA
+    from finetuning.judge import Evaluation
 
-    return json.dumps({criterion: {"explanation": "because", "score": score} for criterion in CRITERIA})
+    return json.dumps({criterion: {"explanation": "because", "score": score} for criterion in Evaluation.model_fields})

@@ -1,0 +1,203 @@
+"""
+How far a judge can be trusted: its scores against the length of the answers, other judges, and people.
+
+Imports without torch.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import krippendorff
+import numpy as np
+import scipy.stats
+
+NUM_RESAMPLES = 2000
+
+
+@dataclass
+class Estimate:
+    """A value with its 95 % interval; NaN where there is too little to take it from."""
+
+    value: float
+    low: float
+    high: float
+    num_samples: int
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return f"not defined (n = {self.num_samples})"
+        interval = "" if math.isnan(self.low) else f" (95 % {self.low:.2f} to {self.high:.2f})"
+        return f"{self.value:.2f}{interval}"
+
+    def to_json(self) -> dict:
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+
+def rank_correlation(first: Iterable[float], second: Iterable[float]) -> Estimate:
+    """Spearman's correlation, its interval by Fisher's z with the variance of Bonett and Wright (2000)."""
+    first, second = np.asarray(list(first), float), np.asarray(list(second), float)
+    n = len(first)
+    if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return Estimate(math.nan, math.nan, math.nan, n)
+    rho = float(scipy.stats.spearmanr(first, second).statistic)
+    if n < 5 or abs(rho) >= 1 - 1e-12:
+        return Estimate(rho, math.nan, math.nan, n)
+    half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    return Estimate(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half), n)
+
+
+def weighted_kappa(first: np.ndarray, second: np.ndarray) -> float:
+    """Cohen's kappa with quadratic weights (Fleiss and Cohen 1973), in the form that takes means of scores as well.
+
+    1 - E[(a - b)^2] / E[(a - b)^2 if a and b were independent]; NaN where all scores are equal.
+    """
+    expected = np.var(first) + np.var(second) + (first.mean() - second.mean()) ** 2
+    return float(1 - np.mean((first - second) ** 2) / expected) if expected > 0 else math.nan
+
+
+@dataclass
+class JuryAgreement:
+    """How far several judges agree on the same answers.
+
+    Args:
+        means: Overall score of each judge.
+        disagreement: Standard deviation of the overall scores of an answer over the judges, mean of all answers.
+        alpha: Krippendorff's, of the overall score (interval level).
+        alphas: Of each criterion (ordinal level).
+    """
+
+    means: dict[str, float]
+    disagreement: float
+    alpha: float
+    alphas: dict[str, float]
+    num_samples: int
+
+    def __str__(self) -> str:
+        means = ", ".join(f"{judge} {mean:.2f}" for judge, mean in self.means.items())
+        alpha = "not defined, as all scores are equal" if math.isnan(self.alpha) else f"{self.alpha:.2f}"
+        return (
+            f"jury on {self.num_samples} answers: means {means}; standard deviation between the judges {self.disagreement:.2f}; "
+            f"Krippendorff's alpha {alpha}"
+        )
+
+    def to_json(self) -> dict:
+        alphas = {name: None if value != value else value for name, value in self.alphas.items()}
+        return {**asdict(self), "alpha": None if self.alpha != self.alpha else self.alpha, "alphas": alphas}
+
+
+def measure_jury(scores: dict[str, list[dict[str, float]]]) -> JuryAgreement | None:
+    """Agreement of judges.
+
+    Args:
+        scores: For each judge the scores of the same answers in the same order, by criterion.
+    """
+    judges = list(scores)
+    num_samples = len(scores[judges[0]])
+    if num_samples == 0:
+        return None
+    criteria = list(scores[judges[0]][0])
+    overall = np.array([[np.mean(list(answer.values())) for answer in scores[judge]] for judge in judges])
+    by_criterion = {
+        criterion: np.array([[answer[criterion] for answer in scores[judge]] for judge in judges])
+        for criterion in criteria
+    }
+    return JuryAgreement(
+        means={judge: float(row.mean()) for judge, row in zip(judges, overall, strict=True)},
+        disagreement=float(overall.std(axis=0, ddof=1).mean()),
+        alpha=_alpha(overall, "interval"),
+        alphas={criterion: _alpha(table, "ordinal") for criterion, table in by_criterion.items()},
+        num_samples=num_samples,
+    )
+
+
+def _alpha(table: np.ndarray, level: str) -> float:
+    if np.ptp(table) == 0 or table.shape[1] < 2:
+        return math.nan
+    return float(krippendorff.alpha(reliability_data=table, level_of_measurement=level))
+
+
+def measure_against_people(pairs: list[tuple[str, float, float]]) -> dict[str, Estimate]:
+    """Agreement of the judge with people.
+
+    Args:
+        pairs: (id of the sample, the judge's score, a person's) for each answer that has both. Answers to the same
+            sample are not independent, so the intervals resample samples (percentile bootstrap).
+
+    Returns:
+        spearman, kendall (tau-b) and kappa (quadratic weights).
+    """
+    judge, human = (np.array([pair[i] for pair in pairs], float) for i in (1, 2))
+    statistics: dict[str, Callable] = {
+        "spearman": lambda a, b: scipy.stats.spearmanr(a, b).statistic,
+        "kendall": lambda a, b: scipy.stats.kendalltau(a, b).statistic,
+        "kappa": weighted_kappa,
+    }
+    rows_of: dict[str, list[int]] = {}
+    for i, (sample_id, _, _) in enumerate(pairs):
+        rows_of.setdefault(sample_id, []).append(i)
+    groups = [np.array(rows) for rows in rows_of.values()]
+    rng = np.random.default_rng(0)
+    resamples = [
+        np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]) for _ in range(NUM_RESAMPLES)
+    ] if len(groups) >= 3 else []  # fmt: skip
+    return {name: _with_interval(statistic, judge, human, resamples) for name, statistic in statistics.items()}
+
+
+def _with_interval(statistic: Callable, first: np.ndarray, second: np.ndarray, resamples: list) -> Estimate:
+    def value_of(a, b) -> float:
+        return float(statistic(a, b)) if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0 else math.nan
+
+    value = value_of(first, second)
+    if math.isnan(value) or not resamples:
+        return Estimate(value, math.nan, math.nan, len(first))
+    values = np.array([value_of(first[rows], second[rows]) for rows in resamples])
+    low, high = np.nanquantile(values, [0.025, 0.975]) if not np.isnan(values).all() else (math.nan, math.nan)
+    return Estimate(value, float(low), float(high), len(first))
+
+
+@dataclass
+class PairCounts:
+    """Outcomes of comparisons in both orders; a model is better where it is so in either order, all else is a tie.
+
+    Args:
+        wins, losses, ties: Of the first model.
+        flips: Ties of which the two orders named different winners: the judge looked at the place, not the answer.
+        first_place: Replies that preferred the answer that stood first, of all that preferred one.
+        p: Two-sided sign test over wins and losses.
+    """
+
+    wins: int
+    losses: int
+    ties: int
+    flips: int
+    first_place: float
+    p: float
+
+    @property
+    def num_pairs(self) -> int:
+        return self.wins + self.losses + self.ties
+
+    def to_json(self) -> dict:
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+
+def count_pairs(replies: Iterable[tuple[str, str]]) -> PairCounts:
+    """Outcomes of pairs.
+
+    Args:
+        replies: For each sample which answer was better, first, second or tie, with A first and then with B first.
+    """
+    wins = losses = ties = flips = firsts = decided = 0
+    for forward, backward in replies:
+        firsts += (forward == "first") + (backward == "first")
+        decided += (forward != "tie") + (backward != "tie")
+        if (forward, backward) == ("first", "second"):
+            wins += 1
+        elif (forward, backward) == ("second", "first"):
+            losses += 1
+        else:
+            ties += 1
+            flips += "tie" not in (forward, backward)
+    p = scipy.stats.binomtest(wins, wins + losses).pvalue if wins + losses else math.nan
+    return PairCounts(wins, losses, ties, flips, firsts / decided if decided else math.nan, float(p))

@@ -1,0 +1,197 @@
+"""
+What a judge's rows amount to: coverage, means, money, and how far they can be trusted. Written beside the rows.
+
+Imports without torch.
+"""
+
+import contextlib
+import statistics
+from array import array
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from finetuning.agreement import (
+    count_pairs,
+    measure_against_people,
+    measure_jury,
+    rank_correlation,
+)
+from finetuning.errors import InputError
+from finetuning.human_scores import HumanScore
+from finetuning.judge import Item, Job, item_key
+from finetuning.judge_client import add_usage
+from finetuning.results import RowFile, iterate_rows
+from finetuning.runs import write_json
+
+
+def summarize(job: Job, file: RowFile) -> str:
+    """Record coverage, tokens and cost of all rows beside them, and say them in a line."""
+    statuses, usage, costs = Counter(), Counter(), []
+    scores, lengths, expected, first_error = array("d"), array("d"), array("d"), None
+    current = {item.key: (item.row["prediction_hash"], len(item.material.get("answer", ""))) for item in job.items()}
+    for row in iterate_rows(file.path):
+        usage.update(row["usage"] or {})  # paid for, also where the answer has changed since
+        costs += [] if row["cost"] is None else [row["cost"]]
+        answer, length = current.get(item_key(row), (None, 0))
+        if answer != row["prediction_hash"]:
+            continue
+        statuses[row["status"]] += 1
+        if row["status"] == "error":
+            first_error = first_error or row["error"]
+        if row["status"] == "ok" and job.compares is None:
+            scores.append(statistics.fmean(judged["score"] for judged in row["evaluation"].values()))
+            lengths.append(length)
+            if row["expected"] is not None:
+                expected.append(statistics.fmean(row["expected"].values()))
+    info = {
+        "num_predictions": len(current),
+        "statuses": dict(statuses),
+        "coverage": statuses["ok"] / len(current) if current else None,
+        "usage": dict(usage),
+        "cost": sum(costs) if costs else None,
+    }
+    line = f"{job.name}: judged {statuses['ok']} of {len(current)}"
+    by_length = None
+    if job.compares is None:
+        line += f", mean {statistics.fmean(scores):.2f} of 10" if scores else ", no score"
+        by_length = rank_correlation(scores, lengths)
+        info["length_correlation"] = by_length.to_json()
+    if job.identity["expected_scores"] and scores:
+        info["num_expected"] = len(expected)
+        line += (
+            f", expected {statistics.fmean(expected):.2f}" if expected else ", no log-probabilities from the endpoint"
+        )
+    line += f", {usage['prompt_tokens'] + usage['completion_tokens']:,} tokens"
+    line += f", ${sum(costs):.6g}" if costs else ""
+    failed = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "ok")
+    line += f"; failed: {failed}" if failed else ""
+    line += f" ({first_error})" if first_error else ""
+    if scores:
+        line += f"\n  rank correlation of the score with the length of the answer: {by_length}"
+    if job.compares is not None:
+        line += "\n" + _summarize_pairs(job, file, info)
+    file.write_info(**info)
+    return line
+
+
+def _summarize_pairs(job: Job, file: RowFile, info: dict) -> str:
+    """Who won, and how often the judge looked at the place rather than at the answer."""
+    current = {item.key: item.row["prediction_hash"] for item in job.items()}
+    replies: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in iterate_rows(file.path):
+        if row["status"] == "ok" and current.get(item_key(row)) == row["prediction_hash"]:
+            replies[row["id"]][row["order"]] = row["evaluation"]["better"]
+    counts = count_pairs((orders["AB"], orders["BA"]) for orders in replies.values() if len(orders) == 2)
+    info["pairs"] = counts.to_json()
+    if counts.num_pairs == 0:
+        return "no pair was judged in both orders"
+    first, second = job.compares
+    line = f"{first} is better in {counts.wins} of {counts.num_pairs} pairs, {second} in {counts.losses}, neither in {counts.ties}"
+    if counts.wins + counts.losses:
+        line += f"; sign test p = {counts.p:.3g}"
+        line += f"\n  {counts.first_place:.0%} of the preferences were for the answer that stood first"
+    return line + (
+        f"\n  flip rate {counts.flips / counts.num_pairs:.0%}: so often the other answer was preferred once their order changed, "
+        "which is a tie"
+    )
+
+
+def combine_jury(path: Path, jobs: list[Job]) -> str:
+    """Write the mean of several judges as the evaluations of a model, and how far they agree.
+
+    An answer has a score if all of them have scored it; else it has the status of the first that has not.
+
+    Args:
+        path: Of the evaluations.
+        jobs: Of the same answers, one for each judge.
+    """
+    rows = {job.judge_model: {item_key(row): row for row in iterate_rows(job.path)} for job in jobs}
+    scores: dict[str, list[dict[str, float]]] = {judge: [] for judge in rows}
+    num_items = 0
+    with contextlib.closing(RowFile(path, identity_of_jury(jobs), overwrite=True)) as file:
+        for item in jobs[0].items():
+            num_items += 1
+            found = {judge: its_rows.get(item.key) for judge, its_rows in rows.items()}
+            if all(row is not None and row["prediction_hash"] == item.row["prediction_hash"] for row in found.values()):
+                row = _mean_row(item, found)
+                file.append(row)
+                for judge, its_row in found.items() if row["status"] == "ok" else ():
+                    scores[judge].append({name: judged["score"] for name, judged in its_row["evaluation"].items()})
+        agreement = measure_jury(scores)
+        num_ok = agreement.num_samples if agreement is not None else 0
+        file.write_info(
+            num_predictions=num_items,
+            coverage=num_ok / num_items if num_items else None,
+            jury=agreement.to_json() if agreement is not None else None,
+        )
+    return f"{path.stem}: {agreement or 'no answer was scored by all of the jury'}"
+
+
+def identity_of_jury(jobs: list[Job]) -> dict:
+    """What must be the same for the means of juries to be comparable."""
+    return {**jobs[0].identity, "judge_model": [job.judge_model for job in jobs]}
+
+
+def _mean_row(item: Item, found: dict[str, dict]) -> dict:
+    paid = {"usage": None, "cost": None}
+    for row in found.values():
+        paid = add_usage(paid, row)
+    result = {**item.row, "status": "ok", "evaluation": None, "expected": None, **paid, "error": None}
+    for judge, row in found.items():
+        if row["status"] != "ok":
+            return {**result, "status": row["status"], "error": f"{judge}: {row['error']}"}
+    evaluations = {judge: row["evaluation"] for judge, row in found.items()}
+    result["evaluation"] = {
+        criterion: {
+            "explanation": "\n".join(
+                f"{judge} ({judged[criterion]['score']}): {judged[criterion]['explanation']}"
+                for judge, judged in evaluations.items()
+            ),
+            "score": statistics.fmean(judged[criterion]["score"] for judged in evaluations.values()),
+        }
+        for criterion in next(iter(evaluations.values()))
+    }
+    return result
+
+
+def compare_with_people(labels: Path, scores: list[HumanScore], folder: Path, names: list[str]) -> str:
+    """How far the evaluations of some models agree with the scores of people, in lines; also written beside them.
+
+    Raises:
+        InputError: No score is of an answer that was judged, or it is not said of which model.
+    """
+    evaluations = {}
+    for name in names:
+        for row in iterate_rows(folder / f"{name}.jsonl"):
+            if row["status"] == "ok":
+                by_criterion = {criterion: judged["score"] for criterion, judged in row["evaluation"].items()}
+                evaluations[name, row["id"]] = {**by_criterion, "overall": statistics.fmean(by_criterion.values())}
+    pairs, num_labels, num_unknown = defaultdict(list), 0, 0
+    for label in scores:
+        if label.model is None and len(names) > 1:
+            raise InputError(
+                f"human {labels}: needs a column model, as there are {', '.join(names)}; or set --model_name"
+            )
+        judged = evaluations.get((label.model or names[0], label.id))
+        num_labels += 1
+        num_unknown += judged is None
+        if judged is not None:
+            pairs[label.measure].append((label.id, judged[label.measure], label.score))
+    if not pairs:
+        raise InputError(
+            f"human {labels}: none of its {num_labels} scores is of an answer that was judged; check id and model"
+        )
+    lines, found = [], {}
+    if num_unknown:
+        lines.append(
+            f"{num_unknown} of {num_labels} scores in {labels} are of answers without a judgement, and are left out"
+        )
+    for measure, values in pairs.items():
+        estimates = measure_against_people(values)
+        found[measure] = {name: estimate.to_json() for name, estimate in estimates.items()}
+        lines.append(
+            f"judge and people on {measure}, {len(values)} answers: Spearman {estimates['spearman']}, "
+            f"Kendall's tau-b {estimates['kendall']}, weighted kappa {estimates['kappa']}"
+        )
+    write_json(folder / "human_agreement.json", {"labels": str(labels), "agreement": found})
+    return "\n".join(lines)
