@@ -46,8 +46,6 @@ RATE_LIMIT_ROUNDS = 3  # of the client's own retries, before a rate limit is an 
 FAILURES_IN_A_ROW = 10  # from the start on: then nothing is set up as it should be
 NUM_TOP_LOGPROBS = 20  # the most that the API gives
 
-_tokens_of_request: ContextVar[float] = ContextVar("tokens_of_request", default=0.0)
-
 
 def endpoint_of(args: JudgeArguments) -> str | None:
     """The address of the judge; None is OpenAI's."""
@@ -100,15 +98,25 @@ class RateControl:
         self._seconds_per_request = 60 / requests_per_minute if requests_per_minute else 0.0
         self._seconds_per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
         self.stop = stop
+        self._tokens: ContextVar[float] = ContextVar("tokens", default=0.0)  # of the request of this task
         self._next = self._paused_until = self._last_cut = 0.0  # by time.monotonic
 
     def open_http_client(self) -> DefaultAsyncHttpxClient:
         return DefaultAsyncHttpxClient(event_hooks={"request": [self.before], "response": [self.after]})
 
+    @contextlib.contextmanager
+    def expecting(self, tokens: float) -> Iterator[None]:
+        """Requests that leave within this are expected to use so many tokens."""
+        token = self._tokens.set(tokens)
+        try:
+            yield
+        finally:
+            self._tokens.reset(token)
+
     async def before(self, request) -> None:
         """Wait until the request may leave."""
         leave = max(time.monotonic(), self._next)
-        self._next = leave + max(self._seconds_per_request, self._seconds_per_token * _tokens_of_request.get())
+        self._next = leave + max(self._seconds_per_request, self._seconds_per_token * self._tokens.get())
         while (wait := max(leave, self._paused_until) - time.monotonic()) > 0 and not self.stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stop.wait(), wait)
@@ -233,8 +241,8 @@ class Judge:
         cost = 0.0
         try:
             expected = prompt_bytes(item, form) * self.tokens_per_byte + self.completion_tokens
-            _tokens_of_request.set(expected)
-            reply, timed_out = await self._send(item, form, max_tokens)
+            with self.rate.expecting(expected):
+                reply, timed_out = await self._send(item, form, max_tokens)
             if reply["usage"] is not None:
                 used = reply["usage"]["prompt_tokens"] + reply["usage"]["completion_tokens"]
                 self.rate.settle(expected, used)

@@ -1,5 +1,6 @@
 """Step 4 against a real OpenAI-compatible server, and against a stub for what that cannot do."""
 
+import asyncio
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from types import SimpleNamespace
 
+import httpx2
 import krippendorff
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from conftest import ROOT, command, end_step, make_run, run_step, start_step
 from judge_servers import StubJudge, evaluation, serve, start_llama_server
 
 from finetuning.judge import RESERVED, Evaluation
+from finetuning.judge_client import RateControl
 from finetuning.results import iterate_rows, read_rows
 from finetuning.scores import load_samples
 
@@ -384,13 +387,27 @@ def test_concurrency_falls_to_what_the_endpoint_takes(tmp_path):
     assert len(refused) < 120  # 32 at once would be refused many times for each that is taken
 
 
-@pytest.mark.parametrize("budget", [["--requests_per_minute", "300"], ["--tokens_per_minute", "45000"]])
-def test_budgets_of_a_minute_are_kept(run_dir, budget):
-    stub = StubJudge(evaluation(6))  # whose every reply is of 150 tokens
+def test_requests_leave_no_faster_than_asked(run_dir):
+    stub = StubJudge(evaluation(6))
     times = clocked(stub)
     with serve(stub) as url:
-        judge(run_dir, url, "--model_name", "checkpoint-10", "--concurrency", "6", *budget)
-    assert times[-1] - times[0] >= 5 * 0.2 - 0.05  # five a second
+        judge(run_dir, url, "--model_name", "checkpoint-10", "--concurrency", "6", "--requests_per_minute", "300")
+    assert times[-1] - times[0] >= 5 * 0.2 - 0.05
+
+
+def test_tokens_of_a_minute_are_counted_as_they_are_used():
+    async def seconds_for(num_requests: int, expected: float, used: float) -> float:
+        rate = RateControl(8, None, 60_000, asyncio.Event())  # a thousand a second
+        started = time.monotonic()
+        for _ in range(num_requests):
+            with rate.expecting(expected):
+                await rate.before(httpx2.Request("POST", "http://127.0.0.1"))
+            rate.settle(expected, used)
+        return time.monotonic() - started
+
+    assert asyncio.run(seconds_for(6, 100, 100)) == pytest.approx(0.5, abs=0.1)
+    assert asyncio.run(seconds_for(6, 100, 300)) == pytest.approx(1.5, abs=0.1)
+    assert asyncio.run(seconds_for(6, 200, 20)) == pytest.approx(0.1, abs=0.1)
 
 
 def test_a_wait_of_an_hour_ends_the_start(run_dir):

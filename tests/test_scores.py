@@ -11,7 +11,7 @@ from conftest import ROOT, make_run, run
 from judge_servers import evaluation
 
 from finetuning.errors import InputError
-from finetuning.judge import prediction_hash
+from finetuning.judge import Evaluation, prediction_hash
 from finetuning.results import RowFile, read_rows
 from finetuning.scores import (
     bootstrap_interval,
@@ -25,6 +25,7 @@ from finetuning.scores import (
     write_report,
 )
 
+CRITERIA = list(Evaluation.model_fields)
 GOOD = [f"#Person1# asks question number {i} about the old house" for i in range(20)]
 FAIR = [f"#Person1# asks number {i} about a house" if i % 3 else GOOD[i] for i in range(20)]
 POOR = ["something else <script>alert(1)</script>"] * 20
@@ -33,7 +34,7 @@ POOR = ["something else <script>alert(1)</script>"] * 20
 def add_evaluations(run_dir, name, scores):
     """Judge the first answers of a model with these scores; None is a failure."""
     predictions = read_rows(run_dir / "predictions" / f"{name}.jsonl")
-    file = RowFile(run_dir / "qa_evaluation_results" / f"{name}.jsonl", {"judge_model": "m"})
+    file = RowFile(run_dir / "qa_evaluation_results" / f"{name}.jsonl", {"judge_model": "m", "criteria": CRITERIA})
     for row, score in zip(predictions, scores, strict=False):
         failed = {"status": "truncated", "evaluation": None, "usage": None, "error": "..."}
         ok = {"status": "ok", "evaluation": json.loads(evaluation(score or 1)), "usage": None, "error": None}

@@ -1,0 +1,253 @@
+"""Step 4 through the Batch API: its whole life, and what can go wrong in it, against a stub of ours."""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from conftest import end_step, make_run, run_step, start_step
+from judge_servers import StubBatches, StubJudge, evaluation, serve
+
+from finetuning.judge import Evaluation
+from finetuning.results import read_rows
+from finetuning.scores import load_samples
+
+STEP = "4_openai_test.py"
+PRICES = "date: 2026-11-01\nmodels:\n  m: {prompt: 1.0, cached_prompt: 0.5, completion: 10.0, batch: 0.5}\n"
+COST = 0.5 * (100 * 1.0 + 50 * 10.0) / 1e6  # of each reply of the stub
+CUT_OFF = {"finish_reason": "length", "message": {"content": '{"rel'}}
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    (tmp_path / "prices.yaml").write_text(PRICES)
+    answers = {"base": ["no"] * 3, "checkpoint-10": [f"#Person1# asks question {i}" for i in range(6)]}
+    return make_run(tmp_path / "run", answers)
+
+
+def arguments_for(run_dir, *args) -> list:
+    common = ["--output_dir", run_dir, "--judge_model", "m", "--mode", "batch", "--poll_seconds", "0.05"]
+    return [*common, "--prices", run_dir.parent / "prices.yaml", "--max_retries", "1", *args]
+
+
+def judge(run_dir, url: str, *args, check: bool = True):
+    environment = {"OPENAI_API_KEY": "sk-test-1234567890", "OPENAI_BASE_URL": url}
+    status, printed = run_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir, *args), **environment)
+    if check:
+        assert status == 0, printed
+    assert "Traceback" not in printed and "sk-test" not in printed
+    return SimpleNamespace(returncode=status, printed=printed)
+
+
+def evaluations(run_dir, name="checkpoint-10"):
+    return read_rows(run_dir / "qa_evaluation_results" / f"{name}.jsonl")
+
+
+def states(run_dir):
+    folder = run_dir / "qa_evaluation_results" / "batches"
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def answer_of(request: dict) -> str:
+    return json.loads(request["messages"][1]["content"])["answer"]
+
+
+def test_a_batch_gives_the_rows_that_live_judging_gives(run_dir, tmp_path):
+    def reply(request):
+        answer = answer_of(request)
+        return evaluation(1 + int(answer[-1])) if answer[-1].isdecimal() else {"message": {"refusal": "I cannot."}}
+
+    live_dir = make_run(tmp_path / "live", {"checkpoint-10": [f"#Person1# asks question {i}" for i in range(6)]})
+    with serve(StubJudge(reply)) as url:
+        arguments = ["--output_dir", live_dir, "--judge_model", "m"]
+        run_step(STEP, tmp_path / "printed", *arguments, OPENAI_API_KEY="x", OPENAI_BASE_URL=url)
+    with serve(stub := StubBatches(reply)) as url:
+        printed = judge(run_dir, url).printed
+    assert len(stub.batches) == 1 and len(stub.requests) == 9  # both models in one batch
+    by_id = {row["id"]: row for row in evaluations(run_dir)}
+    for row in evaluations(live_dir):
+        same = ("prediction_hash", "status", "evaluation", "usage", "error")
+        assert {key: row[key] for key in same} == {key: by_id[row["id"]][key] for key in same}
+    assert Counter(row["status"] for row in evaluations(run_dir, "base")) == {"refusal": 3}
+    assert f"cost of these evaluations: ${9 * COST:.6g}" in printed
+    assert load_samples(run_dir)["overall"].notna().sum() == 6
+    assert [state["status"] for state in states(run_dir)] == ["collected"]
+    assert not list(
+        (run_dir / "qa_evaluation_results" / "batches").glob("*.jsonl")
+    )  # nothing of it is left but its record
+
+
+def test_what_a_batch_cannot_read_goes_into_a_second_one_with_a_larger_limit(run_dir):
+    def reply(request):
+        return evaluation(6) if request["max_completion_tokens"] == 200 else CUT_OFF
+
+    with serve(stub := StubBatches(reply)) as url:
+        judge(run_dir, url, "--max_tokens", "100", "--model_name", "checkpoint-10")
+    assert len(stub.batches) == 2 and len(stub.requests) == 12
+    rows = evaluations(run_dir)
+    assert len(rows) == 6 and {row["status"] for row in rows} == {"ok"}
+    assert {row["usage"]["completion_tokens"] for row in rows} == {100}  # both replies were paid for
+
+
+def test_an_expired_batch_keeps_what_it_has_and_the_next_start_sends_the_rest(run_dir):
+    def reply(request):
+        return evaluation(6) if answer_of(request)[-1] in "012" else "unanswered"
+
+    with serve(stub := StubBatches(reply, ends=("expired", "completed"))) as url:
+        printed = judge(run_dir, url, "--model_name", "checkpoint-10").printed
+        assert "expired, 6 of 6 requests have a reply" in printed and "judged 3 of 6" in printed
+        assert Counter(row["status"] for row in evaluations(run_dir)) == {"ok": 3, "error": 3}
+        assert "before it expired" in printed
+        stub.replies = [evaluation(5)]
+        assert "judged 6 of 6" in judge(run_dir, url, "--model_name", "checkpoint-10").printed
+    assert [state["num_requests"] for state in sorted(states(run_dir), key=lambda s: s["created"])] == [6, 3]
+
+
+def test_requests_that_failed_in_a_batch_are_errors_of_their_samples(run_dir):
+    def reply(request):
+        return evaluation(6) if answer_of(request)[-1] != "4" else (400, {}, {"error": {"message": "too long"}})
+
+    with serve(StubBatches(reply)) as url:
+        printed = judge(run_dir, url, "--model_name", "checkpoint-10").printed
+    assert Counter(row["status"] for row in evaluations(run_dir)) == {"ok": 5, "error": 1}
+    assert "too long" in printed
+
+
+def test_a_batch_that_was_refused_says_why_and_is_sent_anew(run_dir):
+    with serve(stub := StubBatches(evaluation(6), ends=("failed", "completed"))) as url:
+        result = judge(run_dir, url, check=False)
+        assert result.returncode == 2 and "line 1 is no JSON" in result.printed
+        judge(run_dir, url)
+    assert len(stub.batches) == 2 and len(evaluations(run_dir)) == 6
+
+
+def test_a_cancelled_batch_keeps_what_was_done(run_dir):
+    with serve(StubBatches(evaluation(6), ends=("cancelled",))) as url:
+        assert "cancelled, 9 of 9" in judge(run_dir, url).printed
+
+
+def test_a_batch_can_be_collected_later(run_dir):
+    stub = StubBatches(evaluation(6), looks=10_000)
+    with serve(stub) as url:
+        environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+        process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir), **environment)
+        while not stub.num_looks:
+            time.sleep(0.02)
+        os.kill(process, signal.SIGINT)
+        assert end_step(STEP) == 130 and "the same command goes on" in run_dir.with_name("printed").read_text()
+        printed = judge(run_dir, url, "--collect", "true").printed
+        assert "in_progress; start with --collect true again later" in printed and evaluations(run_dir) == []
+        stub.looks = 0
+        assert "judged 6 of 6" in judge(run_dir, url, "--collect", "true").printed
+    assert len(stub.batches) == 1 and len(evaluations(run_dir)) == 6
+
+
+@pytest.mark.parametrize("moment", ["files", "batches", "look", "content"])
+def test_a_kill_at_any_step_of_a_batch_submits_nothing_twice(run_dir, moment):
+    """The step is killed right after the endpoint has done what was asked, and before it has heard of it."""
+    reached = []
+
+    class Slow(StubBatches):
+        def post(self, path, body):
+            reply = super().post(path, body)
+            return self.pause(path.split("/")[-1], reply)
+
+        def get(self, path):
+            reply = super().get(path)
+            kind = "content" if path.endswith("content") else "look" if "/batches/" in path else "list"
+            return self.pause(kind, reply)
+
+        def pause(self, kind, reply):
+            if kind == moment and not reached:
+                reached.append(kind)
+                time.sleep(1.5)
+            return reply
+
+    with serve(stub := Slow(evaluation(6))) as url:
+        environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+        process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir), **environment)
+        while not reached:
+            time.sleep(0.01)
+        os.kill(process, signal.SIGKILL)
+        assert end_step(STEP) == -signal.SIGKILL
+        assert "judged 6 of 6" in judge(run_dir, url).printed
+    assert len(stub.batches) == 1 and len(stub.requests) == 9
+    assert Counter(row["id"] for row in evaluations(run_dir)) == {f"sample{i:04d}": 1 for i in range(6)}
+
+
+def test_a_kill_while_rows_are_written_doubles_none(run_dir):
+    """What a kill leaves between the third row and the last: the replies are there, and so are three rows."""
+    with serve(stub := StubBatches(evaluation(6))) as url:
+        judge(run_dir, url, "--model_name", "checkpoint-10")
+        (state,) = (run_dir / "qa_evaluation_results" / "batches").glob("*.json")
+        state.write_text(json.dumps({**json.loads(state.read_text()), "status": "downloaded"}))
+        state.with_suffix(".jsonl").write_bytes(stub.files["file-0"])
+        state.with_suffix(".output.jsonl").write_text(
+            stub.files[stub.batches["batch-0"]["output_file_id"]].decode() + "\n"
+        )
+        path = run_dir / "qa_evaluation_results" / "checkpoint-10.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+        assert "judged 6 of 6" in judge(run_dir, url, "--model_name", "checkpoint-10").printed
+    assert len(stub.batches) == 1
+    rows = evaluations(run_dir)
+    assert Counter(row["id"] for row in rows) == {f"sample{i:04d}": 1 for i in range(6)}
+    assert {row["usage"]["completion_tokens"] for row in rows} == {50}
+
+
+def test_an_answer_that_changed_meanwhile_is_not_given_the_old_reply(run_dir):
+    stub = StubBatches(evaluation(6), looks=10_000)
+    with serve(stub) as url:
+        environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+        process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir), **environment)
+        while not stub.num_looks:
+            time.sleep(0.02)
+        os.kill(process, signal.SIGKILL)
+        end_step(STEP)
+        path = run_dir / "predictions" / "checkpoint-10.jsonl"
+        path.write_text(path.read_text().replace("asks question 3", "asks question 33"))
+        stub.looks = 0
+        printed = judge(run_dir, url, "--collect", "true").printed
+        assert "1 are about answers that have changed since" in printed and "judged 5 of 6" in printed
+        assert "judged 6 of 6" in judge(run_dir, url).printed
+    assert len(stub.batches) == 2
+
+
+def test_the_limit_of_money_holds_for_batches(run_dir):
+    with serve(stub := StubBatches(evaluation(6))) as url:
+        printed = judge(run_dir, url, "--max_cost", "0.012", "--max_tokens", "100").printed
+        assert "--max_cost 0.012: nothing more was sent" in printed
+        sent = len(stub.requests)
+        assert 0 < sent < 9 and sent * COST <= 0.012
+        judge(run_dir, url, "--max_cost", "1", "--max_tokens", "100")
+    assert len(stub.requests) == 9
+
+
+def test_a_jury_and_a_comparison_go_in_batches_too(run_dir):
+    with serve(stub := StubBatches(evaluation(6))) as url:
+        judge(run_dir, url, "--judges", "m,n", "--model_name", "checkpoint-10")
+        assert Counter(request["model"] for request in stub.requests) == {"m": 6, "n": 6} and len(stub.batches) == 2
+        stub.replies = [json.dumps({"explanation": "so", "better": "first"})]
+        printed = judge(run_dir, url, "--compare", "base", "checkpoint-10").printed
+    assert len(stub.batches) == 3 and "flip rate 100%" in printed
+    assert {row["evaluation"]["clarity"]["score"] for row in evaluations(run_dir)} == {6}
+
+
+def test_an_endpoint_without_batches_is_named(run_dir):
+    class None404(StubJudge):
+        def post(self, path, body):
+            return 404, {}, {"error": {"message": "no such path"}}
+
+    with serve(None404(evaluation(6))) as url:
+        result = judge(run_dir, url, check=False)
+    assert result.returncode == 2 and "has no Batch API" in result.printed and "--mode live" in result.printed
+
+
+def test_criteria_of_a_batch_are_those_of_the_rubric(run_dir, tmp_path):
+    (tmp_path / "tone.yaml").write_text("warmth: It is friendly.\n")
+    reply = json.dumps({"warmth": {"explanation": "so", "score": 3}})
+    with serve(StubBatches(reply)) as url:
+        judge(run_dir, url, "--rubric", tmp_path / "tone.yaml")
+    assert list(evaluations(run_dir)[0]["evaluation"]) == ["warmth"] != list(Evaluation.model_fields)
