@@ -230,12 +230,12 @@ async def judge_job(judge: Judge, job: Job, file: RowFile, args: JudgeArguments,
     spent = 0.0
     with tqdm(total=num_items, initial=num_items - num_missing, desc=job.name, unit="answer") as progress:
         async for row in judge.judge_all(job.missing(args.retry_failed), job.form, stop):
+            spent += row["cost"] or 0.0
             earlier = failed.pop(item_key(row), None)
             if earlier is not None and earlier["prediction_hash"] == row["prediction_hash"]:
                 row = add_usage(row, earlier)  # it was paid for, too
             file.append(row)
             counts[row["status"]] += 1
-            spent += row["cost"] or 0.0
             money = {"spent": f"${spent:.4f}"} if judge.price is not None else {}
             progress.set_postfix({**counts, **money, "at_once": int(judge.rate.limit)}, refresh=False)
             progress.update()
@@ -269,7 +269,7 @@ def main(args: JudgeArguments) -> None:
     human = read_human_scores(Path(args.human), jobs[0].form.criteria) if args.human is not None else []
     plans = make_plans(jobs, args)
     num_missing = sum(plan.num_requests for plan in plans.values())
-    print(f"judge: {', '.join(plans)} at {show_url(endpoint_of(args) or 'https://api.openai.com/v1')}")
+    print(f"judge: {', '.join(plans)} at {show_url(endpoint_of(args))}")
     if num_missing:
         print("\n".join(plan.describe() for plan in plans.values()))
     if args.dry_run:

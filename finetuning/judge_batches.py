@@ -88,19 +88,20 @@ class PendingBatch:
         return {row["custom_id"] for row in iterate_rows(self.requests)}
 
 
-def open_batches(folder: Path, judge_model: str) -> list[PendingBatch]:
+def open_batches(folder: Path, judge_model: str, endpoint: str) -> list[PendingBatch]:
     """The batches of a judge that are not collected yet, in the order in which they were made."""
     found = [PendingBatch(path, read_json(path)) for path in folder.glob("*.json")]
     found = [
         batch
         for batch in found
-        if batch.state["judge_model"] == judge_model and batch.state["status"] not in ("collected", "failed")
+        if (batch.state["judge_model"], batch.state["endpoint"]) == (judge_model, endpoint)
+        and batch.state["status"] not in ("collected", "failed")
     ]
     return sorted(found, key=lambda batch: batch.state["created"])
 
 
 def write_batches(
-    folder: Path, judge_model: str, requests: Iterable[tuple[str, str, dict, float]], max_tokens: int
+    folder: Path, judge_model: str, endpoint: str, requests: Iterable[tuple[str, str, dict, float]], max_tokens: int
 ) -> Iterator[PendingBatch]:
     """Write requests into as few files as the API takes.
 
@@ -134,7 +135,7 @@ def write_batches(
                 request = next(waiting, None)
         # only now is it a batch: what a kill leaves before this is never sent
         batch.record(
-            status="written", judge_model=judge_model, num_requests=num_requests, max_tokens=max_tokens,
+            status="written", judge_model=judge_model, endpoint=endpoint, num_requests=num_requests, max_tokens=max_tokens,
             most_cost=most_cost, created=time.time(),
         )  # fmt: skip
         yield batch
@@ -300,8 +301,12 @@ class BatchJudge:
                 break
         return enough
 
+    @property
+    def endpoint(self) -> str:
+        return show_url(str(self.client.base_url))
+
     def _open_batches(self) -> list[PendingBatch]:
-        return [batch for judge_model in self.prices for batch in open_batches(self.folder, judge_model)]
+        return [batch for judge_model in self.prices for batch in open_batches(self.folder, judge_model, self.endpoint)]
 
     def _unread(self, collected: set[str]) -> bool:
         """Whether a reply that was collected cannot be read."""
@@ -314,7 +319,9 @@ class BatchJudge:
         under_way = {batch.key: batch.custom_ids() for batch in pending}
         for judge_model in self.prices:
             requests = self._requests(judge_model, under_way, budget, attempt, collected)
-            for batch in write_batches(self.folder, judge_model, requests, attempt * self.args.max_tokens):
+            for batch in write_batches(
+                self.folder, judge_model, self.endpoint, requests, attempt * self.args.max_tokens
+            ):
                 print(f"batch {batch.key}: {batch.state['num_requests']:,} requests written")
         return not budget.exhausted
 

@@ -41,21 +41,29 @@ from finetuning.errors import InputError
 from finetuning.judge import Form, Item, expected_scores, read_choice
 from finetuning.prices import Price
 
+OPENAI_URL = "https://api.openai.com/v1"
 LONGEST_WAIT = 600.0  # seconds of a Retry-After that are worth waiting for
 RATE_LIMIT_ROUNDS = 3  # of the client's own retries, before a rate limit is an error of the sample
 FAILURES_IN_A_ROW = 10  # from the start on: then nothing is set up as it should be
 NUM_TOP_LOGPROBS = 20  # the most that the API gives
 
 
-def endpoint_of(args: JudgeArguments) -> str | None:
-    """The address of the judge; None is OpenAI's."""
-    # the client takes an empty OPENAI_BASE_URL for an address
-    return args.base_url or os.environ.get("OPENAI_BASE_URL") or None
+def endpoint_of(args: JudgeArguments) -> str:
+    """The address of the judge.
+
+    Raises:
+        InputError: OPENAI_BASE_URL is no address.
+    """
+    # always given to the client, which takes an empty OPENAI_BASE_URL for an address
+    url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"OPENAI_BASE_URL: {show_url(url)} is no address; write it as http://localhost:8000/v1")
+    return url
 
 
 def has_key(args: JudgeArguments) -> bool:
     """Whether requests can be sent: OpenAI wants a key, a server of one's own may take any."""
-    return bool(os.environ.get("OPENAI_API_KEY")) or endpoint_of(args) is not None
+    return bool(os.environ.get("OPENAI_API_KEY")) or endpoint_of(args) != OPENAI_URL
 
 
 def client_settings(args: JudgeArguments) -> dict:

@@ -469,6 +469,12 @@ def test_a_server_that_ignores_the_schema_is_named(run_dir):
     assert "does not keep to the JSON schema" in result.printed and "6 invalid" in result.printed
 
 
+def test_an_address_in_the_environment_that_is_none_is_refused(run_dir):
+    result = judge(run_dir, "localhost:8000/v1", check=False)
+    assert result.returncode == 2 and "OPENAI_BASE_URL: localhost:8000/v1 is no address" in result.printed
+    assert "at https://api.openai.com/v1" in judge(run_dir, "", "--dry_run", "true").printed  # an empty one is none
+
+
 def test_an_address_on_the_command_line_needs_no_key(run_dir):
     with serve(StubJudge(evaluation(4))) as url:
         judge(run_dir, "", "--base_url", url, key="")
