@@ -2,7 +2,7 @@
 Rows of predictions and evaluations: JSON lines that are appended as they are finished and joined on `id`.
 
     prediction   id, messages, references [str], prediction, num_prompt_tokens, num_new_tokens, finish_reason stop|length|error, removed_tokens {name: count}, error
-    evaluation   id, status ok|refusal|truncated|content_filter|invalid|error, evaluation {criterion: {score, explanation}} or null, usage, error
+    evaluation   id, prediction_hash, status ok|refusal|truncated|content_filter|invalid|error, evaluation {criterion: {score, explanation}} or null, expected, usage, cost, error
 
 Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows were made. Imports without torch.
 """
