@@ -67,7 +67,7 @@ from finetuning.runs import (  # noqa: E402
     names_of_files,
     read_run,
 )
-from finetuning.scores import format_metrics, print_table  # noqa: E402
+from finetuning.tables import format_metrics, print_table  # noqa: E402
 
 CONCURRENCY, TIMEOUT = 64, 600.0  # of requests to a server, unless they are set
 

@@ -36,7 +36,7 @@ demo: install
 
 report: install
 	@test -n "$(RUN)" || { echo "error: no run under outputs/; run step 1 first"; exit 2; }
-	@papermill --no-progress-bar --log-level WARNING -p output_dir "$(RUN)" \
+	@papermill --no-progress-bar --log-level WARNING -p output_dirs "$(RUN)" \
 		5_score_notebook.ipynb "$(RUN)/5_score_notebook.ipynb" \
 		2> >(grep -v "IPKernelApp. WARNING" >&2)  # the kernel's port is on this machine only
 	@echo "The report is at $(RUN)/report.html (and the executed notebook beside it)"

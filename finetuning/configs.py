@@ -25,7 +25,7 @@ RANGES = {
     "num_prompts": (1, None), "num_samples": (1, None), "batch_size": (1, None), "max_new_tokens": (1, None),
     "top_p": (0, 1), "num_beams": (1, None), "no_repeat_ngram_size": (0, None), "top_k": (0, None), "concurrency": (1, None),
     "max_tokens": (1, None), "max_retries": (0, None), "limit": (1, None),
-    "preview_rows": (0, None), "pad_to_multiple_of": (1, None),
+    "preview_rows": (0, None), "pad_to_multiple_of": (1, None), "holdout": (0, 0.9),
 }  # fmt: skip
 POSITIVE = {
     "learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps", "tolerance",

@@ -25,7 +25,7 @@ from judge_servers import StubJudge, evaluation, serve, start_llama_server
 from finetuning.judge import RESERVED, Evaluation
 from finetuning.judge_client import RateControl
 from finetuning.results import iterate_rows, read_rows
-from finetuning.scores import load_samples
+from finetuning.tables import load_samples
 
 CRITERIA = list(Evaluation.model_fields)
 ANSWERS = [f"#Person1# asks question {i}" for i in range(6)]

@@ -13,7 +13,7 @@ from judge_servers import StubBatches, StubJudge, evaluation, serve
 
 from finetuning.judge import Evaluation
 from finetuning.results import read_rows
-from finetuning.scores import load_samples
+from finetuning.tables import load_samples
 
 STEP = "4_openai_test.py"
 PRICES = "date: 2026-11-01\nmodels:\n  m: {prompt: 1.0, cached_prompt: 0.5, completion: 10.0, batch: 0.5}\n"

@@ -1,10 +1,10 @@
 import json
-import math
-import shutil
+import re
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from conftest import ROOT, make_run, run
@@ -13,17 +13,8 @@ from judge_servers import evaluation
 from finetuning.errors import InputError
 from finetuning.judge import Evaluation, prediction_hash
 from finetuning.results import RowFile, read_rows
-from finetuning.scores import (
-    bootstrap_interval,
-    choose_measure,
-    compare,
-    decide,
-    format_table,
-    load_samples,
-    share_interval,
-    summarize,
-    write_report,
-)
+from finetuning.tables import format_comparisons, format_table, load_runs, load_samples, summarize
+from finetuning.verdict import choose_measure, decide, is_held_out
 
 CRITERIA = list(Evaluation.model_fields)
 GOOD = [f"#Person1# asks question number {i} about the old house" for i in range(20)]
@@ -45,30 +36,6 @@ def add_evaluations(run_dir, name, scores):
 @pytest.fixture
 def run_dir(tmp_path):
     return make_run(tmp_path / "run", {"base": POOR, "checkpoint-9": FAIR, "checkpoint-10": GOOD})
-
-
-def test_interval_is_scipys_and_repeatable():
-    values = np.random.default_rng(1).normal(size=40)
-    expected = scipy.stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, rng=np.random.default_rng(0)
-    ).confidence_interval
-    assert bootstrap_interval(values) == bootstrap_interval([*values, math.nan]) == tuple(expected)
-
-
-@pytest.mark.parametrize("values, low, high", [([], None, None), ([3.0], None, None), ([2.0, 2.0], 2, 2), ([math.nan], None, None)])  # fmt: skip
-def test_degenerate_intervals(values, low, high):
-    result = bootstrap_interval(values)
-    assert result == (low, high) if low is not None else all(map(math.isnan, result))
-
-
-def test_all_of_50_answers_stopped_is_no_certainty():
-    low, high = share_interval([1.0] * 50)
-    assert low == pytest.approx(1 / (1 + 1.959964**2 / 50), abs=1e-4) and high == 1  # Wilson's closed form
-
-
-def test_one_outlier_among_equals_has_an_interval():
-    low, high = bootstrap_interval([1.0] * 49 + [0.0])
-    assert low <= 0.98 <= high <= 1
 
 
 def test_models_stand_in_the_order_of_their_steps(run_dir):
@@ -98,34 +65,51 @@ def test_an_evaluation_of_another_answer_does_not_count(run_dir):
     assert summarize(load_samples(run_dir)).loc["checkpoint-10", "judged"] == 19
 
 
+def verdict_of(run_dir, **settings):
+    return decide(load_samples(run_dir), **settings)
+
+
 def test_without_a_judge_rouge_decides(run_dir):
-    verdict = decide(load_samples(run_dir))
+    verdict = verdict_of(run_dir)
     assert (verdict.best, verdict.measure) == ("checkpoint-10", "rouge1")
-    assert "nothing was judged" in verdict.sentences[0]
+    assert "nothing was judged" in verdict.sentences[0] and "심사된 것이 없기" in verdict.say("ko")[0]
 
 
-def test_a_model_with_few_judgements_is_not_ranked_by_them(run_dir):
+def test_a_model_with_few_judgements_is_shown_and_not_ranked(run_dir):
     for name, scores in (("base", [1] * 20), ("checkpoint-9", [9] * 20), ("checkpoint-10", [10] * 18 + [None] * 2)):
         add_evaluations(run_dir, name, scores)
-    measure, reason = choose_measure(load_samples(run_dir))
-    assert measure == "rouge1" and "only 90% of the answers of checkpoint-10 have a judgement" in reason
+    verdict = verdict_of(run_dir)
+    assert (verdict.best, verdict.measure, list(verdict.means)) == ("checkpoint-9", "overall", ["base", "checkpoint-9"])
+    expected = "checkpoint-10 is shown but not ranked: only 90% of its answers have a judgement, under 95%."
+    assert expected in verdict.sentences
+    table = format_table(summarize(load_samples(run_dir)))
+    assert table.loc["checkpoint-10", "coverage"] == "90% (not ranked)" and table.loc["base", "coverage"] == "100%"
+
+
+def test_the_judge_does_not_rank_a_single_model_among_several(run_dir):
+    add_evaluations(run_dir, "checkpoint-10", [10] * 20)
+    measure, (reason, figures), unranked = choose_measure(load_samples(run_dir))
+    assert (measure, reason, figures["model"], unranked) == ("rouge1", "few judged", "base", {})
 
 
 def test_the_judge_decides_where_all_are_judged(run_dir):
     rng = np.random.default_rng(0)
     for name, mean in (("base", 2), ("checkpoint-9", 8), ("checkpoint-10", 8)):
         add_evaluations(run_dir, name, [int(s) for s in np.clip(rng.normal(mean, 1, 20).round(), 1, 10)])
-    verdict = decide(load_samples(run_dir))
+    verdict = verdict_of(run_dir)
     text = " ".join(verdict.sentences)
-    assert verdict.measure == "overall" and "is better than base by" in text
+    assert verdict.measure == "overall" and f"{verdict.best} is better than base by" in text and "points of 10" in text
     assert "these samples do not show that it is better than checkpoint-" in text
     assert "use checkpoint-9, which had the least training" in text or verdict.best == "checkpoint-9"
+    assert re.search(r"With 20 samples, nothing under about \d\.\d\d points of 10 could be seen", text)
+    assert "adjusted for all 3 comparisons" in text and "chosen on the same 20 samples" in text
+    assert all(re.search("[가-힣]", sentence) for sentence in verdict.say("ko"))
 
 
 def test_models_are_ranked_on_the_samples_that_all_have(tmp_path):
     run_dir = make_run(tmp_path / "run", {"checkpoint-9": FAIR, "checkpoint-10": GOOD[:5]})
-    verdict = decide(load_samples(run_dir))
-    assert "Compared on the 5 samples that every model has a score of; 15 others are left out." in verdict.sentences
+    expected = "Compared on the 5 samples that every model has a score of; 15 others are left out."
+    assert expected in verdict_of(run_dir).sentences
 
 
 def test_prompts_without_an_answer_do_not_lower_the_coverage(tmp_path):
@@ -134,22 +118,51 @@ def test_prompts_without_an_answer_do_not_lower_the_coverage(tmp_path):
     assert choose_measure(load_samples(run_dir))[0] == "overall"
 
 
-def test_comparison_is_paired(run_dir):
+def test_every_model_is_compared_with_the_baseline(run_dir):
+    verdict = verdict_of(run_dir, baseline="checkpoint-9")
+    assert {(c.better, c.other) for c in verdict.against("checkpoint-9")} == {("checkpoint-9", "base"), ("checkpoint-9", "checkpoint-10")}  # fmt: skip
+    assert any(s.startswith("Against checkpoint-9: base is worse by") for s in verdict.sentences)
+    table = format_comparisons(verdict)
+    assert len(table) == 3 and table["shown"].tolist() == ["yes", "yes", "yes"]
+
+
+def test_with_a_holdout_the_best_is_chosen_on_other_samples_than_it_is_reported_on(run_dir):
     samples = load_samples(run_dir)
-    comparison = compare(samples, "rouge1", "checkpoint-10", "checkpoint-9")
-    scores = samples.pivot(index="id", columns="model", values="rouge1")
-    differences = scores["checkpoint-10"] - scores["checkpoint-9"]
-    assert comparison.difference == pytest.approx(differences.mean())
-    assert (comparison.low, comparison.high) == bootstrap_interval(differences)
-    assert comparison.detectable == pytest.approx(2.8016 * differences.std() / math.sqrt(20), rel=1e-3)
+    verdict = decide(samples, holdout=0.5)
+    ids = {sample_id for sample_id in samples["id"] if is_held_out(sample_id, 0.5)}
+    assert 0 < len(ids) < 20 and (verdict.num_samples, verdict.num_chosen_on) == (len(ids), 20 - len(ids))
+    reported = samples[(samples["model"] == "checkpoint-9") & samples["id"].isin(ids)]
+    assert verdict.means["checkpoint-9"] == pytest.approx(reported["rouge1"].mean())
+    assert any("had no part in it" in sentence for sentence in verdict.sentences)
+    assert not any("same 20 samples" in sentence for sentence in verdict.sentences)
+
+
+def test_equal_answers_are_said_to_be_equal(tmp_path):
+    verdict = verdict_of(make_run(tmp_path / "run", {"base": GOOD, "checkpoint-9": GOOD}))
+    assert any("have the same score on every sample" in sentence for sentence in verdict.sentences)
+
+
+def test_rouge_and_the_judge_are_correlated_over_all_answers(run_dir):
+    for name, scores in (("base", [1] * 20), ("checkpoint-9", [4, 8, 8] * 6 + [4, 8]), ("checkpoint-10", [9] * 20)):
+        add_evaluations(run_dir, name, scores)
+    verdict = verdict_of(run_dir)
+    samples = load_samples(run_dir)
+    expected = scipy.stats.spearmanr(samples["rouge1"], samples["overall"]).statistic
+    assert verdict.agreement[0] == pytest.approx(expected) and verdict.agreement[1] < expected <= verdict.agreement[2]
+    assert any(f"agree with a rank correlation of {expected:.2f}" in sentence for sentence in verdict.sentences)
 
 
 @pytest.mark.parametrize("answers", [GOOD[:1], [None, None], GOOD], ids=["one sample", "all failed", "one model"])
 def test_degenerate_runs_have_a_report(tmp_path, answers):
-    run_dir = make_run(tmp_path / "run", {"checkpoint-9": answers})
-    samples = load_samples(run_dir)
-    format_table(summarize(samples))
-    assert write_report(run_dir, samples).is_file()
+    for models in ({"checkpoint-9": answers}, {"base": answers, "checkpoint-9": answers}):
+        run_dir = make_run(tmp_path / f"run{len(models)}", models)
+        status = subprocess.run(
+            [sys.executable, "-m", "finetuning.scores", "--output_dir", run_dir],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert status.returncode == 0 and (run_dir / "report.html").is_file(), status.stderr
 
 
 def test_predictions_that_were_not_finished_are_refused(run_dir):
@@ -160,12 +173,42 @@ def test_predictions_that_were_not_finished_are_refused(run_dir):
         load_samples(run_dir)
 
 
-def test_report_is_self_contained_and_escapes_what_models_wrote(run_dir):
-    add_evaluations(run_dir, "checkpoint-10", [9] * 20)
-    page = write_report(run_dir, load_samples(run_dir)).read_text()
-    assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "질문 0 &lt;b&gt;&amp;" in page
-    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
-    assert page.count("<article") == 20
+# --- Several runs -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_joined_on_their_samples(tmp_path):
+    full = make_run(tmp_path / "full", {"base": POOR, "checkpoint-9": FAIR})
+    lora = make_run(tmp_path / "lora", {"base": POOR[:10], "checkpoint-9": GOOD[:10]})
+    samples = load_runs([full, lora])
+    verdict = decide(samples, "full/base")
+    assert list(verdict.means) == ["full/base", "full/checkpoint-9", "lora/base", "lora/checkpoint-9"]
+    assert verdict.best == "lora/checkpoint-9" and verdict.num_samples == 10
+    result = subprocess.run(
+        [sys.executable, "-m", "finetuning.scores", "--output_dir", full, lora],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "lora/checkpoint-9" in result.stdout and (tmp_path / "report.html").is_file()
+    assert "Against full/base" in result.stdout
+
+
+def test_runs_with_other_test_data_are_refused(tmp_path):
+    first = make_run(tmp_path / "a", {"base": GOOD})
+    second = make_run(tmp_path / "b", {"base": GOOD})
+    for path in (second / "predictions").iterdir():
+        path.write_text(path.read_text().replace("sample00", "other00"))
+    with pytest.raises(InputError, match="were tested on other samples"):
+        load_runs([first, second])
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    samples = load_runs([make_run(tmp_path / arm / "seed1", {"base": GOOD[:3]}) for arm in ("full", "lora")])
+    assert samples["model"].unique().tolist() == ["full/seed1/base", "lora/seed1/base"]
+
+
+# --- On the command line, and in the notebook -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("judged", [True, False])
@@ -174,10 +217,10 @@ def test_the_notebook_runs(run_dir, tmp_path, judged):
         for name in ("base", "checkpoint-9", "checkpoint-10"):
             add_evaluations(run_dir, name, [9, 8] * 10)
     notebook = tmp_path / "executed.ipynb"
-    papermill = [sys.executable, "-m", "papermill", "--no-progress-bar", "-p", "output_dir", run_dir]
+    papermill = [sys.executable, "-m", "papermill", "--no-progress-bar", "-p", "output_dirs", run_dir]
     run([*papermill, "5_score_notebook.ipynb", notebook])
     outputs = [o for cell in json.loads(notebook.read_text())["cells"] for o in cell.get("outputs", [])]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == (2 if judged else 1)
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == (4 if judged else 3)
     assert any("Ranked by" in "".join(o.get("text", "")) for o in outputs)
     assert (run_dir / "report.html").is_file()
 
@@ -186,12 +229,30 @@ def test_the_notebook_is_committed_thin_and_without_outputs():
     notebook = json.loads((ROOT / "5_score_notebook.ipynb").read_text())
     for cell in notebook["cells"]:
         assert not cell.get("outputs") and cell.get("execution_count") is None
-        assert "def " not in "".join(cell["source"]) and "for " not in "".join(cell["source"])
+        code = cell["cell_type"] == "code"
+        assert not code or not re.search(r"^\s*(def|for|while|class) ", "".join(cell["source"]), re.MULTILINE)
+    assert any("parameters" in cell["metadata"].get("tags", []) for cell in notebook["cells"])
 
 
-def test_tables_are_printed_on_the_command_line(run_dir):
+def test_tables_are_printed_and_written_for_other_tools(run_dir):
+    for name in ("base", "checkpoint-9", "checkpoint-10"):
+        add_evaluations(run_dir, name, [9, 8] * 10)
     result = subprocess.run(
         [sys.executable, "-m", "finetuning.scores", "--output_dir", run_dir], cwd=ROOT, capture_output=True, text=True
     )
     assert "ROUGE-1" in result.stdout and f"The report is at {run_dir}/report.html" in result.stdout, result.stderr
-    shutil.rmtree(run_dir)
+    samples = load_samples(run_dir)
+    summary = pd.read_csv(run_dir / "scores" / "summary.csv", index_col="model")
+    assert summary.loc["checkpoint-9", "rouge1"] == pytest.approx(summarize(samples).loc["checkpoint-9", "rouge1"])
+    assert len(pd.read_csv(run_dir / "scores" / "comparisons.csv")) == 3
+    assert len(pd.read_csv(run_dir / "scores" / "samples.csv")) == 60
+    verdict = json.loads((run_dir / "scores" / "verdict.json").read_text())
+    assert verdict["best"] == decide(samples).best and verdict["sentences"] == decide(samples).sentences
+
+
+def test_a_baseline_that_was_not_tested_is_named(run_dir):
+    result = subprocess.run(
+        [sys.executable, "-m", "finetuning.scores", "--output_dir", run_dir, "--baseline", "checkpoint-99"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2 and "no answers of `checkpoint-99`; there are those of base" in result.stderr

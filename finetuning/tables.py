@@ -1,0 +1,310 @@
+"""
+From predictions and evaluations to tables of samples and models. Imports without torch.
+
+Every table of models has one row a model, in the order of the training steps. Means are over samples, with a 95 %
+interval from the BCa bootstrap, shares with Wilson's. What has no score counts in no mean and is counted beside it.
+"""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from finetuning.comparison import bootstrap_interval, share_interval
+from finetuning.errors import InputError
+from finetuning.judge import prediction_hash
+from finetuning.results import iterate_rows, read_info, read_rows
+from finetuning.runs import (
+    EVALUATIONS,
+    PREDICTIONS,
+    checkpoint_step,
+    list_checkpoints,
+    names_of_files,
+    read_json,
+)
+from finetuning.verdict import COVERAGE_NEEDED, DECIMALS, Verdict
+
+ROUGE_COLUMNS = ["rouge1", "rouge2", "rougeL"]
+JUDGED = {"overall": ("judge overall", 2), "expected_overall": ("judge expected", 2)}
+MEASURES = {  # column: (title, decimals); the criteria of a judge come from its evaluations
+    "rouge1": ("ROUGE-1", 3),
+    "rouge2": ("ROUGE-2", 3),
+    "rougeL": ("ROUGE-L", 3),
+    "chrf": ("chrF", 3),
+    "stopped": ("stopped", 2),
+    "seq_rep_4": ("seq-rep-4", 3),
+    "length_ratio": ("length ratio", 2),
+    "num_new_tokens": ("tokens", 1),
+}
+METRICS = {  # what step 3 measures of a whole model, under finetuning/metrics.py's names
+    **{measure: MEASURES[measure] for measure in (*ROUGE_COLUMNS, "chrf")},
+    "stop_rate": MEASURES["stopped"],
+    "empty_rate": ("empty", 2),
+    "seq_rep_4": MEASURES["seq_rep_4"],
+    "distinct_2": ("distinct-2", 3),
+    "length_ratio": MEASURES["length_ratio"],
+    "mean_new_tokens": MEASURES["num_new_tokens"],
+}
+
+
+def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
+    """Every prediction of a run.
+
+    Returns:
+        One row a model and sample: model, step, id, messages, references, prediction, finish_reason, error, num_new_tokens,
+        stopped (1 or 0), rouge1, rouge2, rougeL, chrf, seq_rep_4, length_ratio, seconds (of the whole model). NaN where there is no answer or
+        nothing defines it.
+
+    Raises:
+        InputError: There are no predictions, or a model's answers were not scored because step 3 was stopped.
+    """
+    names = names_of_files(run / PREDICTIONS, "all") if names is None else names
+    records, tokenizers = [], set()
+    for name in names:
+        rows = read_rows(run / PREDICTIONS / f"{name}.jsonl")
+        info = read_info(run / PREDICTIONS / f"{name}.jsonl")
+        columns = dict((info.get("metrics") or {}).get("per_sample", {"id": []}))
+        ids = columns.pop("id")
+        per_sample = {sample_id: {c: columns[c][i] for c in columns} for i, sample_id in enumerate(ids)}
+        answered = {row["id"] for row in rows if row["finish_reason"] != "error"}
+        if answered != per_sample.keys():
+            raise InputError(f"{run / PREDICTIONS / name}: step 3 has not finished; start it again and it goes on")
+        tokenizers.add((info.get("metrics") or {}).get("rouge_tokenizer"))
+        if len(tokenizers) > 1:
+            raise InputError(
+                f"{run / PREDICTIONS}: ROUGE was measured in {' and '.join(map(str, sorted(tokenizers, key=str)))}, which cannot be "
+                "compared; 3_test.py --rescore true measures all in one way"
+            )
+        for row in rows:
+            measured = per_sample.get(row["id"], {})
+            records.append(
+                {
+                    "model": name,
+                    "step": checkpoint_step(name),
+                    **row,
+                    **{column: _number(measured.get(column)) for column in columns},
+                    "stopped": float(row["finish_reason"] == "stop") if measured else math.nan,
+                    "num_new_tokens": row["num_new_tokens"] if measured else math.nan,
+                    "prediction_hash": prediction_hash(row),
+                    "seconds": info["seconds"],
+                }
+            )
+    if not records:
+        raise InputError(f"no predictions in {run / PREDICTIONS}; run 3_test.py first")
+    return pd.DataFrame(records).sort_values(["step", "model", "id"], ignore_index=True)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def load_samples(run: Path) -> pd.DataFrame:
+    """Every prediction of a run with its evaluation, if it has one.
+
+    Returns:
+        The columns of `load_predictions`, and run, status (ok, or why there is no score; None where it was not judged), the
+        cost (US dollars), score of each criterion of the rubric, overall (their mean), expected_overall (that of the expected scores, if
+        they were asked for), evaluation (the scores with their explanations).
+
+    Raises:
+        InputError: Models were judged by different rubrics.
+    """
+    samples = load_predictions(run)
+    samples["run"] = run.name
+    names = names_of_files(run / EVALUATIONS, "all")
+    paths = {name: run / EVALUATIONS / f"{name}.jsonl" for name in names}
+    rubrics = {name: read_info(path)["identity"]["criteria"] for name, path in paths.items()}
+    criteria = next(iter(rubrics.values()), [])
+    for name, its_criteria in rubrics.items():
+        if its_criteria != criteria:
+            raise InputError(
+                f"{paths[name]} was judged by {', '.join(its_criteria)}, and {names[0]} by {', '.join(criteria)}; judge all "
+                "with the same rubric (4_openai_test.py --overwrite true)"
+            )
+    evaluations = {(name, row["prediction_hash"]): row for name, path in paths.items() for row in iterate_rows(path)}
+    found = [evaluations.get(key, {}) for key in zip(samples["model"], samples["prediction_hash"], strict=True)]
+    samples["cost"] = [_number(row.get("cost")) for row in found]
+    samples["status"] = [row.get("status") for row in found]
+    samples["evaluation"] = [row.get("evaluation") for row in found]
+    for criterion in criteria:
+        samples[criterion] = [
+            row["evaluation"][criterion]["score"] if row.get("status") == "ok" else math.nan for row in found
+        ]
+    samples["overall"] = samples[criteria].mean(axis=1, skipna=False) if criteria else math.nan
+    if any(row.get("expected") for row in found):
+        expected = pd.DataFrame([row.get("expected") or {} for row in found], columns=criteria)
+        samples["expected_overall"] = expected.mean(axis=1, skipna=False).to_numpy(dtype=float)
+    return samples
+
+
+def load_runs(runs: list[Path]) -> pd.DataFrame:
+    """The samples of several runs, as `load_samples` gives them, joined on their ids.
+
+    Returns:
+        The columns of `load_samples`, and run. Models of several runs are called <run>/<model>.
+
+    Raises:
+        InputError: The runs were tested on other samples; one of fewer samples of the same test split is fine.
+    """
+    loaded = {name: load_samples(run) for name, run in name_runs(runs).items()}
+    for name, samples in loaded.items():
+        samples["run"] = name
+        if len(loaded) > 1:
+            samples["model"] = name + "/" + samples["model"]
+    ids = {name: set(samples["id"]) for name, samples in loaded.items()}
+    largest = max(ids, key=lambda name: len(ids[name]))
+    for name, its_ids in ids.items():
+        if not its_ids <= ids[largest]:
+            raise InputError(
+                f"{name} and {largest} were tested on other samples, so their scores cannot be compared: "
+                f"{len(its_ids - ids[largest])} of the {len(its_ids)} of {name} are not among those of {largest}"
+            )
+    rubrics = {name: criteria_of(samples) for name, samples in loaded.items() if criteria_of(samples)}
+    if len({tuple(criteria) for criteria in rubrics.values()}) > 1:
+        found = "; ".join(f"{name} by {', '.join(criteria)}" for name, criteria in rubrics.items())
+        raise InputError(f"the runs were judged by different rubrics: {found}")
+    return pd.concat(loaded.values(), ignore_index=True)
+
+
+def name_runs(runs: list[Path]) -> dict[str, Path]:
+    """A short name of each run: its folder's, with as many of those above as tell it from the others."""
+    for depth in range(1, max(len(run.resolve().parts) for run in runs) + 1):
+        names = ["/".join(run.resolve().parts[-depth:]) for run in runs]
+        if len(set(names)) == len(runs):
+            break
+    else:
+        raise InputError(f"the same run is named twice: {', '.join(map(str, runs))}")
+    return dict(zip(names, runs, strict=True))
+
+
+def criteria_of(samples: pd.DataFrame) -> list[str]:
+    """The criteria that samples were judged by; none where nothing has a score."""
+    return next((list(evaluation) for evaluation in samples["evaluation"] if isinstance(evaluation, dict)), [])
+
+
+def measures_of(samples: pd.DataFrame) -> list[str]:
+    """The columns of samples that were measured: the judge's first, then what step 3 measures."""
+    criteria = criteria_of(samples) if "evaluation" in samples else []
+    return [m for m in (*JUDGED, *criteria, *MEASURES) if m in samples and samples[m].notna().any()]
+
+
+def describe_measure(measure: str) -> tuple[str, int]:
+    """Title and decimals of a measure; what has no entry is a criterion of a judge."""
+    return {**JUDGED, **MEASURES}.get(measure, (measure.replace("_", " "), 2))
+
+
+def summarize(samples: pd.DataFrame) -> pd.DataFrame:
+    """Means with intervals.
+
+    Returns:
+        Indexed by model, in the order of steps: run, step, samples, errors (no answer), judged, failed (no score though it was
+        asked for), coverage (judged share of the answers), seconds, cost (US dollars), and for each measure that was taken `<measure>`, `<measure>_low`, `<measure>_high`.
+    """
+    wanted = measures_of(samples)
+    rows = {}
+    for name, group in samples.groupby("model", sort=False):
+        row = {
+            "run": group["run"].iloc[0],
+            "step": group["step"].iloc[0],
+            "samples": len(group),
+            "errors": int((group["finish_reason"] == "error").sum()),
+        }
+        if "status" in group:
+            row["judged"] = int((group["status"] == "ok").sum())
+            row["failed"] = int((group["status"].notna() & (group["status"] != "ok")).sum())
+            num_answers = row["samples"] - row["errors"]
+            row["coverage"] = row["judged"] / num_answers if num_answers else math.nan
+            row["cost"] = group["cost"].sum(min_count=1)
+        row["seconds"] = group["seconds"].iloc[0]
+        for measure in wanted:
+            row[measure] = group[measure].mean()
+            interval = share_interval if measure == "stopped" else bootstrap_interval
+            row[f"{measure}_low"], row[f"{measure}_high"] = interval(group[measure])
+        rows[name] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def measures_in(summary: pd.DataFrame) -> list[str]:
+    return [column for column in summary if f"{column}_low" in summary]
+
+
+def format_table(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
+    """The summary as text, `0.712 [0.680, 0.741]`, under readable titles."""
+    table = pd.DataFrame(index=summary.index)
+    counts = ["samples"] + [c for c in ("errors", "judged", "failed") if c in summary and summary[c].any()]
+    for column in counts:
+        table[column] = summary[column].astype(str)
+    if "coverage" in summary and summary["judged"].any():
+        table["coverage"] = [
+            "-" if math.isnan(share) else f"{share:.0%}" + (" (not ranked)" if share < COVERAGE_NEEDED else "")
+            for share in summary["coverage"]
+        ]
+    for measure in measures_in(summary):
+        title, decimals = describe_measure(measure)
+        table[title] = [
+            "-"
+            if math.isnan(mean)
+            else f"{mean:.{decimals}f}"
+            + (f" [{low:.{decimals}f}, {high:.{decimals}f}]" if intervals and not math.isnan(low) else "")
+            for mean, low, high in zip(
+                summary[measure], summary[f"{measure}_low"], summary[f"{measure}_high"], strict=True
+            )
+        ]
+    table["seconds"] = [f"{seconds:.1f}" for seconds in summary["seconds"]]
+    if "cost" in summary and summary["cost"].notna().any():
+        table["cost"] = ["-" if math.isnan(cost) else f"${cost:.4g}" for cost in summary["cost"]]
+    return table
+
+
+def format_metrics(infos: dict[str, dict]) -> pd.DataFrame:
+    """Readable table of what step 3 measured, from the files beside the rows, by model."""
+    metrics = {name: info["metrics"] for name, info in infos.items()}
+    table = pd.DataFrame(index=pd.Index(metrics, name="model"))
+    table["samples"] = [values["num_samples"] for values in metrics.values()]
+    if any(values["num_errors"] for values in metrics.values()):
+        table["errors"] = [values["num_errors"] for values in metrics.values()]
+    for key, (title, decimals) in METRICS.items():
+        found = [values.get(key) for values in metrics.values()]
+        if key != "empty_rate" or any(found):
+            table[title] = ["-" if value is None else f"{value:.{decimals}f}" for value in found]
+    table["seconds"] = [f"{info.get('seconds', 0):.1f}" for info in infos.values()]
+    return table
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """Print a table in aligned columns, none of them left out."""
+    print("\n" + table.reset_index().to_string(index=False) + "\n")
+
+
+def load_training_log(run: Path) -> pd.DataFrame:
+    """Loss, grad_norm, learning_rate, tokens_per_second and the like by step, from the last checkpoint's log."""
+    states = [f / "trainer_state.json" for f in list_checkpoints(run) if (f / "trainer_state.json").is_file()]
+    if not states:
+        return pd.DataFrame(columns=["step", "loss"])
+    log = pd.DataFrame(read_json(states[-1])["log_history"])
+    return log
+
+
+def load_training_logs(runs: list[Path]) -> dict[str, pd.DataFrame]:
+    """The training log of each run, by its name."""
+    return {name: load_training_log(run) for name, run in name_runs(runs).items()}
+
+
+def format_comparisons(verdict: Verdict) -> pd.DataFrame:
+    """Readable table of all pairs of models."""
+    decimals = DECIMALS[verdict.measure]
+    rows = []
+    for c in verdict.comparisons:
+        c = c if c.difference >= 0 else c.turned()
+        rows.append(
+            {
+                "model": c.better,
+                "minus": c.other,
+                "difference": f"{c.difference:.{decimals}f} [{c.low:.{decimals}f}, {c.high:.{decimals}f}]",
+                "p (Holm)": f"{c.p:.4f}",
+                "better, equal, worse": f"{c.wins}, {c.ties}, {c.losses}",
+                "detectable": f"{c.detectable:.{decimals}f}",
+                "shown": "yes" if c.is_clear else "no",
+            }
+        )
+    return pd.DataFrame(rows)
