@@ -26,17 +26,19 @@ import asyncio
 import collections
 import contextlib
 import heapq
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from openai import AsyncOpenAI, OpenAI
 from tqdm import tqdm
 
 from finetuning.configs import JudgeArguments, run_step, split_names
 from finetuning.errors import InputError
-from finetuning.human_scores import read_human_scores
+from finetuning.human_scores import HumanScore, read_human_scores
 from finetuning.judge import (
     Form,
     Item,
@@ -44,17 +46,19 @@ from finetuning.judge import (
     answers_to_judge,
     build_compare_form,
     build_form,
+    identity_of_jury,
     item_key,
     load_rubric,
     pairs_to_judge,
 )
-from finetuning.judge_batches import BATCHES, BatchJudge
+from finetuning.judge_batches import BatchClient, BatchJudge, check_pending, open_batches, under_way
 from finetuning.judge_client import (
     Budget,
     Judge,
     RateControl,
     add_usage,
     client_settings,
+    cost_of,
     endpoint_of,
     has_key,
     prompt_bytes,
@@ -68,8 +72,10 @@ from finetuning.prices import (
     load_price,
     measure_tokens_per_byte,
 )
-from finetuning.results import RowFile, check_identity, iterate_rows
+from finetuning.results import RowFile, check_identity, iterate_rows, read_info
 from finetuning.runs import EVALUATIONS, PREDICTIONS, find_run, names_of_files
+
+CONCURRENCY = 8
 
 
 def build_jobs(run: Path, args: JudgeArguments) -> list[Job]:
@@ -81,6 +87,7 @@ def build_jobs(run: Path, args: JudgeArguments) -> list[Job]:
     names = names_of_files(run / PREDICTIONS, args.model_name)
     if not names:
         raise InputError(f"no predictions of `{args.model_name}` in {run / PREDICTIONS}; run 3_test.py first")
+    ids = first_ids([run / PREDICTIONS / f"{name}.jsonl" for name in names], args.limit)
     jobs = []
     for judge_model in judges_of(args):
         for name in names:
@@ -92,8 +99,8 @@ def build_jobs(run: Path, args: JudgeArguments) -> list[Job]:
                     judge_model,
                     form,
                     identity_of(judge_model, form, args),
-                    lambda path=run / PREDICTIONS / f"{name}.jsonl": first_by_id(
-                        lambda: answers_to_judge(iterate_rows(path), mask_of(args)), args.limit
+                    lambda path=run / PREDICTIONS / f"{name}.jsonl": answers_to_judge(
+                        only(ids, iterate_rows(path)), mask_of(args)
                     ),
                 )
             )
@@ -108,9 +115,11 @@ def build_comparison(run: Path, args: JudgeArguments, form: Form) -> Job:
             answered = ", ".join(names_of_files(run / PREDICTIONS, "all")) or "none"
             raise InputError(f"compare: no predictions of `{name}` in {run / PREDICTIONS}, but of {answered}")
 
+    ids = first_ids(paths, args.limit)
+
     def items() -> Iterator[Item]:
         others = {row["id"]: row for row in iterate_rows(paths[1])}
-        return first_by_id(lambda: pairs_to_judge(iterate_rows(paths[0]), others, mask_of(args)), args.limit)
+        return pairs_to_judge(only(ids, iterate_rows(paths[0])), others, mask_of(args))
 
     return Job(
         " against ".join(args.compare),
@@ -128,7 +137,10 @@ def judges_of(args: JudgeArguments) -> list[str]:
 
 
 def file_name(judge_model: str) -> str:
-    return judge_model.replace("/", "--")
+    """A name that is a folder's, and no other judge's."""
+    if judge_model in (".", ".."):
+        raise InputError(f"judges: {judge_model} is no name of a judge")
+    return quote(judge_model, safe=" ")
 
 
 def identity_of(judge_model: str, form: Form, args: JudgeArguments) -> dict:
@@ -151,12 +163,48 @@ def mask_of(args: JudgeArguments) -> Callable[[str], str] | None:
     return mask_pii
 
 
-def first_by_id(items: Callable[[], Iterator[Item]], limit: int | None) -> Iterator[Item]:
-    """The items of the first ids, in the order of their ids' file: the same samples of every model."""
+def first_ids(predictions: list[Path], limit: int | None) -> set[str] | None:
+    """The first ids that any model was asked, answered or not: the same for all. None are all."""
     if limit is None:
-        return items()
-    first = set(heapq.nsmallest(limit, {item.row["id"] for item in items()}))
-    return (item for item in items() if item.row["id"] in first)
+        return None
+    return set(heapq.nsmallest(limit, {row["id"] for path in predictions for row in iterate_rows(path)}))
+
+
+def only(ids: set[str] | None, rows: Iterator[dict]) -> Iterator[dict]:
+    return rows if ids is None else (row for row in rows if row["id"] in ids)
+
+
+def check_identities(run: Path, jobs: list[Job], args: JudgeArguments) -> None:
+    """Refuse, before anything is paid for, what could not be compared afterwards.
+
+    Raises:
+        InputError: There are rows, or a batch under way, that were made under other conditions; says which differ.
+    """
+    its_juries = juries(run, jobs, args)
+    if not args.overwrite:
+        for job in jobs:
+            check_identity(job.path, job.identity)
+            check_pending(job)
+        for path, its_jobs in its_juries.items():
+            identity = identity_of_jury(its_jobs)
+            if path.with_suffix(".json").is_file():
+                members = read_info(path).get("identity", {}).get("judge_model")
+                # the mean is made anew, of other judges too, but no rows of a single judge are replaced by it
+                identity |= {"judge_model": members} if isinstance(members, list) else {}
+            check_identity(path, identity)
+    if args.compare is None:
+        written = {job.path for job in jobs} | its_juries.keys()
+        identity = jobs[0].identity if args.judges is None else identity_of_jury([j for j in jobs if j.path.stem == jobs[0].path.stem])  # fmt: skip
+        for name in names_of_files(run / EVALUATIONS, "all"):
+            path = run / EVALUATIONS / f"{name}.jsonl"
+            if path not in written:
+                check_identity(path, identity, "All models are judged in the same way, to be compared")
+    if args.mode == "live" and not args.overwrite and not args.dry_run:
+        for job in jobs:
+            if open_batches(job.path):
+                raise InputError(
+                    f"a batch is under way for {job.name}; go on with it (--mode batch), or give it up with --overwrite true"
+                )
 
 
 def make_plans(jobs: list[Job], args: JudgeArguments) -> dict[str, Plan]:
@@ -171,7 +219,10 @@ def make_plans(jobs: list[Job], args: JudgeArguments) -> dict[str, Plan]:
         for job in jobs:
             if job.judge_model != judge_model:
                 continue
+            waiting = under_way(job.path) if args.mode == "batch" and not args.overwrite else set()
             for item in job.missing(args.retry_failed, args.overwrite):
+                if (item.key, item.row["prediction_hash"]) in waiting:
+                    continue
                 num_requests += 1
                 num_bytes += prompt_bytes(item, job.form)
                 if len(counted) < COUNTED_PROMPTS:
@@ -206,15 +257,20 @@ async def judge_live(
 ) -> bool:
     """Judge request by request, until all is judged, the budget is used up or Ctrl-C stops it; whether that did."""
     stop = stop_on_interrupt()
-    rate = RateControl(args.concurrency, args.requests_per_minute, args.tokens_per_minute, stop)
+    rate = RateControl(
+        args.concurrency or CONCURRENCY, args.requests_per_minute, args.tokens_per_minute, stop, budget
+    )  # fmt: skip
     async with AsyncOpenAI(**client_settings(args), http_client=rate.open_http_client()) as client:
         judges = {
             model: Judge(client, model, args, rate, budget, plan.price, plan.tokens_per_byte, plan.completion_tokens)
             for model, plan in plans.items()
         }
         for job, file in zip(jobs, files, strict=True):
+            judge = judges[job.judge_model]
+            judge.has_replied |= any(row["status"] == "ok" for row in iterate_rows(file.path))
+        for job, file in zip(jobs, files, strict=True):
             try:
-                await judge_job(judges[job.judge_model], job, file, args, stop)
+                await judge_job(judges[job.judge_model], job, file, args)
             finally:
                 file.keep_latest(item_key)
             if stop.is_set() or budget.exhausted:
@@ -222,19 +278,19 @@ async def judge_live(
     return stop.is_set()
 
 
-async def judge_job(judge: Judge, job: Job, file: RowFile, args: JudgeArguments, stop: asyncio.Event) -> None:
+async def judge_job(judge: Judge, job: Job, file: RowFile, args: JudgeArguments) -> None:
     """Judge what is missing of one model's answers."""
-    failed = {item_key(row): row for row in iterate_rows(file.path) if row["status"] != "ok"}
     num_items, num_missing = count(job.items()), count(job.missing(args.retry_failed))
+    # what was paid for about the same samples before: failures, and answers that have changed since
+    wanted = {item.key for item in job.missing(args.retry_failed)}
+    earlier = {item_key(row): row for row in iterate_rows(file.path) if item_key(row) in wanted}
     counts = collections.Counter()
     spent = 0.0
     with tqdm(total=num_items, initial=num_items - num_missing, desc=job.name, unit="answer") as progress:
-        async for row in judge.judge_all(job.missing(args.retry_failed), job.form, stop):
+        async for row in judge.judge_all(job.missing(args.retry_failed), job.form):
             spent += row["cost"] or 0.0
-            earlier = failed.pop(item_key(row), None)
-            if earlier is not None and earlier["prediction_hash"] == row["prediction_hash"]:
-                row = add_usage(row, earlier)  # it was paid for, too
-            file.append(row)
+            before = earlier.pop(item_key(row), None)
+            file.append(row if before is None else add_usage(row, before))
             counts[row["status"]] += 1
             money = {"spent": f"${spent:.4f}"} if judge.price is not None else {}
             progress.set_postfix({**counts, **money, "at_once": int(judge.rate.limit)}, refresh=False)
@@ -258,24 +314,45 @@ def stop_on_interrupt() -> asyncio.Event:
     return stop
 
 
+@contextlib.contextmanager
+def earlier_rows_kept(jobs: list[Job], overwrite: bool) -> Iterator[None]:
+    """With --overwrite, the rows there are stand aside until there is one in their place: a wrong key deletes nothing."""
+    for job in jobs:
+        has_rows = next(iterate_rows(job.path), None) is not None
+        for path in (job.path, job.path.with_suffix(".json")):
+            aside = path.with_name(path.name + ".previous")
+            if aside.exists() and not has_rows:
+                os.replace(aside, path)  # a kill came before the first new row
+            if overwrite and path.exists():
+                os.replace(path, aside)
+    try:
+        yield
+    finally:
+        for job in jobs:
+            has_rows = next(iterate_rows(job.path), None) is not None
+            for path in (job.path, job.path.with_suffix(".json")):
+                aside = path.with_name(path.name + ".previous")
+                if aside.exists():
+                    aside.unlink() if has_rows else os.replace(aside, path)
+
+
 def main(args: JudgeArguments) -> None:
     run = find_run(args.output_dir)
     jobs = build_jobs(run, args)
-    if not args.overwrite:
-        for job in jobs:
-            check_identity(job.path, job.identity)
-        for path, its_jobs in juries(run, jobs, args).items():
-            check_identity(path, {**its_jobs[0].identity, "judge_model": judges_of(args)})
-    human = read_human_scores(Path(args.human), jobs[0].form.criteria) if args.human is not None else []
+    check_identities(run, jobs, args)
+    human = read_labels(jobs, args)
     plans = make_plans(jobs, args)
     num_missing = sum(plan.num_requests for plan in plans.values())
+    num_waiting = 0 if args.overwrite else sum(len(under_way(job.path)) for job in jobs)
     print(f"judge: {', '.join(plans)} at {show_url(endpoint_of(args))}")
-    if num_missing:
+    if num_waiting:
+        print(f"{num_waiting} requests are under way in batches")
+    if num_missing and not args.collect:
         print("\n".join(plan.describe() for plan in plans.values()))
     if args.dry_run:
         show_prompt(jobs, args)
         return
-    if (num_missing or args.collect) and not has_key(args):
+    if (num_missing or num_waiting) and not has_key(args):
         print(
             "OPENAI_API_KEY is not set, so nothing is judged. Set it (or OPENAI_BASE_URL, for a server of your own) and "
             "start this step again; all other steps work without it."
@@ -283,42 +360,89 @@ def main(args: JudgeArguments) -> None:
         return
     stopped = False
     with contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(contextlib.closing(RowFile(job.path, job.identity, args.overwrite))) for job in jobs
-        ]
+        stack.enter_context(earlier_rows_kept(jobs, args.overwrite))
+        files = [stack.enter_context(contextlib.closing(RowFile(job.path, job.identity))) for job in jobs]
         for file in files:
             file.keep_latest(item_key)  # a kill may have left a failed row beside its success
-        budget = Budget(args.max_cost, sum(row["cost"] or 0.0 for file in files for row in iterate_rows(file.path)))
+        budget = Budget(args.max_cost, sum(cost_of(iterate_rows(file.path)) for file in files))
         try:
             if args.mode == "batch":
                 with OpenAI(**client_settings(args)) as client:
+                    give_up_batches(client, jobs, args)
                     prices = {model: plan.price for model, plan in plans.items()}
-                    folder = run / EVALUATIONS / BATCHES
-                    budget.exhausted = not BatchJudge(client, folder, jobs, files, prices, args).run()
+                    budget.exhausted = not BatchJudge(client, jobs, files, prices, args).run()
             elif num_missing:
+                if args.overwrite:
+                    with OpenAI(**client_settings(args)) as client:
+                        give_up_batches(client, jobs, args)
                 stopped = asyncio.run(judge_live(jobs, files, plans, budget, args))
         finally:
-            from finetuning.judge_summary import combine_jury, compare_with_people, summarize  # half a second of scipy
-
-            for job, file in zip(jobs, files, strict=True):
-                print(summarize(job, file))
-    for path, its_jobs in juries(run, jobs, args).items():
-        print(combine_jury(path, its_jobs))
-    if args.human is not None:
-        names = list(dict.fromkeys(job.path.stem for job in jobs))
-        print(compare_with_people(Path(args.human), human, run / EVALUATIONS, names))
-    costs = [file.info["cost"] for file in files if file.info["cost"] is not None]
-    if costs:
-        print(f"cost of these evaluations: ${sum(costs):.6g}")
+            report(run, jobs, files, human, args)
+    again = "the same command without --overwrite" if args.overwrite else "the same command"
     if stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print(f"stopped; {again} goes on from here", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     if budget.exhausted:
         print(f"--max_cost {args.max_cost}: nothing more was sent, as the next request could have passed it")
-    num_failed = sum(file.info["num_predictions"] - file.info["statuses"].get("ok", 0) for file in files)
-    if num_failed:
-        print(f"{num_failed} answers have no score and count in no mean; start this step again to try them again")
+    num_waiting = sum(len(under_way(job.path)) for job in jobs)
+    num_failed = sum(file.info["num_predictions"] - file.info["statuses"].get("ok", 0) for file in files) - num_waiting
+    if num_waiting:
+        print(
+            f"{num_waiting} requests are under way in batches; --mode batch waits for them, --collect true looks once"
+        )
+    if num_failed > 0:
+        print(f"{num_failed} answers have no score and count in no mean; {again} tries them again")
     print(f"Written to {run / EVALUATIONS}. Next: 5_score_notebook.ipynb, or make report")
+
+
+def give_up_batches(client: OpenAI, jobs: list[Job], args: JudgeArguments) -> None:
+    """With --overwrite, what batches are judging is not wanted any more."""
+    if args.overwrite:
+        for job in jobs:
+            for batch in open_batches(job.path):
+                BatchClient(client, 0).give_up(batch)
+
+
+def read_labels(jobs: list[Job], args: JudgeArguments) -> list[HumanScore]:
+    """The scores of people, if there are any, checked before anything is sent.
+
+    Raises:
+        InputError: They cannot be read, or none is of an answer that is judged.
+    """
+    if args.human is None:
+        return []
+    labels = read_human_scores(Path(args.human), jobs[0].form.criteria)
+    names = list(dict.fromkeys(job.path.stem for job in jobs))
+    if len(names) > 1 and any(label.model is None for label in labels):
+        raise InputError(
+            f"human {args.human}: needs a column model, as there are {', '.join(names)}; or set --model_name"
+        )
+    ids = {(job.path.stem, item.row["id"]) for job in jobs for item in job.items()}
+    if not any((label.model or names[0], label.id) in ids for label in labels):
+        raise InputError(
+            f"human {args.human}: none of its {len(labels)} scores is of an answer that is judged; check id and model"
+        )
+    return labels
+
+
+def report(run: Path, jobs: list[Job], files: list[RowFile], human: list[HumanScore], args: JudgeArguments) -> None:
+    """Say what the rows amount to, and write it beside them."""
+    from finetuning.judge_summary import combine_jury, compare_with_people, summarize  # takes half a second
+
+    for job, file in zip(jobs, files, strict=True):
+        print(summarize(job, file, args.limit))
+    its_juries = juries(run, jobs, args)
+    for path, its_jobs in its_juries.items():
+        print(combine_jury(path, its_jobs))
+    if human:
+        names = list(dict.fromkeys(job.path.stem for job in jobs))
+        answers = {(job.path.stem, item.row["id"]): item.row["prediction_hash"] for job in jobs for item in job.items()}
+        print(compare_with_people(Path(args.human), human, run / EVALUATIONS, names, answers))
+    costs = [file.info["cost"] for file in files if file.info["cost"] is not None]
+    possible = sum(file.info["possible_cost"] for file in files)
+    if costs or possible:
+        unsure = f", and up to ${possible:.6g} more for replies that never came" if possible else ""
+        print(f"cost of these evaluations: ${sum(costs):.6g}{unsure}")
 
 
 def juries(run: Path, jobs: list[Job], args: JudgeArguments) -> dict[Path, list[Job]]:

@@ -75,7 +75,9 @@ class JuryAgreement:
 
     def __str__(self) -> str:
         means = ", ".join(f"{judge} {mean:.2f}" for judge, mean in self.means.items())
-        alpha = "not defined, as all scores are equal" if math.isnan(self.alpha) else f"{self.alpha:.2f}"
+        alpha = (
+            "not defined (too few answers, or all scores are equal)" if math.isnan(self.alpha) else f"{self.alpha:.2f}"
+        )
         return (
             f"jury on {self.num_samples} answers: means {means}; standard deviation between the judges {self.disagreement:.2f}; "
             f"Krippendorff's alpha {alpha}"

@@ -26,12 +26,14 @@ RANGES = {
     "top_p": (0, 1), "num_beams": (1, None), "no_repeat_ngram_size": (0, None), "top_k": (0, None), "concurrency": (1, None),
     "max_tokens": (1, None), "max_retries": (0, None), "limit": (1, None),
     "preview_rows": (0, None), "pad_to_multiple_of": (1, None), "holdout": (0, 0.9),
+    "temperature": (0, None),
 }  # fmt: skip
 POSITIVE = {
     "learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps", "tolerance",
     "repetition_penalty", "timeout", "poll_seconds", "max_cost", "requests_per_minute", "tokens_per_minute",
 }  # fmt: skip
 
+JUDGE_MODEL = "gpt-5.4-mini"
 REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory")  # of preflight
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 NOT_OF_VLLM = {
@@ -184,6 +186,19 @@ CONTRADICTIONS = (
      "dry_run sends nothing and collect fetches; leave one of them out"),
     (("collect", "overwrite"), lambda collect, overwrite: collect and overwrite,
      "overwrite would delete what collect fetches; leave one of them out"),
+    (("mode", "concurrency"), lambda mode, value: mode == "batch" and value is not None,
+     "concurrency has no effect with mode: batch; leave it out"),
+    (("mode", "poll_seconds"), lambda mode, value: mode == "live" and value is not None,
+     "poll_seconds has no effect without mode: batch; leave it out"),
+    (("collect", "poll_seconds"), lambda collect, value: collect and value is not None,
+     "poll_seconds has no effect with collect, which looks once; leave it out"),
+    (("collect", "max_cost"), lambda collect, value: collect and value is not None,
+     "max_cost has no effect with collect, which sends nothing; leave it out"),
+    (("compare", "model_name"), lambda compare, name: compare is not None and name != "all",
+     "compare names the models itself; leave model_name out"),
+    (("judges", "judge_model"), lambda judges, name: judges is not None and name != JUDGE_MODEL,
+     "judges and judge_model: {judge_model} exclude each other; name every judge with judges"),
+    (("judge_model", "judge_language"), lambda name, _: not name.strip(), "judge_model is empty; name a model"),
     (("mode", "requests_per_minute"), lambda mode, value: mode == "batch" and value is not None,
      "requests_per_minute has no effect with mode: batch; leave it out"),
     (("mode", "tokens_per_minute"), lambda mode, value: mode == "batch" and value is not None,
@@ -412,7 +427,7 @@ class JudgeArguments(RunArguments):
     """Arguments of step 4, which asks an LLM to score every prediction."""
 
     model_name: str = field(default="all", metadata={"help": "Predictions to judge: a name, a glob, or `all`."})
-    judge_model: str = field(default="gpt-5.4-mini", metadata={"help": "Name of the judge at the endpoint."})
+    judge_model: str = field(default=JUDGE_MODEL, metadata={"help": "Name of the judge at the endpoint."})
     judges: list[str] | None = field(
         default=None,
         metadata={"help": "Names of several judges, a jury: the mean of their scores, and how far they agree."},
@@ -463,7 +478,9 @@ class JudgeArguments(RunArguments):
     collect: bool = field(
         default=False, metadata={"help": "With mode: batch, fetch what is ready of earlier batches, and send nothing."}
     )
-    poll_seconds: float = field(default=30.0, metadata={"help": "Seconds between two looks at a batch."})
+    poll_seconds: float | None = field(
+        default=None, metadata={"help": "Seconds between two looks at a batch; needs mode: batch. Unset: 30."}
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Print what would be sent, what it would cost and one prompt, and send nothing."},
@@ -475,14 +492,18 @@ class JudgeArguments(RunArguments):
     prices: str | None = field(
         default=None, metadata={"help": "Price table. Unset: finetuning/judge_prices.yaml, which you can edit."}
     )
-    concurrency: int = field(default=8, metadata={"help": "Most requests in flight; fewer while the endpoint is busy."})
+    concurrency: int | None = field(
+        default=None, metadata={"help": "Most requests in flight; fewer while the endpoint is busy. Unset: 8."}
+    )
     requests_per_minute: float | None = field(default=None, metadata={"help": "Most requests to send in a minute."})
     tokens_per_minute: float | None = field(
         default=None, metadata={"help": "Most tokens to use in a minute, of prompts and replies."}
     )
     max_tokens: int = field(
         default=2048,
-        metadata={"help": "Longest evaluation, in tokens, with any reasoning; twice as long where it was cut off."},
+        metadata={
+            "help": "Longest evaluation, in tokens, with any reasoning; twice as long where it was cut off or did not fit."
+        },
     )
     temperature: float | None = field(
         default=None,

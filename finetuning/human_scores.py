@@ -40,6 +40,8 @@ def read_human_scores(path: Path, criteria: tuple[str, ...]) -> list[HumanScore]
                     f"human {path}: needs the columns id and score (or {', '.join(criteria)}); it has "
                     f"{', '.join(reader.fieldnames or []) or 'none'}"
                 )
+            if {"score", "overall"} <= set(present):
+                raise InputError(f"human {path}: score and overall mean the same; keep one of them")
             found = []
             for row in reader:
                 for name in present:

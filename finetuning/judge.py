@@ -67,7 +67,7 @@ class Preference(BaseModel):
 RESERVED = frozenset(
     "model step id messages references prediction num_prompt_tokens num_new_tokens finish_reason removed_tokens error "
     "rouge1 rouge2 rougeL chrf seq_rep_4 distinct_2 length_ratio stopped prediction_hash seconds status evaluation "
-    "overall expected_overall samples errors judged failed".split()
+    "overall expected_overall run cost samples errors judged failed coverage".split()
 )
 
 DATA_NOTE = {
@@ -111,8 +111,8 @@ COMPARE_INSTRUCTIONS = {
         "긴 답변이 더 나은 답변은 아닙니다.\n\n기준:\n{criteria}\n\n다음 형식의 JSON 객체 하나로만 답하십시오.\n{form}"
     ),
 }
-# What begins a control token in the chat templates of open models: <|im_end|>, <start_of_turn>, </s>, [INST], [gMASK]
-MARKUP = re.compile(r"<|\[(?=/?[A-Za-z_]+\])")
+# What begins a control token in the chat templates of open models: <|im_end|>, <start_of_turn>, </s>, [INST], [|user|]
+MARKUP = re.compile(r"<|\[(?=[/|]?[A-Za-z_]+\|?\])")
 
 
 def to_data(material: dict) -> str:
@@ -135,10 +135,12 @@ def build_schema(reply: type[BaseModel]) -> dict:
         if "$ref" in node:
             target = definitions[node["$ref"].split("/")[-1]]
             return inline({**target, **{k: v for k, v in node.items() if k != "$ref"}}, definitions)
-        node = {key: inline(value, definitions) for key, value in node.items() if key not in ("$defs", "default")}
-        if isinstance(node.get("properties"), dict):
-            node |= {"required": list(node["properties"]), "additionalProperties": False}
-        return node
+        properties = node.get("properties")
+        found = {k: inline(v, definitions) for k, v in node.items() if k not in ("$defs", "default", "properties")}
+        if isinstance(properties, dict):  # whose keys are names of fields, and may be any
+            found["properties"] = {name: inline(field, definitions) for name, field in properties.items()}
+            found |= {"required": list(properties), "additionalProperties": False}
+        return found
 
     schema = reply.model_json_schema()
     return inline(schema, schema.get("$defs", {}))
@@ -223,6 +225,8 @@ def load_rubric(rubric: str | None) -> type[BaseModel]:
             )
         if not field.description:
             raise InputError(f"rubric {rubric}: {name} has no description, which is what the judge is told")
+        if not field.description.isprintable() and not field.description.replace("\n", " ").isprintable():
+            raise InputError(f"rubric {rubric}: the description of {name} holds characters that cannot be sent")
         if name in RESERVED or name.endswith(("_low", "_high")):
             raise InputError(f"rubric {rubric}: {name} is the name of a column of step 5; choose another")
     if not loaded.model_fields:
@@ -232,7 +236,8 @@ def load_rubric(rubric: str | None) -> type[BaseModel]:
 
 def _read_rubric_yaml(path: Path) -> type[BaseModel]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"rubric {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -241,9 +246,11 @@ def _read_rubric_yaml(path: Path) -> type[BaseModel]:
         isinstance(key, str) and isinstance(value, str) for key, value in content.items()
     ):
         raise InputError(f"rubric {path}: write a line `name: description` for each criterion")
+    if len(content) < len(node.value):
+        raise InputError(f"rubric {path}: a name stands twice; keep one of them")
     for name in content:
-        if not name.isidentifier() or name.startswith("_"):
-            raise InputError(f"rubric {path}: {name!r} is no name; use letters, digits and _, as in tone_of_voice")
+        if not name.isidentifier() or name.startswith(("_", "model_")) or hasattr(BaseModel, name):
+            raise InputError(f"rubric {path}: {name!r} cannot be a name here; use another, as in tone_of_voice")
     fields = {name: (Criterion, Field(description=description.strip())) for name, description in content.items()}
     return create_model(path.stem, __config__=ConfigDict(extra="forbid"), **fields)
 
@@ -259,7 +266,7 @@ def _import_rubric(rubric: str) -> type[BaseModel]:
     sys.modules[spec.name] = module  # where pydantic looks up the names in annotations
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # of the user's own code
+    except (Exception, SystemExit) as error:  # of the user's own code
         raise InputError(f"rubric {file} cannot be imported: {type(error).__name__}: {error}") from error
     return _find_class(module, file, name)
 
@@ -309,8 +316,13 @@ def item_key(row: dict) -> str:
 
 
 def answers_to_judge(predictions: Iterator[dict], mask: Callable[[str], str] | None) -> Iterator[Item]:
-    """The answers of one model; those that step 3 could not give are none."""
+    """The answers of one model; those that step 3 could not give are none.
+
+    Raises:
+        InputError: A row is none of step 3.
+    """
     for row in predictions:
+        _check_prediction(row)
         if row["finish_reason"] != "error":
             material = {"task": _task(row), "references": row["references"], "answer": row["prediction"]}
             yield Item({"id": row["id"], "prediction_hash": prediction_hash(row)}, material, mask)
@@ -321,6 +333,7 @@ def pairs_to_judge(
 ) -> Iterator[Item]:
     """Each sample that both models have answered, twice: in either order."""
     for row in predictions:
+        _check_prediction(row)
         other = others.get(row["id"])
         if row["finish_reason"] == "error" or other is None or other["finish_reason"] == "error":
             continue
@@ -331,6 +344,14 @@ def pairs_to_judge(
                 "first": first["prediction"], "second": second["prediction"],
             }  # fmt: skip
             yield Item({"id": row["id"], "order": order, "prediction_hash": pair}, material, mask)
+
+
+def _check_prediction(row: dict) -> None:
+    lacking = {"id", "messages", "references", "prediction", "finish_reason"} - row.keys()
+    if lacking:
+        raise InputError(
+            f"a prediction lacks {', '.join(sorted(lacking))}: {str(row)[:80]}; run 3_test.py --overwrite true"
+        )
 
 
 def _task(row: dict) -> list[dict]:
@@ -357,7 +378,7 @@ def read_choice(choice: Choice, form: Form) -> tuple[str, dict | None, str | Non
     if choice.finish_reason == "length":
         return "truncated", None, text
     try:
-        return "ok", form.reply.model_validate_json(text).model_dump(), None
+        return "ok", form.reply.model_validate_json(text, strict=True).model_dump(), None
     except ValidationError:
         return "invalid", None, text
 
@@ -402,7 +423,7 @@ def expected_scores(choice: Choice) -> dict[str, float] | None:
 def _score_masses(token, following: list) -> dict[int, float] | None:
     """Probability of each score at the token that begins it; None if none of the likely tokens is a score."""
     masses: dict[int, float] = {}
-    for candidate in token.top_logprobs:
+    for candidate in token.top_logprobs or []:
         if (
             candidate.token.isdecimal()
             and 1 <= int(candidate.token) <= 10
@@ -412,9 +433,10 @@ def _score_masses(token, following: list) -> dict[int, float] | None:
     if not masses or sum(masses.values()) == 0:
         return None
     if 10 not in masses and token.token == "1" and following:  # then 10 begins as 1 does
-        zero = sum(math.exp(c.logprob) for c in following[0].top_logprobs if c.token == "0")
-        masses[10] = masses[1] * min(zero, 1.0)
-        masses[1] -= masses[10]
+        zero = sum(math.exp(c.logprob) for c in following[0].top_logprobs or [] if c.token == "0")
+        one = masses.get(1, 0.0)
+        masses[10] = one * min(zero, 1.0)
+        masses[1] = one - masses[10]
     return masses
 
 
@@ -444,3 +466,8 @@ class Job:
             judged, status = latest.get(item.key, (None, None))
             if judged != item.row["prediction_hash"] or (status != "ok" and retry_failed):
                 yield item
+
+
+def identity_of_jury(jobs: list[Job]) -> dict:
+    """What must be the same for the means of juries to be comparable; one job for each judge."""
+    return {**jobs[0].identity, "judge_model": [job.judge_model for job in jobs]}

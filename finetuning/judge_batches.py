@@ -1,38 +1,50 @@
 """
 Judging through the Batch API, at a part of the price and within a day: write, upload, submit, wait, collect.
 
-    qa_evaluation_results/batches/<key>.json            how far the batch is, rewritten at every step
-    qa_evaluation_results/batches/<key>.jsonl           its requests
-    qa_evaluation_results/batches/<key>.output.jsonl    the replies, until their rows are written
+A batch belongs to one file of rows, whatever else a start is asked to judge. Beside that file:
+
+    batches/<model>.<key>.json            how far the batch is, rewritten at every step, and what its rows are made under
+    batches/<model>.<key>.jsonl           its requests
+    batches/<model>.<key>.items.jsonl     what each request is about
+    batches/<model>.<key>.output.jsonl    the replies, until their rows are written
 
 A kill at any moment loses nothing and submits nothing twice: a batch carries its key as metadata, by which a start that
 does not know whether it was submitted finds it at the endpoint. Imports without torch.
 """
 
 import contextlib
-import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from openai import AuthenticationError, NotFoundError, OpenAI, OpenAIError, PermissionDeniedError
+import httpx2
+from openai import (
+    APIConnectionError,
+    AuthenticationError,
+    InternalServerError,
+    NotFoundError,
+    OpenAI,
+    OpenAIError,
+    PermissionDeniedError,
+)
 from openai.types import Batch
 from openai.types.chat import ChatCompletion
-from pydantic import ValidationError
 from tqdm import tqdm
 
 from finetuning.configs import JudgeArguments
 from finetuning.errors import InputError
-from finetuning.judge import Item, Job, item_key
+from finetuning.judge import Form, Item, Job, item_key
 from finetuning.judge_client import (
     Budget,
     add_usage,
     build_request,
+    cost_of,
     describe_error,
     failure,
+    hide_key,
     most_cost,
     prompt_bytes,
     read_completion,
@@ -45,30 +57,33 @@ from finetuning.runs import read_json, write_json
 BATCHES = "batches"  # folder
 ENDPOINT = "/v1/chat/completions"
 WINDOW = "24h"  # the only one there is
+POLL_SECONDS = 30.0
 MOST_REQUESTS = 50_000  # in one batch, and bytes of its file
 MOST_BYTES = 100_000_000
+WAITS = (0, 2, 10)  # seconds before a submission is looked for and tried again
+CLOCKS_APART = 3600.0  # seconds, at most, of this machine and the endpoint
 ENDED = ("completed", "expired", "cancelled")  # with replies to whatever was done until then
-
-
-def custom_id(key: str, item_name: str, prediction_hash: str) -> str:
-    """What a reply is joined on: the same for the same answer in the same batch."""
-    return hashlib.sha256(json.dumps([key, item_name, prediction_hash]).encode()).hexdigest()[:32]
+NUM_ATTEMPTS = 2  # for replies that were cut off or do not fit
 
 
 @dataclass
 class PendingBatch:
-    """One batch and how far it is: written, uploaded, submitted, downloaded, collected or failed."""
+    """One batch and how far it is: written, uploaded, submitted, downloaded, collected, failed or given up."""
 
     path: Path
     state: dict
 
     @property
     def key(self) -> str:
-        return self.path.stem
+        return self.path.stem.rpartition(".")[2]
 
     @property
     def requests(self) -> Path:
         return self.path.with_suffix(".jsonl")
+
+    @property
+    def items(self) -> Path:
+        return self.path.with_suffix(".items.jsonl")
 
     @property
     def output(self) -> Path:
@@ -78,65 +93,89 @@ class PendingBatch:
         self.state.update(state)
         write_json(self.path, self.state)
 
-    def finish(self) -> None:
-        """Its rows are written."""
-        self.record(status="collected")
-        self.requests.unlink(missing_ok=True)
-        self.output.unlink(missing_ok=True)
+    def finish(self, status: str) -> None:
+        """Nothing more is to be done with it; its record stays."""
+        self.record(status=status)
+        for path in (self.requests, self.items, self.output):
+            path.unlink(missing_ok=True)
 
-    def custom_ids(self) -> set[str]:
-        return {row["custom_id"] for row in iterate_rows(self.requests)}
+    def read_items(self) -> dict[str, dict]:
+        """What names the row of each request, by custom id."""
+        return {line["custom_id"]: line["row"] for line in iterate_rows(self.items)}
 
 
-def open_batches(folder: Path, judge_model: str, endpoint: str) -> list[PendingBatch]:
-    """The batches of a judge that are not collected yet, in the order in which they were made."""
-    found = [PendingBatch(path, read_json(path)) for path in folder.glob("*.json")]
+def open_batches(rows: Path) -> list[PendingBatch]:
+    """The batches of a file of rows that are not done with, in the order in which they were made."""
     found = [
-        batch
-        for batch in found
-        if (batch.state["judge_model"], batch.state["endpoint"]) == (judge_model, endpoint)
-        and batch.state["status"] not in ("collected", "failed")
+        PendingBatch(path, read_json(path))
+        for path in (rows.parent / BATCHES).glob("*.json")
+        if path.stem.rpartition(".")[0] == rows.stem
     ]
+    found = [batch for batch in found if batch.state["status"] in ("written", "uploaded", "submitted", "downloaded")]
     return sorted(found, key=lambda batch: batch.state["created"])
 
 
+def under_way(rows: Path) -> set[tuple[str, str]]:
+    """(item key, prediction hash) of what batches of a file of rows are judging."""
+    return {
+        (item_key(row), row["prediction_hash"]) for batch in open_batches(rows) for row in batch.read_items().values()
+    }
+
+
+def check_pending(job: Job) -> None:
+    """Refuse to go on where a batch under way is made under another identity, whose rows would not belong here.
+
+    Raises:
+        InputError: Says which field differs.
+    """
+    identity = json.loads(json.dumps(job.identity))
+    for batch in open_batches(job.path):
+        old = batch.state["identity"]
+        differing = sorted(key for key in old.keys() | identity.keys() if old.get(key) != identity.get(key))
+        if differing:
+            what = "; ".join(f"{key} was {old.get(key)!r} and is {identity.get(key)!r}" for key in differing)
+            raise InputError(
+                f"a batch is under way for {job.name} under other conditions: {what}. Collect it under those "
+                "(--mode batch), or give it up with --overwrite true"
+            )
+
+
 def write_batches(
-    folder: Path, judge_model: str, endpoint: str, requests: Iterable[tuple[str, str, dict, float]], max_tokens: int
+    job: Job, requests: Iterable[tuple[Item, dict, float]], endpoint: str, attempt: int
 ) -> Iterator[PendingBatch]:
     """Write requests into as few files as the API takes.
 
     Args:
-        requests: (item name, prediction hash, body, US dollars at most) of each.
+        requests: The item, the body and the US dollars at most of each.
     """
+    folder = job.path.parent / BATCHES
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.jsonl"):  # a kill has left it unfinished
-        if "." not in path.stem and not path.with_suffix(".json").exists():
-            path.unlink()
+    for path in folder.glob("*.jsonl"):
+        batch = PendingBatch(folder / f"{path.name.removesuffix('.jsonl').removesuffix('.items')}.json", {})
+        if batch.path.stem.rpartition(".")[0] == job.path.stem and not batch.path.exists():
+            path.unlink()  # a kill has left it unfinished
     waiting = iter(requests)
     request = next(waiting, None)
     while request is not None:
-        batch = PendingBatch(folder / f"{uuid.uuid4().hex[:12]}.json", {})
-        num_requests, num_bytes, most_cost = 0, 0, 0.0
-        with batch.requests.open("w", encoding="utf-8") as file:
+        batch = PendingBatch(folder / f"{job.path.stem}.{uuid.uuid4().hex[:12]}.json", {})
+        num_requests, num_bytes, sum_most = 0, 0, 0.0
+        with batch.requests.open("w", encoding="utf-8") as file, batch.items.open("w", encoding="utf-8") as items:
             while request is not None:
-                name, prediction_hash, body, most = request
-                line = {
-                    "custom_id": custom_id(batch.key, name, prediction_hash),
-                    "method": "POST",
-                    "url": ENDPOINT,
-                    "body": body,
-                }
+                item, body, most = request
+                custom_id = f"{batch.key}-{num_requests}"
+                line = {"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": body}
                 text = json.dumps(line, ensure_ascii=False) + "\n"
                 size = len(text.encode())
                 if num_requests == MOST_REQUESTS or (num_requests and num_bytes + size > MOST_BYTES):
                     break
                 file.write(text)
-                num_requests, num_bytes, most_cost = num_requests + 1, num_bytes + size, most_cost + most
+                items.write(json.dumps({"custom_id": custom_id, "row": item.row}, ensure_ascii=False) + "\n")
+                num_requests, num_bytes, sum_most = num_requests + 1, num_bytes + size, sum_most + most
                 request = next(waiting, None)
         # only now is it a batch: what a kill leaves before this is never sent
         batch.record(
-            status="written", judge_model=judge_model, endpoint=endpoint, num_requests=num_requests, max_tokens=max_tokens,
-            most_cost=most_cost, created=time.time(),
+            status="written", identity=job.identity, endpoint=endpoint, attempt=attempt, num_requests=num_requests,
+            most_cost=sum_most, created=time.time(),
         )  # fmt: skip
         yield batch
 
@@ -146,6 +185,10 @@ class BatchClient:
 
     def __init__(self, client: OpenAI, poll_seconds: float):
         self.client, self.poll_seconds = client, poll_seconds
+
+    @property
+    def endpoint(self) -> str:
+        return show_url(str(self.client.base_url))
 
     def submit(self, batch: PendingBatch) -> None:
         """Bring a batch to the endpoint, from wherever a kill has left it.
@@ -159,20 +202,36 @@ class BatchClient:
                     uploaded = self.client.files.create(file=(f"{batch.key}.jsonl", file), purpose="batch")
                 batch.record(status="uploaded", input_file_id=uploaded.id)
             if batch.state["status"] == "uploaded":
-                found = self._find(batch.key) or self.client.batches.create(
+                found = self._find(batch) or self._create(batch)
+                batch.record(status="submitted", batch_id=found.id)
+                print(f"batch {found.id}: submitted with {batch.state['num_requests']:,} requests", flush=True)
+
+    def _create(self, batch: PendingBatch) -> Batch:
+        """Submit once: where the answer is lost, the batch is looked for before it is tried again."""
+        for i, wait in enumerate(WAITS):
+            time.sleep(wait)
+            if i and (found := self._find(batch)) is not None:
+                return found
+            try:
+                # the client would try again by itself, and have two of them
+                return self.client.with_options(max_retries=0).batches.create(
                     input_file_id=batch.state["input_file_id"],
                     endpoint=ENDPOINT,
                     completion_window=WINDOW,
                     metadata={"key": batch.key},
                 )
-                batch.record(status="submitted", batch_id=found.id)
-                print(f"batch {found.id}: submitted with {batch.state['num_requests']:,} requests", flush=True)
+            except (APIConnectionError, InternalServerError):
+                if wait == WAITS[-1]:
+                    raise
+        raise AssertionError("the last try returns or raises")
 
-    def _find(self, key: str) -> Batch | None:
-        """The batch that was submitted right before a kill, if one was."""
-        for batch in self.client.batches.list(limit=100):
-            if batch.metadata is not None and batch.metadata.get("key") == key:
-                return batch
+    def _find(self, batch: PendingBatch) -> Batch | None:
+        """The batch at the endpoint, if it was submitted."""
+        for found in self.client.batches.list(limit=100):  # the newest first
+            if found.metadata is not None and found.metadata.get("key") == batch.key:
+                return found
+            if 0 < (found.created_at or 0) < batch.state["created"] - CLOCKS_APART:
+                return None
         return None
 
     def look(self, batch: PendingBatch) -> Batch:
@@ -201,11 +260,10 @@ class BatchClient:
             InputError: The endpoint could not read the batch at all.
         """
         if found.status == "failed":
-            batch.record(status="failed")
+            batch.finish("failed")
             reasons = [error.message for error in (found.errors.data if found.errors is not None else None) or []]
-            raise InputError(
-                f"batch {found.id} was refused, and nothing was judged: {'; '.join(reasons[:3]) or 'no reason'}"
-            )
+            reason = hide_key("; ".join(map(str, reasons[:3]))) or "no reason"
+            raise InputError(f"batch {found.id} was refused, and nothing was judged: {reason}")
         partial = batch.output.with_suffix(".partial")
         with _explained(self.client), partial.open("wb") as file:
             for file_id in (found.output_file_id, found.error_file_id):
@@ -215,7 +273,22 @@ class BatchClient:
                             file.write(chunk)
                     file.write(b"\n")  # whether or not the file ended in one
         partial.replace(batch.output)
-        batch.record(status="downloaded", ended=found.status)
+        batch.record(status="downloaded", ended=found.status, files=[found.output_file_id, found.error_file_id])
+
+    def delete_files(self, batch: PendingBatch) -> None:
+        """Leave no questions and answers at the endpoint."""
+        for file_id in (batch.state.get("input_file_id"), *batch.state.get("files", [])):
+            if file_id is not None:
+                with contextlib.suppress(OpenAIError, ValueError):  # they expire by themselves, too
+                    self.client.files.delete(file_id)
+
+    def give_up(self, batch: PendingBatch) -> None:
+        """Cancel a batch whose rows nobody wants any more."""
+        if "batch_id" in batch.state:
+            with contextlib.suppress(OpenAIError, ValueError):  # it may have ended
+                self.client.batches.cancel(batch.state["batch_id"])
+        batch.finish("given up")
+        print(f"batch {batch.state.get('batch_id', batch.key)}: given up; what it has done until now is paid for")
 
 
 @contextlib.contextmanager
@@ -232,28 +305,30 @@ def _explained(client: OpenAI) -> Iterator[None]:
         raise InputError(
             f"{url} has no Batch API, or has lost the batch ({describe_error(error)}); use --mode live"
         ) from error
-    except (OpenAIError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except httpx2.HTTPError as error:  # in the middle of a download
+        raise InputError(
+            f"the connection to {url} broke: {error}. Nothing is lost; the same command goes on"
+        ) from error
+    except (OpenAIError, AttributeError, TypeError, ValueError) as error:  # a proxy's page has no id
         raise InputError(
             f"the Batch API at {url} cannot be used now: {describe_error(error)}. Nothing is lost; the same command goes on"
         ) from error
 
 
-def read_replies(path: Path, read: Callable[[ChatCompletion | None, dict | None], dict]) -> Iterator[tuple[str, dict]]:
-    """What a batch has replied, by custom id; requests that it never came to are not among them.
-
-    Args:
-        read: Takes a completion, or None and the error instead, and gives what a row holds of it.
-    """
-    for line in iterate_rows(path):
-        response, error, completion = line.get("response") or {}, line.get("error"), None
-        if response.get("status_code") == 200:
-            try:
-                completion = ChatCompletion.model_validate(response["body"])
-            except ValidationError:
-                error = {"message": "the reply is no chat completion"}
-        elif response:
-            error = (response.get("body") or {}).get("error") or {"message": f"status {response['status_code']}"}
-        yield line["custom_id"], read(completion, error)
+def read_reply(line: dict, form: Form, price: Price | None, expected: bool) -> dict:
+    """What a row holds of one line of a batch's output, whatever stands in it."""
+    response, error = line.get("response"), line.get("error")
+    if isinstance(response, dict):
+        body = response.get("body")
+        if response.get("status_code") == 200 and isinstance(body, dict):
+            return read_completion(ChatCompletion.construct(**body), form, price, expected, batch=True)
+        error = body.get("error", body) if isinstance(body, dict) else body
+        error = error or f"status {response.get('status_code')}"
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("code") or error
+    return failure(f"in a batch: {' '.join(str(error or 'no reply and no reason').split())[:300]}")
 
 
 @dataclass
@@ -266,7 +341,6 @@ class BatchJudge:
     """
 
     client: OpenAI
-    folder: Path
     jobs: list[Job]
     files: list[RowFile]
     prices: dict[str, Price | None]
@@ -278,127 +352,93 @@ class BatchJudge:
         Replies that were cut off or do not fit the form go into a second batch, with twice the limit. With
         `collect`, nothing is sent or waited for.
         """
-        api = BatchClient(self.client, self.args.poll_seconds)
-        collected: set[str] = set()  # custom ids of this start
+        api = BatchClient(self.client, self.args.poll_seconds or POLL_SECONDS)
+        unread: set[tuple[Path, str]] = set()  # rows of first attempts, collected now, that cannot be read
         enough = True
-        for attempt in (1, 2):
-            pending = self._open_batches()
+        for attempt in range(1, NUM_ATTEMPTS + 1):
             if not self.args.collect:
-                enough = self._write(pending, attempt, collected)
-                pending = self._open_batches()
-                for batch in pending:
-                    api.submit(batch)
-            for batch in pending:
-                if batch.state["status"] == "submitted":
-                    found = api.look(batch) if self.args.collect else api.wait(batch)
-                    if found.status not in (*ENDED, "failed"):
-                        print(f"batch {found.id}: {found.status}; start with --collect true again later")
-                        continue
-                    api.download(batch, found)
-                if batch.state["status"] == "downloaded":
-                    collected |= self._collect(batch)
-            if self.args.collect or not self._unread(collected):
+                enough = self._write(api, attempt, unread) and enough
+                for job in self.jobs:
+                    for batch in open_batches(job.path):
+                        api.submit(batch)
+            unread = set()
+            for job, file in zip(self.jobs, self.files, strict=True):
+                for batch in open_batches(job.path):
+                    if batch.state["status"] == "submitted":
+                        found = api.look(batch) if self.args.collect else api.wait(batch)
+                        if found.status not in (*ENDED, "failed"):
+                            print(f"batch {found.id}: {found.status}; start with --collect true again later")
+                            continue
+                        api.download(batch, found)
+                    if batch.state["status"] == "downloaded":
+                        keys = self._collect(batch, job, file)
+                        unread |= {(job.path, key) for key in keys if batch.state["attempt"] < NUM_ATTEMPTS}
+                        api.delete_files(batch)
+                        batch.finish("collected")
+            if self.args.collect or not unread:
                 break
         return enough
 
-    @property
-    def endpoint(self) -> str:
-        return show_url(str(self.client.base_url))
-
-    def _open_batches(self) -> list[PendingBatch]:
-        return [batch for judge_model in self.prices for batch in open_batches(self.folder, judge_model, self.endpoint)]
-
-    def _unread(self, collected: set[str]) -> bool:
-        """Whether a reply that was collected cannot be read."""
-        return any(_is_unread(row, collected) for file in self.files for row in iterate_rows(file.path))
-
-    def _write(self, pending: list[PendingBatch], attempt: int, collected: set[str]) -> bool:
-        """Write batches of what is missing; whether the budget was enough for all of it."""
-        spent = sum(row["cost"] or 0.0 for file in self.files for row in iterate_rows(file.path))
-        budget = Budget(self.args.max_cost, spent + sum(batch.state["most_cost"] for batch in pending))
-        under_way = {batch.key: batch.custom_ids() for batch in pending}
-        for judge_model in self.prices:
-            requests = self._requests(judge_model, under_way, budget, attempt, collected)
-            for batch in write_batches(
-                self.folder, judge_model, self.endpoint, requests, attempt * self.args.max_tokens
-            ):
-                print(f"batch {batch.key}: {batch.state['num_requests']:,} requests written")
+    def _write(self, api: BatchClient, attempt: int, unread: set[tuple[Path, str]]) -> bool:
+        """Write batches of what is missing, or of what cannot be read; whether the budget was enough for all of it."""
+        budget = Budget(self.args.max_cost, sum(spent_on(job.path) for job in self.jobs))
+        for job in self.jobs:
+            requests = self._requests(job, budget, attempt, {key for path, key in unread if path == job.path})
+            for batch in write_batches(job, requests, api.endpoint, attempt):
+                print(f"batch {batch.key}: {batch.state['num_requests']:,} requests about {job.name} written")
         return not budget.exhausted
 
-    def _requests(
-        self, judge_model: str, under_way: dict[str, set[str]], budget: Budget, attempt: int, collected: set[str]
-    ) -> Iterator[tuple[str, str, dict, float]]:
-        """What is missing and not under way; on the second attempt, what could not be read after the first."""
-        max_tokens = attempt * self.args.max_tokens
-        price = self.prices[judge_model]
-        for job in self.jobs:
-            if job.judge_model != judge_model:
+    def _requests(self, job: Job, budget: Budget, attempt: int, unread: set[str]) -> Iterator[tuple[Item, dict, float]]:
+        max_tokens, price, waiting = attempt * self.args.max_tokens, self.prices[job.judge_model], under_way(job.path)
+        for item in job.missing(self.args.retry_failed or attempt > 1):
+            if (item.key, item.row["prediction_hash"]) in waiting or (attempt > 1 and item.key not in unread):
                 continue
-            unread = {item_key(row) for row in iterate_rows(job.path) if _is_unread(row, collected)}
-            for item in job.missing(self.args.retry_failed or attempt == 2):
-                name, answer = _name_of(job, item), item.row["prediction_hash"]
-                if any(custom_id(key, name, answer) in ids for key, ids in under_way.items()):
-                    continue
-                if attempt == 2 and item.key not in unread:
-                    continue
-                most = 0.0
-                if price is not None:
-                    most = most_cost(price, prompt_bytes(item, job.form), max_tokens, batch=True)
-                if not budget.set_aside(most):
-                    budget.exhausted = True
-                    return
-                yield name, answer, build_request(judge_model, item, job.form, self.args, max_tokens), most
+            most = 0.0
+            if price is not None:
+                most = most_cost(price, prompt_bytes(item, job.form), max_tokens, batch=True)
+            if not budget.set_aside(most):
+                budget.exhausted = True
+                return
+            yield item, build_request(job.judge_model, item, job.form, self.args, max_tokens), most
 
-    def _collect(self, batch: PendingBatch) -> set[str]:
-        """Write the rows of a batch that was downloaded; gives the custom ids of its replies."""
-        judge_model = batch.state["judge_model"]
-        waiting: dict[
-            str, tuple[RowFile, dict, dict | None]
-        ] = {}  # by custom id: the file, what names the row, its earlier row
-        for job, file in zip(self.jobs, self.files, strict=True):
-            if job.judge_model == judge_model:
-                earlier = {item_key(row): row for row in iterate_rows(file.path)}
-                for item in job.items():
-                    key = custom_id(batch.key, _name_of(job, item), item.row["prediction_hash"])
-                    waiting[key] = (file, item.row, earlier.get(item.key))
-        form = self.jobs[0].form
-
-        def read(completion: ChatCompletion | None, error: dict | None) -> dict:
-            if completion is None:
-                return failure(f"batch {batch.state['batch_id']}: {error.get('message') or error.get('code') or error}")
-            return read_completion(completion, form, self.prices[judge_model], self.args.expected_scores, batch=True)
-
-        replied, num_unknown = set(), 0
-        for key, reply in read_replies(batch.output, read):
-            replied.add(key)
-            if key not in waiting:
-                num_unknown += 1
+    def _collect(self, batch: PendingBatch, job: Job, file: RowFile) -> set[str]:
+        """Write the rows of a batch that was downloaded; gives the keys of those that cannot be read."""
+        items = batch.read_items()
+        current = {item.key: item.row["prediction_hash"] for item in job.items()}
+        present = {item_key(row): row for row in iterate_rows(file.path)}
+        num_replies, unread, without_schema = 0, set(), 0
+        for line in iterate_rows(batch.output):
+            item_row = items.get(line.get("custom_id"))
+            if item_row is None:
                 continue
-            file, item_row, before = waiting[key]
-            if before is not None and before.get("custom_id") == key:
+            num_replies += 1
+            row = {
+                **item_row,
+                **read_reply(line, job.form, self.prices[job.judge_model], self.args.expected_scores),
+                "custom_id": line["custom_id"],
+            }
+            before = present.get(item_key(row))
+            if before is not None and before.get("custom_id") == line["custom_id"]:
                 continue  # a kill came after this row was written
-            row = {**item_row, **reply, "custom_id": key}
-            if before is not None and before["prediction_hash"] == row["prediction_hash"]:
-                row = before if before["status"] == "ok" else add_usage(row, before)
+            if before is not None:  # both were paid for; what is about the answer as it is now stays
+                same = before["prediction_hash"] == row["prediction_hash"]
+                is_current = current.get(item_key(row)) == row["prediction_hash"]
+                keep_before = before["status"] == "ok" if same else not is_current
+                row = add_usage(before, row) if keep_before else add_usage(row, before)
+            without_schema += row["status"] == "error" and "response_format" in (row["error"] or "")
+            if row["status"] in ("truncated", "invalid"):
+                unread.add(item_key(row))
             file.append(row)
-        for file in self.files:
-            file.keep_latest(item_key)
-        batch.finish()
+        file.keep_latest(item_key)
         print(
-            f"batch {batch.state['batch_id']}: {batch.state['ended']}, {len(replied):,} of "
+            f"batch {batch.state['batch_id']}: {batch.state['ended']}, {num_replies:,} of "
             f"{batch.state['num_requests']:,} requests have a reply"
-            + (
-                f"; {num_unknown} are about answers that have changed since, or were not asked for now"
-                if num_unknown
-                else ""
-            )
         )
-        return replied
+        if without_schema:
+            print("the endpoint takes no JSON schema; --mode live asks for replies in words")
+        return unread
 
 
-def _name_of(job: Job, item: Item) -> str:
-    return f"{job.name} {item.key}"
-
-
-def _is_unread(row: dict, collected: set[str]) -> bool:
-    return row["status"] in ("truncated", "invalid") and row.get("custom_id") in collected
+def spent_on(rows: Path) -> float:
+    """US dollars that a file of rows has cost, or may have, with what is under way."""
+    return cost_of(iterate_rows(rows)) + sum(batch.state["most_cost"] for batch in open_batches(rows))

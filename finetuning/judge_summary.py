@@ -16,22 +16,22 @@ from finetuning.agreement import (
     measure_jury,
     rank_correlation,
 )
-from finetuning.errors import InputError
 from finetuning.human_scores import HumanScore
-from finetuning.judge import Item, Job, item_key
+from finetuning.judge import Item, Job, identity_of_jury, item_key
 from finetuning.judge_client import add_usage
 from finetuning.results import RowFile, iterate_rows
 from finetuning.runs import write_json
 
 
-def summarize(job: Job, file: RowFile) -> str:
+def summarize(job: Job, file: RowFile, limit: int | None) -> str:
     """Record coverage, tokens and cost of all rows beside them, and say them in a line."""
-    statuses, usage, costs = Counter(), Counter(), []
+    statuses, usage, costs, possible_cost = Counter(), Counter(), [], 0.0
     scores, lengths, expected, first_error = array("d"), array("d"), array("d"), None
     current = {item.key: (item.row["prediction_hash"], len(item.material.get("answer", ""))) for item in job.items()}
     for row in iterate_rows(file.path):
         usage.update(row["usage"] or {})  # paid for, also where the answer has changed since
         costs += [] if row["cost"] is None else [row["cost"]]
+        possible_cost += row["possible_cost"]
         answer, length = current.get(item_key(row), (None, 0))
         if answer != row["prediction_hash"]:
             continue
@@ -49,6 +49,8 @@ def summarize(job: Job, file: RowFile) -> str:
         "coverage": statuses["ok"] / len(current) if current else None,
         "usage": dict(usage),
         "cost": sum(costs) if costs else None,
+        "possible_cost": possible_cost,
+        "limit": limit,  # what was judged beyond it, on an earlier start, is not counted here
     }
     line = f"{job.name}: judged {statuses['ok']} of {len(current)}"
     by_length = None
@@ -89,6 +91,7 @@ def _summarize_pairs(job: Job, file: RowFile, info: dict) -> str:
     line = f"{first} is better in {counts.wins} of {counts.num_pairs} pairs, {second} in {counts.losses}, neither in {counts.ties}"
     if counts.wins + counts.losses:
         line += f"; sign test p = {counts.p:.3g}"
+    if counts.first_place == counts.first_place:  # not nan
         line += f"\n  {counts.first_place:.0%} of the preferences were for the answer that stood first"
     return line + (
         f"\n  flip rate {counts.flips / counts.num_pairs:.0%}: so often the other answer was preferred once their order changed, "
@@ -127,13 +130,8 @@ def combine_jury(path: Path, jobs: list[Job]) -> str:
     return f"{path.stem}: {agreement or 'no answer was scored by all of the jury'}"
 
 
-def identity_of_jury(jobs: list[Job]) -> dict:
-    """What must be the same for the means of juries to be comparable."""
-    return {**jobs[0].identity, "judge_model": [job.judge_model for job in jobs]}
-
-
 def _mean_row(item: Item, found: dict[str, dict]) -> dict:
-    paid = {"usage": None, "cost": None}
+    paid = {"usage": None, "cost": None, "possible_cost": 0.0}
     for row in found.values():
         paid = add_usage(paid, row)
     result = {**item.row, "status": "ok", "evaluation": None, "expected": None, **paid, "error": None}
@@ -151,40 +149,39 @@ def _mean_row(item: Item, found: dict[str, dict]) -> dict:
         }
         for criterion in next(iter(evaluations.values()))
     }
+    if all(row["expected"] is not None for row in found.values()):
+        result["expected"] = {
+            criterion: statistics.fmean(row["expected"][criterion] for row in found.values())
+            for criterion in result["evaluation"]
+        }
     return result
 
 
-def compare_with_people(labels: Path, scores: list[HumanScore], folder: Path, names: list[str]) -> str:
+def compare_with_people(
+    labels: Path, scores: list[HumanScore], folder: Path, names: list[str], answers: dict[tuple[str, str], str]
+) -> str:
     """How far the evaluations of some models agree with the scores of people, in lines; also written beside them.
 
-    Raises:
-        InputError: No score is of an answer that was judged, or it is not said of which model.
+    Args:
+        labels: Where the scores are from.
+        answers: Hash of each answer as it is now, by model and id.
     """
     evaluations = {}
     for name in names:
         for row in iterate_rows(folder / f"{name}.jsonl"):
-            if row["status"] == "ok":
+            if row["status"] == "ok" and answers.get((name, row["id"])) == row["prediction_hash"]:
                 by_criterion = {criterion: judged["score"] for criterion, judged in row["evaluation"].items()}
                 evaluations[name, row["id"]] = {**by_criterion, "overall": statistics.fmean(by_criterion.values())}
-    pairs, num_labels, num_unknown = defaultdict(list), 0, 0
+    pairs, num_unknown = defaultdict(list), 0
     for label in scores:
-        if label.model is None and len(names) > 1:
-            raise InputError(
-                f"human {labels}: needs a column model, as there are {', '.join(names)}; or set --model_name"
-            )
         judged = evaluations.get((label.model or names[0], label.id))
-        num_labels += 1
         num_unknown += judged is None
         if judged is not None:
             pairs[label.measure].append((label.id, judged[label.measure], label.score))
-    if not pairs:
-        raise InputError(
-            f"human {labels}: none of its {num_labels} scores is of an answer that was judged; check id and model"
-        )
     lines, found = [], {}
     if num_unknown:
         lines.append(
-            f"{num_unknown} of {num_labels} scores in {labels} are of answers without a judgement, and are left out"
+            f"{num_unknown} of {len(scores)} scores in {labels} are of answers without a judgement, and are left out"
         )
     for measure, values in pairs.items():
         estimates = measure_against_people(values)

@@ -55,7 +55,7 @@ def load_price(path: str | None, model: str) -> Price | None:
         table = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"prices {file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
         raise InputError(f"prices {file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(table, dict) or not isinstance(table.get("models"), dict):
         raise InputError(f"prices {file}: write `date:` and `models:`, as in {PRICES.name} of this project")
@@ -63,11 +63,13 @@ def load_price(path: str | None, model: str) -> Price | None:
         raise InputError(f"prices {file}: `date:` must say of which day the prices are, as in 2026-06-04")
     kinds = [field.name for field in fields(Price) if field.name != "date"]
     for name, entry in table["models"].items():
-        if not isinstance(entry, dict) or sorted(entry) != sorted(kinds):
+        if not isinstance(entry, dict) or set(entry) != set(kinds):
             raise InputError(f"prices {file}: {name} needs {', '.join(kinds)}, and nothing else")
         for kind, value in entry.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise InputError(f"prices {file}: {kind} of {name} must be a number of at least 0, got {value}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf or (kind == "batch" and value > 1):
+                rule = "a share, as 0.5" if kind == "batch" else "a number of at least 0, as 0.75"
+                raise InputError(f"prices {file}: {kind} of {name} must be {rule}, got {value}")
     entry = table["models"].get(model) or table["models"].get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
     return None if entry is None else Price(**entry, date=str(table["date"]))
 
@@ -84,7 +86,9 @@ def find_token_counter(model: str) -> tuple[Callable[[str], int], str]:
     def load() -> None:
         try:
             found.append(tiktoken.encoding_for_model(model))
-        except (KeyError, OSError) as error:  # KeyError: not a model that it knows; OSError: no network, and no cache
+        except (
+            Exception
+        ) as error:  # KeyError: not a model that it knows; else no network, or a page in place of the file
             found.append(error)
 
     thread = threading.Thread(target=load, daemon=True)  # the download has no time limit of its own
@@ -134,7 +138,7 @@ class Plan:
 
     def describe(self) -> str:
         prompt = round(self.prompt_bytes * self.tokens_per_byte)
-        completion = round(self.num_requests * self.completion_tokens)
+        completion = round(self.num_requests * min(self.completion_tokens, self.max_tokens))
         lines = [
             f"plan for {self.model}: {self.num_requests:,} requests, about {prompt:,} prompt tokens ({self.how_counted}) "
             f"and {completion:,} completion tokens (expected; reasoning comes on top)"
@@ -143,9 +147,10 @@ class Plan:
             lines.append("cost: unknown, as the price table has no such model; add it with --prices if it is paid for")
         elif self.num_requests:
             usage = {"prompt_tokens": prompt, "completion_tokens": completion}
-            most = {"prompt_tokens": prompt, "completion_tokens": self.num_requests * self.max_tokens}
+            # every reply cut off, and asked for once more with twice the limit
+            most = {"prompt_tokens": 2 * prompt, "completion_tokens": 3 * self.num_requests * self.max_tokens}
             lines.append(
                 f"cost: about ${self.price.cost(usage):.2f}, as a batch (--mode batch) ${self.price.cost(usage, batch=True):.2f}; "
-                f"${self.price.cost(most):.2f} if every reply took all of --max_tokens (prices of {self.price.date})"
+                f"${self.price.cost(most):.2f} if every reply had to be cut off at --max_tokens, twice (prices of {self.price.date})"
             )
         return "\n".join(lines)

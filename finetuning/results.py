@@ -18,13 +18,23 @@ from finetuning.runs import read_json, write_json
 
 
 def iterate_rows(path: Path) -> Iterator[dict]:
-    """The finished rows, one by one; a last line that a kill has torn is left out."""
+    """The finished rows, one by one; a last line that a kill has torn is left out.
+
+    Raises:
+        InputError: A line is no JSON object.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.endswith(b"\n") and line != b"\n":
-                yield json.loads(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}:{number} is no row; delete that line, and start again to make it anew")
+                yield row
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -44,8 +54,11 @@ def read_info(path: Path) -> dict:
     return read_json(info_path)
 
 
-def check_identity(path: Path, identity: dict) -> None:
+def check_identity(path: Path, identity: dict, why: str = "") -> None:
     """Refuse to go on with rows that were made under another identity.
+
+    Args:
+        why: What the rows are for, if they are not to be added to.
 
     Raises:
         InputError: There are such rows; says which field differs.
@@ -56,7 +69,9 @@ def check_identity(path: Path, identity: dict) -> None:
     differing = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
     if differing:
         what = "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(differing))
-        raise InputError(f"{path} was made under other conditions: {what}. Start over with --overwrite true")
+        raise InputError(
+            f"{path} was made under other conditions: {what}. {why + '; start' if why else 'Start'} over with --overwrite true"
+        )
 
 
 class RowFile:

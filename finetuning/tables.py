@@ -107,20 +107,16 @@ def load_samples(run: Path) -> pd.DataFrame:
         they were asked for), evaluation (the scores with their explanations).
 
     Raises:
-        InputError: Models were judged by different rubrics.
+        InputError: Models were judged by different judges, prompts or rubrics.
     """
     samples = load_predictions(run)
     samples["run"] = run.name
     names = names_of_files(run / EVALUATIONS, "all")
     paths = {name: run / EVALUATIONS / f"{name}.jsonl" for name in names}
-    rubrics = {name: read_info(path)["identity"]["criteria"] for name, path in paths.items()}
-    criteria = next(iter(rubrics.values()), [])
-    for name, its_criteria in rubrics.items():
-        if its_criteria != criteria:
-            raise InputError(
-                f"{paths[name]} was judged by {', '.join(its_criteria)}, and {names[0]} by {', '.join(criteria)}; judge all "
-                "with the same rubric (4_openai_test.py --overwrite true)"
-            )
+    identities = {name: read_info(path)["identity"] for name, path in paths.items()}
+    _check_judges(identities)
+    criteria = next(iter(identities.values()))["criteria"] if identities else []
+    samples.attrs["judges"] = identities
     evaluations = {(name, row["prediction_hash"]): row for name, path in paths.items() for row in iterate_rows(path)}
     found = [evaluations.get(key, {}) for key in zip(samples["model"], samples["prediction_hash"], strict=True)]
     samples["cost"] = [_number(row.get("cost")) for row in found]
@@ -135,6 +131,23 @@ def load_samples(run: Path) -> pd.DataFrame:
         expected = pd.DataFrame([row.get("expected") or {} for row in found], columns=criteria)
         samples["expected_overall"] = expected.mean(axis=1, skipna=False).to_numpy(dtype=float)
     return samples
+
+
+def _check_judges(identities: dict[str, dict]) -> None:
+    """Refuse scores of different judges, prompts or rubrics beside each other; by the name of the model that they are of."""
+    first, *others = identities or [None]
+    for name in others:
+        differing = [
+            key
+            for key in sorted(identities[first].keys() | identities[name].keys())
+            if identities[first].get(key) != identities[name].get(key)
+        ]
+        if differing:
+            what = "; ".join(f"{k}: {identities[first].get(k)!r} and {identities[name].get(k)!r}" for k in differing)
+            raise InputError(
+                f"{first} and {name} were not judged in the same way ({what}); judge all models alike: "
+                "4_openai_test.py --overwrite true"
+            )
 
 
 def load_runs(runs: list[Path]) -> pd.DataFrame:
@@ -159,10 +172,11 @@ def load_runs(runs: list[Path]) -> pd.DataFrame:
                 f"{name} and {largest} were tested on other samples, so their scores cannot be compared: "
                 f"{len(its_ids - ids[largest])} of the {len(its_ids)} of {name} are not among those of {largest}"
             )
-    rubrics = {name: criteria_of(samples) for name, samples in loaded.items() if criteria_of(samples)}
-    if len({tuple(criteria) for criteria in rubrics.values()}) > 1:
-        found = "; ".join(f"{name} by {', '.join(criteria)}" for name, criteria in rubrics.items())
-        raise InputError(f"the runs were judged by different rubrics: {found}")
+    _check_judges({
+        f"{name}/{model}": identity
+        for name, samples in loaded.items()
+        for model, identity in samples.attrs.pop("judges").items()
+    })  # fmt: skip
     return pd.concat(loaded.values(), ignore_index=True)
 
 

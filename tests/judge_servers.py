@@ -92,6 +92,7 @@ class StubJudge:
     def __init__(self, *replies):
         self.replies = list(replies)
         self.requests: list[dict] = []
+        self.deleted: list[str] = []  # files
         self.lock = threading.Lock()
 
     def next_reply(self, request: dict):
@@ -130,6 +131,10 @@ class StubBatches(StubJudge):
             return 200, {}, {"id": file_id, "object": "file", "bytes": len(body), "created_at": 0, "filename": "x", "purpose": "batch", "status": "processed"}  # fmt: skip
         if path.endswith("/batches"):
             return 200, {}, self.create(json.loads(body))
+        if path.endswith("/cancel"):
+            batch = self.batches[path.split("/")[-2]]
+            batch["status"] = "cancelled"
+            return 200, {}, batch
         return super().post(path, body)
 
     def create(self, request: dict) -> dict:
@@ -210,8 +215,18 @@ def serve(stub: StubJudge):
                 return
             self.send(*reply)
 
-        def send(self, status: int, headers: dict, body: str | dict):
-            content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        def do_DELETE(self):
+            stub.deleted.append(self.path.split("/")[-1])
+            self.send(200, {}, {"id": "x", "object": "file", "deleted": True})
+
+        def send(self, status: int, headers: dict, body: str | bytes | dict):
+            content = (
+                body
+                if isinstance(body, bytes)
+                else body.encode()
+                if isinstance(body, str)
+                else json.dumps(body).encode()
+            )
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **headers}.items():
                 self.send_header(name, str(value))

@@ -1,6 +1,7 @@
 """Step 4 against a real OpenAI-compatible server, and against a stub for what that cannot do."""
 
 import asyncio
+import email.utils
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import httpx2
@@ -20,10 +22,10 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT, command, end_step, make_run, run_step, start_step
-from judge_servers import StubJudge, evaluation, serve, start_llama_server
+from judge_servers import StubJudge, completion, evaluation, serve, start_llama_server
 
 from finetuning.judge import RESERVED, Evaluation
-from finetuning.judge_client import RateControl
+from finetuning.judge_client import Budget, RateControl, read_retry_after
 from finetuning.results import iterate_rows, read_rows
 from finetuning.tables import load_samples
 
@@ -38,7 +40,8 @@ def run_dir(tmp_path):
 
 def judge(run_dir, url: str, *args, check: bool = True, key: str = "sk-test-1234567890"):
     """Run step 4; gives its status and what it printed."""
-    arguments = ["--output_dir", run_dir, "--judge_model", "m", "--max_retries", "2", *args]
+    judge_model = [] if "--judges" in args else ["--judge_model", "m"]
+    arguments = ["--output_dir", run_dir, *judge_model, "--max_retries", "2", *args]
     environment = {"OPENAI_API_KEY": key, "OPENAI_BASE_URL": url}
     status, printed = run_step("4_openai_test.py", run_dir.with_name("printed"), *arguments, **environment)
     if check:
@@ -267,11 +270,11 @@ def test_a_seventh_criterion_needs_one_field(project, run_dir):
         assert evaluations(run_dir)[0]["evaluation"]["tone"] == {"explanation": "tone is so", "score": 7}
         assert "tone" in run_here("-m", "finetuning.scores", "--output_dir", run_dir)
         notebook = run_dir / "executed.ipynb"
-        run_here("-m", "papermill", "5_score_notebook.ipynb", notebook, "-p", "output_dir", run_dir)
+        run_here("-m", "papermill", "5_score_notebook.ipynb", notebook, "-p", "output_dirs", run_dir)
     cells = json.loads(notebook.read_text())["cells"]
     assert any("tone" in json.dumps(cell.get("outputs", "")) for cell in cells)
     report = (run_dir / "report.html").read_text()
-    assert "<dt>tone: 7</dt><dd>tone is so</dd>" in report and "<th>tone</th>" in report
+    assert '"tone","completion quality"]' in report and '[7,"tone is so"]' in report and ">tone</button>" in report
 
 
 def test_a_rubric_of_ones_own_in_yaml_or_python(run_dir, tmp_path):
@@ -296,8 +299,11 @@ RUBRICS = {
     "missing.yaml": (None, "No such file"),
     "rubric.txt": ("x", "neither file.py:ClassName nor a YAML"),
     "list.yaml": ("- a\n- b\n", "write a line `name: description`"),
-    "name.yaml": ("two words: x\n", "is no name"),
+    "name.yaml": ("two words: x\n", "cannot be a name here"),
     "reserved.yaml": ("overall: x\n", "name of a column"),
+    "twice.yaml": ("a: x\na: y\n", "a name stands twice"),
+    "pydantic.yaml": ("model_dump: x\n", "cannot be a name here"),
+    "exit.py:A": ("raise SystemExit(0)", "cannot be imported: SystemExit"),
     "torn.yaml": ("a: [\n", "is no YAML"),
     "empty.yaml": ("{}\n", "has no criteria"),
     "broken.py:A": ("def (", "SyntaxError"),
@@ -397,10 +403,10 @@ def test_requests_leave_no_faster_than_asked(run_dir):
 
 def test_tokens_of_a_minute_are_counted_as_they_are_used():
     async def seconds_for(num_requests: int, expected: float, used: float) -> float:
-        rate = RateControl(8, None, 60_000, asyncio.Event())  # a thousand a second
+        rate = RateControl(8, None, 60_000, asyncio.Event(), Budget(None, 0))  # a thousand a second
         started = time.monotonic()
         for _ in range(num_requests):
-            with rate.expecting(expected):
+            with rate.sending(expected, 0):
                 await rate.before(httpx2.Request("POST", "http://127.0.0.1"))
             rate.settle(expected, used)
         return time.monotonic() - started
@@ -408,6 +414,15 @@ def test_tokens_of_a_minute_are_counted_as_they_are_used():
     assert asyncio.run(seconds_for(6, 100, 100)) == pytest.approx(0.5, abs=0.1)
     assert asyncio.run(seconds_for(6, 100, 300)) == pytest.approx(1.5, abs=0.1)
     assert asyncio.run(seconds_for(6, 200, 20)) == pytest.approx(0.1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "headers, seconds",
+    [({"retry-after": "7"}, 7), ({"retry-after-ms": "250", "retry-after": "7"}, 0.25), ({}, 0), ({"retry-after": "soon"}, 0),
+     ({"retry-after": email.utils.format_datetime(datetime.now(UTC) + timedelta(minutes=5))}, 300)],
+)  # fmt: skip
+def test_every_form_of_retry_after_is_read(headers, seconds):
+    assert read_retry_after(headers) == pytest.approx(seconds, abs=2)
 
 
 def test_a_wait_of_an_hour_ends_the_start(run_dir):
@@ -481,6 +496,93 @@ def test_an_address_on_the_command_line_needs_no_key(run_dir):
     assert len(evaluations(run_dir)) == 6
 
 
+STRANGE = {
+    "no message": {"choices": [{}]},
+    "no choices": {"choices": []},
+    "no usage": {"usage": None},
+    "empty usage": {"usage": {}},
+    "text": "busy, come back later",
+    "list": [1, 2],
+    "no text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_reply_is_an_error_of_its_sample(run_dir, prices, name):
+    strange = STRANGE[name]
+    body = {**completion(evaluation(5)), **strange} if isinstance(strange, dict) else strange
+    with serve(StubJudge(evaluation(5), (200, {}, body), evaluation(5))) as url:
+        arguments = ["--model_name", "checkpoint-10", "--concurrency", "1", "--max_retries", "0", "--prices", prices]
+        printed = judge(run_dir, url, *arguments).printed
+    statuses = Counter(row["status"] for row in evaluations(run_dir))
+    assert statuses == ({"ok": 6} if "usage" in name else {"ok": 5, "error": 1})
+    assert "more for replies that never came" in printed  # what it cost is not known
+
+
+def test_the_key_is_in_no_row_whatever_the_endpoint_repeats(run_dir):
+    key = "sk-test-1234567890"
+    for message in (f"bad key {key}", "x" * 290 + f" {key}"):
+        with serve(StubJudge((400, {}, {"error": {"message": message}}))) as url:
+            result = judge(run_dir, url, "--overwrite", "true", key=key + "\n", check=False)  # as a file gives it
+        assert key[:10] not in result.printed + json.dumps(evaluations(run_dir))
+    with serve(StubJudge(f"my key is {key}")) as url:
+        judge(run_dir, url, "--overwrite", "true", key=key)
+        assert {row["error"] for row in evaluations(run_dir)} == {"my key is ***"}
+        result = judge(run_dir, url, key="sk-키", check=False)
+    assert result.returncode == 2 and "holds spaces or characters that no key has" in result.printed
+
+
+def test_a_password_in_an_address_is_not_shown(run_dir):
+    result = judge(run_dir, "http://me:p@ss/w@127.0.0.1:1/v1", "--dry_run", "true", check=False)
+    assert "ss" not in re.sub("pass|less|necess|messa|asse", "", result.printed.splitlines()[0])
+
+
+def test_a_paid_reply_is_kept_when_the_second_one_cannot_be_had(run_dir):
+    quota = (429, {}, {"error": {"message": "no money", "code": "insufficient_quota"}})
+    with serve(StubJudge("ten of ten", quota)) as url:
+        result = judge(run_dir, url, "--model_name", "checkpoint-10", check=False)
+    (row,) = evaluations(run_dir)
+    assert result.returncode == 2 and row["status"] == "invalid" and row["usage"]["completion_tokens"] == 50
+
+
+def test_overwriting_with_a_wrong_key_deletes_nothing(run_dir):
+    with serve(StubJudge(evaluation(8))) as url:
+        judge(run_dir, url)
+    before = evaluations(run_dir)
+    with serve(StubJudge((401, {}, {"error": {"message": "no"}}))) as url:
+        assert judge(run_dir, url, "--overwrite", "true", check=False).returncode == 2
+    assert evaluations(run_dir) == before
+    with serve(StubJudge(evaluation(3))) as url:
+        judge(run_dir, url, "--overwrite", "true")
+    assert {row["evaluation"]["clarity"]["score"] for row in evaluations(run_dir)} == {3}
+    assert not list((run_dir / "qa_evaluation_results").glob("*.previous"))
+
+
+def test_models_are_judged_alike(run_dir):
+    with serve(stub := StubJudge(evaluation(8))) as url:
+        judge(run_dir, url, "--model_name", "base")
+        num_requests = len(stub.requests)
+        result = judge(run_dir, url, "--model_name", "checkpoint-10", "--judge_language", "ko", check=False)
+        assert result.returncode == 2 and "All models are judged in the same way" in result.printed
+        assert len(stub.requests) == num_requests
+
+
+def test_scores_are_whole_numbers_that_the_judge_wrote(run_dir):
+    for score in ("true", '"7"', "7.5"):
+        with serve(StubJudge(evaluation(7).replace("7", score))) as url:
+            judge(run_dir, url, "--model_name", "base", "--overwrite", "true")
+        assert {row["status"] for row in evaluations(run_dir, "base")} == {"invalid"}
+
+
+def test_predictions_that_are_none_are_named(run_dir):
+    path = run_dir / "predictions" / "base.jsonl"
+    whole = path.read_text()
+    for content, message in ((whole + "no JSON\n", "base.jsonl:4 is no row"), (whole.replace("references", "labels"), "lacks references")):  # fmt: skip
+        path.write_text(content)
+        result = judge(run_dir, "http://127.0.0.1:1", check=False)
+        assert result.returncode == 2 and message in result.printed
+
+
 # --- Money ------------------------------------------------------------------------------------------------------------
 
 PRICES = "date: 2026-11-01\nmodels:\n  m: {prompt: 1.0, cached_prompt: 0.5, completion: 10.0, batch: 0.5}\n"
@@ -528,6 +630,18 @@ def test_the_limit_of_money_is_never_passed(tmp_path, prices):
         assert len(stub.requests) == num_requests
         judge(run_dir, url, *arguments, "--max_cost", "1")
     assert len(evaluations(run_dir, "base")) == len(stub.requests) == 60
+
+
+def test_replies_that_never_came_count_against_the_limit_of_money(tmp_path, prices):
+    """Each may have been billed: its cost is not known, so that it counts with the most that it can be, on later starts too."""
+    run_dir = make_run(tmp_path / "run", {"base": [f"answer {i}" for i in range(60)]})
+    arguments = ["--prices", prices, "--max_tokens", "100", "--concurrency", "4", "--max_cost", "0.03"]
+    with serve(stub := StubJudge(evaluation(4), "hang up")) as url:
+        printed = judge(run_dir, url, *arguments).printed
+        num_requests = len(stub.requests)
+        assert 3 <= num_requests <= 10 and "more for replies that never came" in printed  # each at most half a cent
+        judge(run_dir, url, *arguments)
+        assert len(stub.requests) <= num_requests + 1
 
 
 def test_a_limit_of_money_needs_a_price(run_dir):
@@ -680,7 +794,8 @@ def test_a_judge_is_measured_against_people(tmp_path):
         ("id,note\nsample0000,x\n", "needs the columns id and score"),
         ("id,score\nsample0000,eleven\n", "labels.csv:2: score must be a number from 1 to 10, got eleven"),
         ("id,score\nsample0000,11\n", "must be a number from 1 to 10"),
-        ("id,score\nelsewhere,5\n", "none of its 1 scores is of an answer that was judged"),
+        ("id,score\nelsewhere,5\n", "none of its 1 scores is of an answer that is judged"),
+        ("id,score,overall\nsample0000,5,6\n", "score and overall mean the same"),
         ("", "needs the columns id and score"),
     ],
 )
@@ -730,6 +845,16 @@ def test_a_server_without_probabilities_is_said_so(run_dir):
         (["--compare", "base", "checkpoint-99"], "no predictions of `checkpoint-99`"),
         (["--compare", "base", "checkpoint-10", "--judges", "a,b"], "compare asks one judge"),
         (["--judges", "a"], "a jury has two or more"),
+        (["--judges", "..,a"], ".. is no name of a judge"),
+        (["--compare", "base", "checkpoint-10", "--model_name", "base"], "compare names the models itself"),
+        (
+            ["--collect", "true", "--mode", "batch", "--max_cost", "1", "--prices", "PRICES"],
+            "max_cost has no effect with collect",
+        ),
+        (["--mode", "batch", "--concurrency", "4"], "concurrency has no effect with mode: batch"),
+        (["--poll_seconds", "4"], "poll_seconds has no effect without mode: batch"),
+        (["--base_url", "http://[::1"], "is no address"),
+        (["--base_url", "http:///v1"], "is no address"),
         (["--collect", "true"], "collect has no effect without mode: batch"),
         (["--mode", "batch", "--requests_per_minute", "5"], "requests_per_minute has no effect with mode: batch"),
         (["--max_cost", "0"], "max_cost: must be more than 0"),

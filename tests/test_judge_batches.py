@@ -29,7 +29,9 @@ def run_dir(tmp_path):
 
 
 def arguments_for(run_dir, *args) -> list:
-    common = ["--output_dir", run_dir, "--judge_model", "m", "--mode", "batch", "--poll_seconds", "0.05"]
+    common = ["--output_dir", run_dir, "--mode", "batch"]
+    common += [] if "--judges" in args else ["--judge_model", "m"]
+    common += [] if "--collect" in args else ["--poll_seconds", "0.05"]
     return [*common, "--prices", run_dir.parent / "prices.yaml", "--max_retries", "1", *args]
 
 
@@ -66,7 +68,7 @@ def test_a_batch_gives_the_rows_that_live_judging_gives(run_dir, tmp_path):
         run_step(STEP, tmp_path / "printed", *arguments, OPENAI_API_KEY="x", OPENAI_BASE_URL=url)
     with serve(stub := StubBatches(reply)) as url:
         printed = judge(run_dir, url).printed
-    assert len(stub.batches) == 1 and len(stub.requests) == 9  # both models in one batch
+    assert len(stub.batches) == 2 and len(stub.requests) == 9  # one for each model
     by_id = {row["id"]: row for row in evaluations(run_dir)}
     for row in evaluations(live_dir):
         same = ("prediction_hash", "status", "evaluation", "usage", "error")
@@ -74,7 +76,8 @@ def test_a_batch_gives_the_rows_that_live_judging_gives(run_dir, tmp_path):
     assert Counter(row["status"] for row in evaluations(run_dir, "base")) == {"refusal": 3}
     assert f"cost of these evaluations: ${9 * COST:.6g}" in printed
     assert load_samples(run_dir)["overall"].notna().sum() == 6
-    assert [state["status"] for state in states(run_dir)] == ["collected"]
+    assert [state["status"] for state in states(run_dir)] == ["collected", "collected"]
+    assert sorted(stub.deleted) == sorted(stub.files)  # and nothing of it at the endpoint
     assert not list(
         (run_dir / "qa_evaluation_results" / "batches").glob("*.jsonl")
     )  # nothing of it is left but its record
@@ -121,12 +124,12 @@ def test_a_batch_that_was_refused_says_why_and_is_sent_anew(run_dir):
         result = judge(run_dir, url, check=False)
         assert result.returncode == 2 and "line 1 is no JSON" in result.printed
         judge(run_dir, url)
-    assert len(stub.batches) == 2 and len(evaluations(run_dir)) == 6
+    assert len(stub.batches) == 3 and len(evaluations(run_dir)) == 6
 
 
 def test_a_cancelled_batch_keeps_what_was_done(run_dir):
     with serve(StubBatches(evaluation(6), ends=("cancelled",))) as url:
-        assert "cancelled, 9 of 9" in judge(run_dir, url).printed
+        assert "cancelled, 6 of 6" in judge(run_dir, url).printed
 
 
 def test_a_batch_can_be_collected_later(run_dir):
@@ -142,7 +145,7 @@ def test_a_batch_can_be_collected_later(run_dir):
         assert "in_progress; start with --collect true again later" in printed and evaluations(run_dir) == []
         stub.looks = 0
         assert "judged 6 of 6" in judge(run_dir, url, "--collect", "true").printed
-    assert len(stub.batches) == 1 and len(evaluations(run_dir)) == 6
+    assert len(stub.batches) == 2 and len(evaluations(run_dir)) == 6
 
 
 @pytest.mark.parametrize("moment", ["files", "batches", "look", "content"])
@@ -174,7 +177,7 @@ def test_a_kill_at_any_step_of_a_batch_submits_nothing_twice(run_dir, moment):
         os.kill(process, signal.SIGKILL)
         assert end_step(STEP) == -signal.SIGKILL
         assert "judged 6 of 6" in judge(run_dir, url).printed
-    assert len(stub.batches) == 1 and len(stub.requests) == 9
+    assert len(stub.batches) == 2 and len(stub.requests) == 9
     assert Counter(row["id"] for row in evaluations(run_dir)) == {f"sample{i:04d}": 1 for i in range(6)}
 
 
@@ -184,7 +187,14 @@ def test_a_kill_while_rows_are_written_doubles_none(run_dir):
         judge(run_dir, url, "--model_name", "checkpoint-10")
         (state,) = (run_dir / "qa_evaluation_results" / "batches").glob("*.json")
         state.write_text(json.dumps({**json.loads(state.read_text()), "status": "downloaded"}))
-        state.with_suffix(".jsonl").write_bytes(stub.files["file-0"])
+        items = [
+            {
+                "custom_id": f"{state.stem.split('.')[1]}-{i}",
+                "row": {key: row[key] for key in ("id", "prediction_hash")},
+            }
+            for i, row in enumerate(sorted(evaluations(run_dir), key=lambda row: row["id"]))
+        ]
+        state.with_suffix(".items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
         state.with_suffix(".output.jsonl").write_text(
             stub.files[stub.batches["batch-0"]["output_file_id"]].decode() + "\n"
         )
@@ -209,10 +219,97 @@ def test_an_answer_that_changed_meanwhile_is_not_given_the_old_reply(run_dir):
         path = run_dir / "predictions" / "checkpoint-10.jsonl"
         path.write_text(path.read_text().replace("asks question 3", "asks question 33"))
         stub.looks = 0
-        printed = judge(run_dir, url, "--collect", "true").printed
-        assert "1 are about answers that have changed since" in printed and "judged 5 of 6" in printed
+        assert "judged 5 of 6" in judge(run_dir, url, "--collect", "true").printed
         assert "judged 6 of 6" in judge(run_dir, url).printed
+    assert len(stub.batches) == 3
+    rows = evaluations(run_dir)
+    assert len(rows) == 6 and sum(row["usage"]["completion_tokens"] for row in rows) == 7 * 50  # all that was paid for
+
+
+def start_and_leave(run_dir, stub, url, *args) -> None:
+    """Start step 4, and interrupt it once all its batches are submitted."""
+    wanted = len(stub.batches) + 1
+    environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+    process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir, *args), **environment)
+    while len(stub.batches) < wanted or not stub.num_looks:
+        time.sleep(0.02)
+    os.kill(process, signal.SIGINT)
+    assert end_step(STEP) == 130
+
+
+def test_a_start_about_other_models_leaves_a_batch_alone(run_dir):
+    with serve(stub := StubBatches(evaluation(6), looks=10_000)) as url:
+        start_and_leave(run_dir, stub, url, "--model_name", "checkpoint-10")
+        stub.looks = 0
+        judge(run_dir, url, "--model_name", "base")
+        assert evaluations(run_dir) == [] and len(evaluations(run_dir, "base")) == 3
+        assert "judged 6 of 6" in judge(run_dir, url).printed
+    assert len(stub.batches) == 2 and len(stub.requests) == 9
+
+
+def test_a_batch_under_other_conditions_is_not_mixed_in(run_dir):
+    with serve(stub := StubBatches(evaluation(6), looks=10_000)) as url:
+        start_and_leave(run_dir, stub, url, "--model_name", "checkpoint-10")
+        result = judge(run_dir, url, "--judge_language", "ko", check=False)
+        assert (
+            result.returncode == 2 and "a batch is under way for checkpoint-10 under other conditions" in result.printed
+        )
+        live = ["--output_dir", run_dir, "--judge_model", "m", "--model_name", "checkpoint-10"]
+        status, printed = run_step(STEP, run_dir.with_name("printed"), *live, OPENAI_API_KEY="x", OPENAI_BASE_URL=url)
+        assert status == 2 and "a batch is under way for checkpoint-10" in printed and "--mode batch" in printed
+        stub.looks = 0
+        assert "given up" in judge(run_dir, url, "--judge_language", "ko", "--overwrite", "true").printed
+    assert stub.batches["batch-0"]["status"] == "cancelled" and len(evaluations(run_dir)) == 6
+    assert "평가" in stub.requests[-1]["messages"][0]["content"]
+
+
+def test_a_submission_whose_answer_is_lost_is_found_and_not_repeated(run_dir):
+    class Cut(StubBatches):
+        def post(self, path, body):
+            reply = super().post(path, body)
+            return "hang up" if path.endswith("/batches") and len(self.batches) == 1 else reply
+
+    with serve(stub := Cut(evaluation(6))) as url:
+        judge(run_dir, url, "--model_name", "checkpoint-10")
+    assert len(stub.batches) == 1 and len(evaluations(run_dir)) == 6
+
+
+def test_a_kill_during_the_second_batch_makes_no_third(run_dir):
+    with serve(stub := StubBatches(CUT_OFF)) as url:
+        arguments = ["--model_name", "checkpoint-10", "--max_tokens", "100"]
+        environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+        process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir, *arguments), **environment)
+        while len(stub.batches) < 2:
+            stub.looks = 10_000 if stub.num_looks.get("batch-0") else 2
+            time.sleep(0.005)
+            stub.looks = 2 if len(stub.batches) < 2 else 10_000
+        os.kill(process, signal.SIGKILL)
+        end_step(STEP)
+        stub.looks = 0
+        judge(run_dir, url, *arguments)
     assert len(stub.batches) == 2
+    assert {(row["status"], row["usage"]["completion_tokens"]) for row in evaluations(run_dir)} == {("truncated", 100)}
+
+
+@pytest.mark.parametrize("body", ["<html>busy</html>", {"error": "too long"}, {"error": None}, None, 7], ids=str)
+def test_odd_lines_of_a_batch_are_errors_of_their_samples(run_dir, body):
+    with serve(StubBatches((500, {}, body), evaluation(6))) as url:
+        judge(run_dir, url, "--model_name", "checkpoint-10")
+    assert Counter(row["status"] for row in evaluations(run_dir)) == {"ok": 5, "error": 1}
+
+
+def test_a_reply_with_what_the_client_does_not_know_is_read(run_dir):
+    class Newer(StubBatches):
+        def end(self, batch):
+            super().end(batch)
+            self.files = {
+                name: content.replace(b'"id": "x"', b'"service_tier": "of next year", "id": "x"')
+                for name, content in self.files.items()
+            }
+
+    with serve(Newer(evaluation(6))) as url:
+        judge(run_dir, url, "--model_name", "checkpoint-10")
+    assert {row["status"] for row in evaluations(run_dir)} == {"ok"}
 
 
 def test_the_limit_of_money_holds_for_batches(run_dir):
