@@ -38,6 +38,10 @@ const WORDS = {
     legend: "밑줄: 정답에 없는 말. 취소선: 정답에만 있는 말.",
     tableNote: "샘플 평균과 95 % 구간입니다 (BCa 부트스트랩, 멈춘 비율은 Wilson). 멈춤: 종료 토큰으로 끝난 답변의 비율. seq-rep-4: 답변 " +
       "안에서 앞에 이미 나온 4-gram의 비율. 점수가 없는 것은 평균에 들지 않습니다. 제목을 누르면 정렬됩니다.",
+    "title:model": "모델", "title:samples": "샘플", "title:errors": "오류", "title:judged": "심사됨", "title:failed": "실패",
+    "title:coverage": "심사 비율", "title:judge overall": "종합 점수", "title:stopped": "멈춤", "title:length ratio": "길이 비",
+    "title:tokens": "토큰", "title:seconds": "초", "title:cost": "비용", "title:minus": "빼기", "title:difference": "차이",
+    "title:better": "나음", "title:equal": "같음", "title:worse": "못함", "title:detectable": "검출 가능",
     comparisonNote: "같은 샘플에서 앞 모델에서 뒤 모델을 뺀 값과 95 % 구간입니다. p는 근사 무작위화 검정의 것이며 모든 비교에 대해 " +
       "보정했습니다 (Holm). 검출 가능: 이만한 샘플로 80 % 확률로 볼 수 있는 가장 작은 차이.",
   },
@@ -67,7 +71,11 @@ function element(tag, className, text) {
 function speak() {
   words = WORDS[language];
   root.lang = language;
-  document.querySelectorAll("[data-word]").forEach(node => { node.textContent = words[node.dataset.word]; });
+  document.querySelectorAll("[data-word]").forEach(node => {
+    if (node.dataset.original === undefined) node.dataset.original = node.textContent;
+    const word = words[node.dataset.word];  // a term that is used as it is has none
+    node.textContent = word === undefined ? node.dataset.original : word;
+  });
   document.querySelectorAll("[data-lang]").forEach(node => { node.hidden = node.dataset.lang !== language; });
   search.placeholder = words.search;
   search.setAttribute("aria-label", words.search);
@@ -109,6 +117,7 @@ const search = byId("search"), filter = byId("filter"), ofModel = byId("of-model
 const texts = [];  // of each sample, lower case, made when first searched
 const scale = data.judged ? "judge" : "rouge";
 const hidden = new Set();  // models that are not shown
+let waiting;  // for the next key of a search
 let start = 0, listed = [], rendered = 0, differences = false;
 
 data.models.forEach((name, i) => {
@@ -289,10 +298,12 @@ function follow() {
     byId("count").textContent = `${words.notFound} ${id}`;
     return;
   }
+  clearTimeout(waiting);  // of a search that was just typed
+  find();
   if (!listed.includes(index)) {
     search.value = filter.value = ofModel.value = "";
+    find();
   }
-  find();
   show(listed.indexOf(index));
   const card = byId("s-" + id);
   card.classList.add("linked");
@@ -304,7 +315,6 @@ new IntersectionObserver(entries => {
   if (entries.some(entry => entry.isIntersecting) && start + rendered < listed.length) more();
 }, { rootMargin: "1200px" }).observe(end);
 
-let waiting;
 search.addEventListener("input", () => {
   clearTimeout(waiting);
   waiting = setTimeout(show, 120);

@@ -416,13 +416,13 @@ def test_tokens_of_a_minute_are_counted_as_they_are_used():
     assert asyncio.run(seconds_for(6, 200, 20)) == pytest.approx(0.1, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    "headers, seconds",
-    [({"retry-after": "7"}, 7), ({"retry-after-ms": "250", "retry-after": "7"}, 0.25), ({}, 0), ({"retry-after": "soon"}, 0),
-     ({"retry-after": email.utils.format_datetime(datetime.now(UTC) + timedelta(minutes=5))}, 300)],
-)  # fmt: skip
-def test_every_form_of_retry_after_is_read(headers, seconds):
-    assert read_retry_after(headers) == pytest.approx(seconds, abs=2)
+def test_every_form_of_retry_after_is_read():
+    date = email.utils.format_datetime(datetime.now(UTC) + timedelta(minutes=5))
+    for headers, seconds in (
+        ({"retry-after": "7"}, 7), ({"retry-after-ms": "250", "retry-after": "7"}, 0.25), ({}, 0),
+        ({"retry-after": "soon"}, 0), ({"retry-after": date}, 300),
+    ):  # fmt: skip
+        assert read_retry_after(headers) == pytest.approx(seconds, abs=2)
 
 
 def test_a_wait_of_an_hour_ends_the_start(run_dir):
@@ -516,7 +516,8 @@ def test_a_strange_reply_is_an_error_of_its_sample(run_dir, prices, name):
         printed = judge(run_dir, url, *arguments).printed
     statuses = Counter(row["status"] for row in evaluations(run_dir))
     assert statuses == ({"ok": 6} if "usage" in name else {"ok": 5, "error": 1})
-    assert "more for replies that never came" in printed  # what it cost is not known
+    known = name in ("no message", "no choices")  # these say what was used
+    assert known != ("more for replies that never came" in printed)
 
 
 def test_the_key_is_in_no_row_whatever_the_endpoint_repeats(run_dir):
