@@ -72,7 +72,7 @@ from finetuning.prices import (
     load_price,
     measure_tokens_per_byte,
 )
-from finetuning.results import RowFile, check_identity, iterate_rows, read_info
+from finetuning.results import RowFile, check_free, check_identity, iterate_rows, read_info
 from finetuning.runs import EVALUATIONS, PREDICTIONS, find_run, names_of_files
 
 CONCURRENCY = 8
@@ -198,7 +198,7 @@ def check_identities(run: Path, jobs: list[Job], args: JudgeArguments) -> None:
         for name in names_of_files(run / EVALUATIONS, "all"):
             path = run / EVALUATIONS / f"{name}.jsonl"
             if path not in written:
-                check_identity(path, identity, "All models are judged in the same way, to be compared")
+                check_identity(path, identity, "All models are judged in the same way (--model_name all)")
     if args.mode == "live" and not args.overwrite and not args.dry_run:
         for job in jobs:
             if open_batches(job.path):
@@ -318,6 +318,7 @@ def stop_on_interrupt() -> asyncio.Event:
 def earlier_rows_kept(jobs: list[Job], overwrite: bool) -> Iterator[None]:
     """With --overwrite, the rows there are stand aside until there is one in their place: a wrong key deletes nothing."""
     for job in jobs:
+        check_free(job.path)
         has_rows = next(iterate_rows(job.path), None) is not None
         for path in (job.path, job.path.with_suffix(".json")):
             aside = path.with_name(path.name + ".previous")

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from finetuning.errors import InputError
 from finetuning.runs import read_json, write_json
@@ -74,6 +75,24 @@ def check_identity(path: Path, identity: dict, why: str = "") -> None:
         )
 
 
+def check_free(path: Path) -> None:
+    """Refuse to touch rows that another process is writing.
+
+    Raises:
+        InputError: One is.
+    """
+    if path.exists():
+        with path.open("a") as file:
+            _lock(file, path)
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path} is being written by another process; wait for it, or stop it") from None
+
+
 class RowFile:
     """The rows of one model, opened to be appended to. They are in the file only, however many there are.
 
@@ -104,10 +123,7 @@ class RowFile:
     def _open(self) -> None:
         # a server may send half a character, which is none
         self._file = self.path.open("a", encoding="utf-8", errors="replace")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends in any way
-        except BlockingIOError:
-            raise InputError(f"{self.path} is being written by another process; wait for it, or stop it") from None
+        _lock(self._file, self.path)  # until it is closed, or the process ends in any way
 
     def _cut_torn_line(self) -> None:
         with self.path.open("rb+") as file:

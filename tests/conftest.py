@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -102,6 +104,14 @@ def train(output_dir: Path, *args: str, num_processes: int = 1, check: bool = Tr
     """Run step 1 with a small budget."""
     arguments = ["--config", CONFIG, *SMALL, "--output_dir", output_dir, *args]
     return run(command(TRAIN, *arguments, num_processes=num_processes), check, **env)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait for what another process is to do, and fail if it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.005)
 
 
 def kill_all(process: subprocess.Popen) -> None:

@@ -21,7 +21,7 @@ import krippendorff
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import ROOT, command, end_step, make_run, run_step, start_step
+from conftest import ROOT, command, end_step, make_run, run_step, start_step, wait_until
 from judge_servers import StubJudge, completion, evaluation, serve, start_llama_server
 
 from finetuning.judge import RESERVED, Evaluation
@@ -148,8 +148,7 @@ def test_an_interrupt_keeps_what_is_in_flight(run_dir):
         process = subprocess.Popen(
             command("4_openai_test.py", *arguments), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
         )
-        while len(stub.requests) < 3:  # the first goes alone
-            time.sleep(0.02)
+        wait_until(lambda: len(stub.requests) == 3)  # the first goes alone
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=30)
     assert process.returncode == 130 and "waiting for the requests in flight" in printed and "Traceback" not in printed
@@ -185,8 +184,7 @@ def test_a_judge_killed_in_the_middle_goes_on_and_sends_nothing_twice(run_dir):
         arguments = ["--output_dir", run_dir, "--judge_model", "m", "--concurrency", "1"]
         environment = {**os.environ, "OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
         process = subprocess.Popen(command("4_openai_test.py", *arguments), cwd=ROOT, env=environment)
-        while not evaluations(run_dir):
-            time.sleep(0.05)
+        wait_until(lambda: evaluations(run_dir))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         before = evaluations(run_dir)
@@ -559,6 +557,21 @@ def test_overwriting_with_a_wrong_key_deletes_nothing(run_dir):
     assert not list((run_dir / "qa_evaluation_results").glob("*.previous"))
 
 
+def test_two_starts_do_not_write_the_same_rows(run_dir):
+    stub = StubJudge(evaluation(8))
+    next_reply = stub.next_reply
+    stub.next_reply = lambda request: (next_reply(request), time.sleep(1.5))[0]
+    with serve(stub) as url:
+        environment = {**os.environ, "OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+        arguments = ["--output_dir", run_dir, "--judge_model", "m", "--model_name", "base"]
+        first = subprocess.Popen(command("4_openai_test.py", *arguments), cwd=ROOT, env=environment)
+        wait_until(lambda: stub.requests)
+        for overwrite in ("false", "true"):
+            result = judge(run_dir, url, "--model_name", "base", "--overwrite", overwrite, check=False)
+            assert result.returncode == 2 and "is being written by another process" in result.printed
+        assert first.wait() == 0 and len(evaluations(run_dir, "base")) == len(stub.requests) == 3
+
+
 def test_models_are_judged_alike(run_dir):
     with serve(stub := StubJudge(evaluation(8))) as url:
         judge(run_dir, url, "--model_name", "base")
@@ -902,8 +915,7 @@ def test_a_thousand_answers_with_faults_and_kills(tmp_path, prices):
         for _ in range(20):
             wanted = len(stub.requests) + rng.randint(1, 50)
             process = start_step("4_openai_test.py", tmp_path / "printed", *arguments, **environment)
-            while len(stub.requests) < wanted:
-                time.sleep(0.002)
+            wait_until(lambda wanted=wanted: len(stub.requests) >= wanted)
             os.kill(process, signal.SIGKILL)
             assert end_step("4_openai_test.py") == -signal.SIGKILL
         assert 100 < sum(1 for _ in iterate_rows(path)) < num_answers

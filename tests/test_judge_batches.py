@@ -8,7 +8,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import end_step, make_run, run_step, start_step
+from conftest import end_step, make_run, run_step, start_step, wait_until
 from judge_servers import StubBatches, StubJudge, evaluation, serve
 
 from finetuning.judge import Evaluation
@@ -137,8 +137,7 @@ def test_a_batch_can_be_collected_later(run_dir):
     with serve(stub) as url:
         environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
         process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir), **environment)
-        while not stub.num_looks:
-            time.sleep(0.02)
+        wait_until(lambda: stub.num_looks)
         os.kill(process, signal.SIGINT)
         assert end_step(STEP) == 130 and "the same command goes on" in run_dir.with_name("printed").read_text()
         printed = judge(run_dir, url, "--collect", "true").printed
@@ -172,8 +171,7 @@ def test_a_kill_at_any_step_of_a_batch_submits_nothing_twice(run_dir, moment):
     with serve(stub := Slow(evaluation(6))) as url:
         environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
         process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir), **environment)
-        while not reached:
-            time.sleep(0.01)
+        wait_until(lambda: reached)
         os.kill(process, signal.SIGKILL)
         assert end_step(STEP) == -signal.SIGKILL
         assert "judged 6 of 6" in judge(run_dir, url).printed
@@ -212,8 +210,7 @@ def test_an_answer_that_changed_meanwhile_is_not_given_the_old_reply(run_dir):
     with serve(stub) as url:
         environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
         process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir), **environment)
-        while not stub.num_looks:
-            time.sleep(0.02)
+        wait_until(lambda: stub.num_looks)
         os.kill(process, signal.SIGKILL)
         end_step(STEP)
         path = run_dir / "predictions" / "checkpoint-10.jsonl"
@@ -231,8 +228,7 @@ def start_and_leave(run_dir, stub, url, *args) -> None:
     wanted = len(stub.batches) + 1
     environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
     process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir, *args), **environment)
-    while len(stub.batches) < wanted or not stub.num_looks:
-        time.sleep(0.02)
+    wait_until(lambda: len(stub.batches) >= wanted and stub.num_looks)
     os.kill(process, signal.SIGINT)
     assert end_step(STEP) == 130
 
@@ -283,8 +279,7 @@ def test_a_kill_during_the_second_batch_makes_no_third(run_dir):
         arguments = ["--model_name", "checkpoint-10", "--max_tokens", "100"]
         environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
         process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir, *arguments), **environment)
-        while len(stub.batches) < 2:
-            time.sleep(0.005)
+        wait_until(lambda: len(stub.batches) == 2)
         os.kill(process, signal.SIGKILL)
         end_step(STEP)
         stub.looks = 1
