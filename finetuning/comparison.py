@@ -55,7 +55,7 @@ def share_interval(values) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def randomisation_p(differences) -> float:
+def randomisation_p(differences, num_flips: int = NUM_FLIPS) -> float:
     """Two-sided p of paired differences by approximate randomisation (Noreen 1989): their signs are flipped at random.
 
     (1 + flips with a mean at least as far from 0) / (1 + flips); 1 where all differences are 0 or there are none.
@@ -67,11 +67,11 @@ def randomisation_p(differences) -> float:
     rng = np.random.default_rng(0)
     observed, extreme = abs(float(nonzero.sum(dtype=np.float64))), 0
     tolerance = 1e-5 * float(np.abs(nonzero).sum())  # sums of the same numbers in float32
-    for start in range(0, NUM_FLIPS, 1000):
-        num_flips = min(1000, NUM_FLIPS - start)
-        signs = rng.integers(0, 2, size=(num_flips, len(nonzero)), dtype=np.int8) * np.int8(2) - np.int8(1)
+    for start in range(0, num_flips, 1000):
+        shape = (min(1000, num_flips - start), len(nonzero))
+        signs = rng.integers(0, 2, size=shape, dtype=np.int8) * np.int8(2) - np.int8(1)
         extreme += int((np.abs(signs.astype(np.float32) @ nonzero) >= observed - tolerance).sum())
-    return (1 + extreme) / (1 + NUM_FLIPS)
+    return (1 + extreme) / (1 + num_flips)
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -125,7 +125,7 @@ class Comparison:
     def turned(self) -> "Comparison":
         """The same, seen from the other model."""
         return Comparison(
-            self.other, self.better, self.num_samples, -self.difference, -self.high, -self.low, self.p,
+            self.other, self.better, self.num_samples, 0 - self.difference, 0 - self.high, 0 - self.low, self.p,
             self.losses, self.ties, self.wins, self.detectable,
         )  # fmt: skip
 
@@ -140,7 +140,8 @@ def compare_all(scores: pd.DataFrame) -> list[Comparison]:
     """
     pairs = list(combinations(scores.columns, 2))
     differences = [(scores[first] - scores[second]).to_numpy(dtype=float) for first, second in pairs]
-    adjusted = holm([randomisation_p(values) for values in differences])
+    num_flips = max(NUM_FLIPS, 100 * len(pairs) - 1)  # so that an adjusted p can be as small as 0.01
+    adjusted = holm([randomisation_p(values, num_flips) for values in differences])
     return [
         Comparison(
             better=first,

@@ -13,6 +13,7 @@ from finetuning.runs import checkpoint_step
 
 COVERAGE_NEEDED = 0.95  # of its answers a model must have a score of, to be ranked
 STOPPING_NEEDED = 0.95
+MOST_NAMED = 4  # models in one sentence; the table has all
 DECIMALS = {"overall": 2, "rouge1": 3}
 WORDS = {
     "en": {
@@ -46,7 +47,9 @@ WORDS = {
         "more samples": "Answer more samples to tell them apart.",
         "least training": "Answer more samples to tell them apart, or use {earliest}, which had the least training of them.",
         "one sample": "One sample shows nothing about a difference; answer more.",
+        "and others": "{list} and {num} others, all of them further behind",
         "baseline": "Against {baseline}: {list}.",
+        "baseline many": "Against {baseline}, {better} of the other models are better, {worse} worse, and {same} not shown to differ.",
         "baseline better": "{model} is better by {figures}",
         "baseline worse": "{model} is worse by {figures}",
         "baseline same": "{model} is not shown to differ ({figures})",
@@ -87,7 +90,9 @@ WORDS = {
         "more samples": "구별하려면 더 많은 샘플에 답하게 하십시오.",
         "least training": "구별하려면 더 많은 샘플에 답하게 하거나, 그중 가장 적게 훈련된 {earliest}을(를) 쓰십시오.",
         "one sample": "샘플 하나로는 차이에 대해 아무것도 알 수 없습니다. 더 많은 샘플에 답하게 하십시오.",
+        "and others": "{list}, 그리고 더 뒤처진 {num}개",
         "baseline": "{baseline}과(와) 견주면: {list}.",
+        "baseline many": "{baseline}과(와) 견주면 다른 모델 중 {better}개가 낫고, {worse}개가 못하며, {same}개는 다르다고 할 수 없습니다.",
         "baseline better": "{model}이(가) {figures} 낫습니다",
         "baseline worse": "{model}이(가) {figures} 못합니다",
         "baseline same": "{model}은(는) 다르다고 할 수 없습니다 ({figures})",
@@ -273,7 +278,14 @@ class _Speaker:
             found.append(words["worse than base"].format(baseline=best))
         elif verdict.baseline is not None:
             others = [c for c in verdict.against(verdict.baseline) if c.other != best]
-            if others:
+            if len(others) > MOST_NAMED:
+                counts = {
+                    "same": sum(c.p >= 0.05 for c in others),
+                    "better": sum(c.p < 0.05 and c.difference < 0 for c in others),
+                    "worse": sum(c.p < 0.05 and c.difference > 0 for c in others),
+                }
+                found.append(words["baseline many"].format(baseline=verdict.baseline, **counts))
+            elif others:
                 texts = [self._against_baseline(c.turned()) for c in others]
                 found.append(words["baseline"].format(baseline=verdict.baseline, list="; ".join(texts)))
         found.append(words["p note"].format(num=len(verdict.comparisons)))
@@ -284,9 +296,13 @@ class _Speaker:
         return found
 
     def _list(self, comparisons: list[Comparison]) -> str:
-        return ", ".join(
-            self.words["better than one"].format(other=c.other, figures=self._figures(c)) for c in comparisons
-        )
+        shown = comparisons
+        if len(comparisons) > MOST_NAMED:
+            shown = sorted(comparisons, key=lambda c: c.difference)[: MOST_NAMED - 1]
+        text = ", ".join(self.words["better than one"].format(other=c.other, figures=self._figures(c)) for c in shown)
+        if len(shown) < len(comparisons):
+            text = self.words["and others"].format(list=text, num=len(comparisons) - len(shown))
+        return text
 
     def _against_baseline(self, c: Comparison) -> str:
         if c.p >= 0.05:

@@ -19,6 +19,12 @@ from finetuning.comparison import (
 )
 
 RNG = np.random.default_rng(20260101)
+STATE = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_draws_whatever_runs_before():
+    RNG.bit_generator.state = STATE
 
 
 def judge_scores(n: int, quality: float, difficulty: np.ndarray | None = None) -> np.ndarray:

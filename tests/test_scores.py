@@ -137,6 +137,14 @@ def test_with_a_holdout_the_best_is_chosen_on_other_samples_than_it_is_reported_
     assert not any("same 20 samples" in sentence for sentence in verdict.sentences)
 
 
+def test_many_models_are_summed_up(tmp_path):
+    models = {"base": POOR, **{f"checkpoint-{i}": FAIR for i in range(1, 8)}, "checkpoint-9": GOOD}
+    verdict = verdict_of(make_run(tmp_path / "run", models))
+    assert any("and 5 others, all of them further behind" in sentence for sentence in verdict.sentences)
+    assert any("Against base, 7 of the other models are better, 0 worse" in sentence for sentence in verdict.sentences)
+    assert max(map(len, verdict.sentences)) < 600
+
+
 def test_equal_answers_are_said_to_be_equal(tmp_path):
     verdict = verdict_of(make_run(tmp_path / "run", {"base": GOOD, "checkpoint-9": GOOD}))
     assert any("have the same score on every sample" in sentence for sentence in verdict.sentences)
