@@ -20,7 +20,7 @@ def test_the_whole_chain_on_a_small_budget(tmp_path):
     with serve(StubJudge(evaluation(7))) as url:
         run(command("4_openai_test.py", "--output_dir", run_dir), OPENAI_API_KEY="x", OPENAI_BASE_URL=url)
     result = run([sys.executable, "-m", "finetuning.scores", "--output_dir", str(run_dir)])
-    assert re.search(r"checkpoint-30\s+12\s+12\s+7.00", result.stdout), result.stdout
+    assert re.search(r"checkpoint-30\s+12\s+12\s+100%\s+7.00", result.stdout), result.stdout
     metrics = {
         name: json.loads((run_dir / "predictions" / f"{name}.json").read_text())["metrics"]
         for name in ("base", "checkpoint-30")
