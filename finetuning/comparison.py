@@ -5,6 +5,7 @@ Nothing here knows what a score is of; tables of samples come from finetuning/sc
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -34,7 +35,8 @@ def bootstrap_interval(values) -> tuple[float, float]:
     n = len(values)
     level = 2 * scipy.stats.norm.cdf(scipy.stats.t.ppf(0.975, n - 1) * math.sqrt(n / (n - 1))) - 1
     for method in ("BCa", "percentile"):
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # nan says it, too
             result = scipy.stats.bootstrap(
                 (values,), np.mean, n_resamples=NUM_RESAMPLES, method=method, confidence_level=level,
                 rng=np.random.default_rng(0), batch=max(1, 4_000_000 // n),

@@ -13,6 +13,7 @@ from judge_servers import evaluation
 from finetuning.errors import InputError
 from finetuning.judge import Evaluation, prediction_hash
 from finetuning.results import RowFile, read_rows
+from finetuning.scores import ScoreArguments, main
 from finetuning.tables import format_comparisons, format_table, load_runs, load_samples, summarize
 from finetuning.verdict import choose_measure, decide, is_held_out
 
@@ -164,13 +165,8 @@ def test_rouge_and_the_judge_are_correlated_over_all_answers(run_dir):
 def test_degenerate_runs_have_a_report(tmp_path, answers):
     for models in ({"checkpoint-9": answers}, {"base": answers, "checkpoint-9": answers}):
         run_dir = make_run(tmp_path / f"run{len(models)}", models)
-        status = subprocess.run(
-            [sys.executable, "-m", "finetuning.scores", "--output_dir", run_dir],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert status.returncode == 0 and (run_dir / "report.html").is_file(), status.stderr
+        main(ScoreArguments(output_dir=[str(run_dir)]))
+        assert (run_dir / "report.html").is_file()
 
 
 def test_predictions_that_were_not_finished_are_refused(run_dir):
@@ -184,22 +180,16 @@ def test_predictions_that_were_not_finished_are_refused(run_dir):
 # --- Several runs -----------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_joined_on_their_samples(tmp_path):
+def test_runs_are_joined_on_their_samples(tmp_path, capsys):
     full = make_run(tmp_path / "full", {"base": POOR, "checkpoint-9": FAIR})
     lora = make_run(tmp_path / "lora", {"base": POOR[:10], "checkpoint-9": GOOD[:10]})
     samples = load_runs([full, lora])
     verdict = decide(samples, "full/base")
     assert list(verdict.means) == ["full/base", "full/checkpoint-9", "lora/base", "lora/checkpoint-9"]
     assert verdict.best == "lora/checkpoint-9" and verdict.num_samples == 10
-    result = subprocess.run(
-        [sys.executable, "-m", "finetuning.scores", "--output_dir", full, lora],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "lora/checkpoint-9" in result.stdout and (tmp_path / "report.html").is_file()
-    assert "Against full/base" in result.stdout
+    main(ScoreArguments(output_dir=[str(full), str(lora)]))
+    printed = capsys.readouterr().out
+    assert "lora/checkpoint-9" in printed and (tmp_path / "report.html").is_file() and "Against full/base" in printed
 
 
 def test_runs_with_other_test_data_are_refused(tmp_path):
