@@ -42,7 +42,7 @@ report: install
 	@echo "The report is at $(RUN)/report.html (and the executed notebook beside it)"
 
 test: install-dev
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile  # two files at a time
 
 style: install-dev
 	ruff format . && ruff check --fix .
