@@ -1,7 +1,7 @@
 """
 Statistics of scores on the same samples: intervals, paired comparisons, what the samples cannot show. Imports without torch.
 
-Nothing here knows what a score is of; tables of samples come from finetuning/scores.py, sentences are in verdict.py.
+Nothing here knows what a score is of; tables of samples come from tables.py, sentences are in verdict.py.
 """
 
 import math

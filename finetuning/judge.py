@@ -63,7 +63,7 @@ class Preference(BaseModel):
     better: Literal["first", "second", "tie"] = Field(description="The better answer, or tie if neither is.")
 
 
-# Columns that tables of samples have anyway (finetuning/scores.py), which a criterion would overwrite
+# Columns that tables of samples have anyway (finetuning/tables.py), which a criterion would overwrite
 RESERVED = frozenset(
     "model step id messages references prediction num_prompt_tokens num_new_tokens finish_reason removed_tokens error "
     "rouge1 rouge2 rougeL chrf seq_rep_4 distinct_2 length_ratio stopped prediction_hash seconds status evaluation "
