@@ -29,7 +29,7 @@ import heapq
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -280,13 +280,13 @@ async def judge_live(
 
 async def judge_job(judge: Judge, job: Job, file: RowFile, args: JudgeArguments) -> None:
     """Judge what is missing of one model's answers."""
-    num_items, num_missing = count(job.items()), count(job.missing(args.retry_failed))
-    # what was paid for about the same samples before: failures, and answers that have changed since
+    num_items = sum(1 for _ in job.items())
     wanted = {item.key for item in job.missing(args.retry_failed)}
+    # what was paid for about the same samples before: failures, and answers that have changed since
     earlier = {item_key(row): row for row in iterate_rows(file.path) if item_key(row) in wanted}
     counts = collections.Counter()
     spent = 0.0
-    with tqdm(total=num_items, initial=num_items - num_missing, desc=job.name, unit="answer") as progress:
+    with tqdm(total=num_items, initial=num_items - len(wanted), desc=job.name, unit="answer") as progress:
         async for row in judge.judge_all(job.missing(args.retry_failed), job.form):
             spent += row["cost"] or 0.0
             before = earlier.pop(item_key(row), None)
@@ -295,10 +295,6 @@ async def judge_job(judge: Judge, job: Job, file: RowFile, args: JudgeArguments)
             money = {"spent": f"${spent:.4f}"} if judge.price is not None else {}
             progress.set_postfix({**counts, **money, "at_once": int(judge.rate.limit)}, refresh=False)
             progress.update()
-
-
-def count(items: Iterable) -> int:
-    return sum(1 for _ in items)
 
 
 def stop_on_interrupt() -> asyncio.Event:

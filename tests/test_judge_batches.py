@@ -132,14 +132,21 @@ def test_a_cancelled_batch_keeps_what_was_done(run_dir):
         assert "cancelled, 6 of 6" in judge(run_dir, url).printed
 
 
+def start_and_leave(run_dir, stub, url, *args, by: int = signal.SIGINT) -> None:
+    """Start step 4, and end it by a signal once its batches are submitted and one has been looked at."""
+    wanted = len(stub.batches) + 1
+    environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+    process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir, *args), **environment)
+    wait_until(lambda: len(stub.batches) >= wanted and stub.num_looks)
+    os.kill(process, by)
+    assert end_step(STEP) == (130 if by == signal.SIGINT else -by)
+
+
 def test_a_batch_can_be_collected_later(run_dir):
     stub = StubBatches(evaluation(6), looks=10_000)
     with serve(stub) as url:
-        environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
-        process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir), **environment)
-        wait_until(lambda: stub.num_looks)
-        os.kill(process, signal.SIGINT)
-        assert end_step(STEP) == 130 and "the same command goes on" in run_dir.with_name("printed").read_text()
+        start_and_leave(run_dir, stub, url)
+        assert "the same command goes on" in run_dir.with_name("printed").read_text()
         printed = judge(run_dir, url, "--collect", "true").printed
         assert "in_progress; start with --collect true again later" in printed and evaluations(run_dir) == []
         stub.looks = 0
@@ -208,11 +215,7 @@ def test_a_kill_while_rows_are_written_doubles_none(run_dir):
 def test_an_answer_that_changed_meanwhile_is_not_given_the_old_reply(run_dir):
     stub = StubBatches(evaluation(6), looks=10_000)
     with serve(stub) as url:
-        environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
-        process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir), **environment)
-        wait_until(lambda: stub.num_looks)
-        os.kill(process, signal.SIGKILL)
-        end_step(STEP)
+        start_and_leave(run_dir, stub, url, by=signal.SIGKILL)
         path = run_dir / "predictions" / "checkpoint-10.jsonl"
         path.write_text(path.read_text().replace("asks question 3", "asks question 33"))
         stub.looks = 0
@@ -221,16 +224,6 @@ def test_an_answer_that_changed_meanwhile_is_not_given_the_old_reply(run_dir):
     assert len(stub.batches) == 3
     rows = evaluations(run_dir)
     assert len(rows) == 6 and sum(row["usage"]["completion_tokens"] for row in rows) == 7 * 50  # all that was paid for
-
-
-def start_and_leave(run_dir, stub, url, *args) -> None:
-    """Start step 4, and interrupt it once all its batches are submitted."""
-    wanted = len(stub.batches) + 1
-    environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
-    process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir, *args), **environment)
-    wait_until(lambda: len(stub.batches) >= wanted and stub.num_looks)
-    os.kill(process, signal.SIGINT)
-    assert end_step(STEP) == 130
 
 
 def test_a_start_about_other_models_leaves_a_batch_alone(run_dir):
