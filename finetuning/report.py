@@ -9,7 +9,6 @@ and any request from leaving.
 import base64
 import hashlib
 import io
-import json
 import math
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from finetuning.plots import plot_criteria, plot_differences, plot_lengths, plot_measures, plot_training
-from finetuning.runs import EDA, PREFLIGHT_FILE, read_json, read_run
+from finetuning.runs import EDA, PREFLIGHT_FILE, read_json, read_run, to_json
 from finetuning.tables import (
     criteria_of,
     describe_measure,
@@ -88,9 +87,9 @@ def build_samples(samples: pd.DataFrame, models: list[str], criteria: list[str])
         answer = {
             "p": row.prediction, "f": row.finish_reason, "e": row.error, "n": _rounded(row.num_new_tokens, 0),
             "g": _rounded(row.rouge1, 3), "q": _rounded(row.seq_rep_4, 3),
-            "s": row.status if isinstance(row.status, str) else None, "o": _rounded(row.overall, 2),
+            "s": row.status, "o": _rounded(row.overall, 2),
         }  # fmt: skip
-        if isinstance(row.evaluation, dict) and row.status == "ok":
+        if row.status == "ok":
             answer["v"] = [[row.evaluation[c]["score"], row.evaluation[c]["explanation"]] for c in criteria]
         sample["a"][place[row.model]] = {key: value for key, value in answer.items() if value is not None}
     return list(found.values())
@@ -104,7 +103,7 @@ def _rounded(value: float, decimals: int) -> float | int | None:
 
 def to_script_data(content) -> str:
     """JSON that can stand in a <script> element: no text in it can close the element."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return to_json(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def write_report(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from finetuning.errors import InputError
-from finetuning.runs import read_json, write_json
+from finetuning.runs import read_json, to_json, write_json
 
 
 def iterate_rows(path: Path) -> Iterator[dict]:
@@ -140,7 +140,7 @@ class RowFile:
 
     def append(self, row: dict) -> None:
         """Add one finished row; it is in the file when this returns, whatever happens to the process next."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(to_json(row) + "\n")
         self._file.flush()
 
     def absorb(self, parts: Iterable[Path]) -> None:
@@ -178,7 +178,7 @@ class RowFile:
         partial = self.path.with_name(self.path.name + ".partial")
         with partial.open("w", encoding="utf-8", errors="replace") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(to_json(row) + "\n")
         os.replace(partial, self.path)
         self._file.close()
         self._open()

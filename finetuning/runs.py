@@ -13,6 +13,7 @@ Imports without torch.
 
 import fnmatch
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -29,10 +30,23 @@ INCOMPLETE = "INCOMPLETE"  # stands in a checkpoint's folder while it is written
 BASE = "base"
 
 
+def to_json(content, **options) -> str:
+    """JSON that every reader takes: a number that is none (NaN, infinity), which JSON does not have, is null."""
+    return json.dumps(_without_nan(content), ensure_ascii=False, allow_nan=False, **options)
+
+
+def _without_nan(content):
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write `content` so that a reader, or a start after a kill, finds the old file or the new one and never a part."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -14,7 +14,6 @@ Writes <report_dir>/report.html              the page
 Imports without torch.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -97,7 +96,7 @@ def write_scores(folder: Path, samples: pd.DataFrame, summary: pd.DataFrame, ver
         "sentences": verdict.say("en"),
         "sentences_ko": verdict.say("ko"),
     }
-    write_json(folder / "verdict.json", json.loads(json.dumps(content)))
+    write_json(folder / "verdict.json", content)
     return folder
 
 

@@ -82,20 +82,27 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
                     "model": name,
                     "step": checkpoint_step(name),
                     **row,
-                    **{column: _number(measured.get(column)) for column in columns},
-                    "stopped": float(row["finish_reason"] == "stop") if measured else math.nan,
-                    "num_new_tokens": row["num_new_tokens"] if measured else math.nan,
+                    **{column: measured.get(column) for column in columns},
+                    "stopped": row["finish_reason"] == "stop" if measured else None,
+                    "num_new_tokens": row["num_new_tokens"] if measured else None,
                     "prediction_hash": prediction_hash(row),
                     "seconds": info["seconds"],
                 }
             )
     if not records:
         raise InputError(f"no predictions in {run / PREDICTIONS}; run 3_test.py first")
-    return pd.DataFrame(records).sort_values(["step", "model", "id"], ignore_index=True)
+    return _to_table(records).sort_values(["step", "model", "id"], ignore_index=True)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _to_table(records: list[dict]) -> pd.DataFrame:
+    """A table in which a missing text, list or mapping is None and a missing number is NaN.
+
+    pandas would guess the kind of each column from what is in it, and turn a None among texts into NaN.
+    """
+    columns = dict.fromkeys(column for record in records for column in record)
+    table = pd.DataFrame({column: [record.get(column) for record in records] for column in columns}, dtype=object)
+    numbers = [column for column in (*MEASURES, "num_prompt_tokens", "seconds") if column in table]
+    return table.astype({"step": int, **dict.fromkeys(numbers, float)})
 
 
 def load_samples(run: Path) -> pd.DataFrame:
@@ -119,9 +126,9 @@ def load_samples(run: Path) -> pd.DataFrame:
     samples.attrs["judges"] = identities
     evaluations = {(name, row["prediction_hash"]): row for name, path in paths.items() for row in iterate_rows(path)}
     found = [evaluations.get(key, {}) for key in zip(samples["model"], samples["prediction_hash"], strict=True)]
-    samples["cost"] = [_number(row.get("cost")) for row in found]
-    samples["status"] = [row.get("status") for row in found]
-    samples["evaluation"] = [row.get("evaluation") for row in found]
+    samples["cost"] = pd.Series([row.get("cost") for row in found], dtype=float)
+    for column in ("status", "evaluation"):
+        samples[column] = pd.Series([row.get(column) for row in found], dtype=object)
     for criterion in criteria:
         samples[criterion] = [
             row["evaluation"][criterion]["score"] if row.get("status") == "ok" else math.nan for row in found

@@ -9,6 +9,9 @@ import pytest
 from conftest import ROOT
 from large_run import write_run
 
+from finetuning.results import read_rows
+from finetuning.scores import ScoreArguments, main
+
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -236,6 +239,38 @@ def test_nothing_that_a_model_or_dataset_wrote_runs(tmp_path, open_page):
     assert page.locator("article iframe, article img, article svg, article script, article a:not(.small)").count() == 0
     text = page.inner_text("#list")
     assert "<script>window.attacked = 1</script>" in text and "{{ 7 * 7 }}" in text
+
+
+MISSING = {  # of one prediction or evaluation, by the column that has no text then
+    "prediction": {"prediction": None, "finish_reason": "error", "error": "too long", "num_new_tokens": 0},
+    "prediction and reason": {"prediction": None, "finish_reason": "error", "error": None, "num_new_tokens": 0},
+    "references": {"references": []},
+    "evaluation": {"status": "refusal", "evaluation": None, "error": None},
+}
+
+
+@needs_browser
+@pytest.mark.parametrize("column", MISSING)
+def test_the_page_works_where_a_text_is_missing(tmp_path, open_page, column):
+    run_dir = write_run(tmp_path / "run", 6, ["base", "checkpoint-1"])
+    folder = "qa_evaluation_results" if column == "evaluation" else "predictions"
+    path = run_dir / folder / "checkpoint-1.jsonl"
+    rows = read_rows(path)
+    rows[2] |= MISSING[column]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    info = json.loads(path.with_suffix(".json").read_text())
+    if rows[2].get("finish_reason") == "error":
+        for values in info["metrics"]["per_sample"].values():
+            values.pop(2)
+        path.with_suffix(".json").write_text(json.dumps(info))
+    main(ScoreArguments(output_dir=[str(run_dir)]))
+    page = open_page(run_dir)
+    assert len(shown(page)) == 6 and count(page) == "6 of 6 samples"
+    page.fill("#search", "000000000002")
+    assert count(page) == "1 of 6 samples"
+    page.click("#language")
+    assert page.inner_text("#samples") == "샘플 나란히 보기"
+    json.loads((run_dir / "scores" / "verdict.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_the_page_is_one_file_of_bearable_size(large_run):
