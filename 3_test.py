@@ -38,6 +38,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import GenerationConfig, PreTrainedTokenizerBase  # noqa: E402
 
 from finetuning.chat import load_generation_config, load_tokenizer  # noqa: E402
+from finetuning.conversations import as_texts  # noqa: E402
 from finetuning.data import TestSamples, load_test_samples  # noqa: E402
 from finetuning.hardware import choose_dtype  # noqa: E402
 from finetuning.inference import (  # noqa: E402
@@ -274,7 +275,7 @@ def append(file: RowFile, samples: TestSamples, answer: Answer) -> None:
     file.append(
         {
             "id": sample["id"],
-            "messages": sample["prompt"],
+            "messages": as_texts(sample["prompt"]),
             "references": sample["references"],
             "prediction": answer.prediction,
             "num_prompt_tokens": answer.num_prompt_tokens,

@@ -5,17 +5,23 @@ The steps are those of trl's SFTTrainer itself; training takes the tokenised row
 what is trained on.
 """
 
+import inspect
+import json
+import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import numpy as np
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import global_then_local_main_first
 
+from finetuning.chat import end_of_turn_id, fit_to_template, hidden_keys
 from finetuning.errors import InputError
 
 IGNORED = -100  # a label that counts in no loss
@@ -35,16 +41,99 @@ class RowPreparation(SFTTrainer):
             raise InputError(f"assistant_only_loss: the chat template does not mark answers: {error}") from error
 
     def tokenize(self, rows: Dataset, name: str) -> Dataset:
-        """Add `input_ids` and `labels` to rows of `prompt` and `completion`, uncut."""
-        uncut = SimpleNamespace(**{**vars(self.args), "max_length": None, "shuffle_dataset": False})
+        """Add what tokenize_row gives to rows of data.load_training_rows."""
+        settings = {
+            "tokenizer": self._tokenizer,
+            "chat_template": self.chat_template,
+            "answers_only": self.completion_only_loss,
+            "marked_only": self.args.assistant_only_loss,
+        }
+        # `map` alone would know an imported function by its name, and give yesterday's rows after an edit
+        source = [inspect.getsource(sys.modules[module]) for module in (__name__, end_of_turn_id.__module__)]
         try:
-            return self._prepare_dataset(rows, self._tokenizer, uncut, False, None, name)
-        except (TemplateError, RuntimeError) as error:  # roles that the template refuses; no assistant tokens
+            with global_then_local_main_first():
+                return rows.map(
+                    tokenize_row,
+                    fn_kwargs=settings,
+                    new_fingerprint=Hasher.hash([rows._fingerprint, source, settings]),
+                    num_proc=self.args.dataset_num_proc,
+                    desc=f"Tokenizing {name} dataset",
+                )
+        except (TemplateError, TypeError) as error:  # roles that the template refuses, or a message in an unknown form
             raise InputError(f"the rows cannot be phrased with the chat template: {error}") from error
 
     def cut_and_pack(self, tokenized: Dataset, name: str) -> Dataset:
         """What the trainer makes of tokenised rows before it collates them."""
         return self._prepare_dataset(tokenized, self._tokenizer, self.args, self.args.packing, None, name)
+
+
+def tokenize_row(
+    row: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    answers_only: bool,
+    marked_only: bool,
+) -> dict:
+    """Tokens of a row, uncut, and the labels of what is learned of them.
+
+    What is learned of a turn is what the template adds to the conversation before it, from the end of the prompt on which
+    the model would write it. The last turn is learned to the end of the row, as in trl. An earlier one whose text in the
+    row is not how the template writes it as the last turn, as where it strips the thinking from it, is not learned: the
+    model would be taught to answer in a way in which nobody asks it to.
+
+    Args:
+        row: With prompt, completion and, as data.to_training_row makes them, learned and conversation.
+        answers_only: Whether to learn assistant's turns only, and not everything.
+        marked_only: Whether to learn of them only what the template marks with {% generation %}.
+
+    Returns:
+        input_ids, labels; left_out, the number of turns that the template writes in another way; begins_alike, whether the
+        row begins with the tokens of its prompt; hidden, what the template does not show, separated by spaces.
+    """
+    whole = json.loads(row["conversation"]) if row.get("conversation") else {}
+    messages, tools = whole.get("messages") or [*row["prompt"], *row["completion"]], whole.get("tools")
+    template = {"chat_template": chat_template, "tools": tools}
+    messages = fit_to_template(tokenizer, messages, **template)
+
+    def write(end: int, ask: bool = False) -> str:
+        return tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=ask, **template)
+
+    def count_tokens(end: int, ask: bool = False) -> int:
+        """Tokens with which both the row and its first messages begin."""
+        return common_prefix_length(
+            tokenizer.apply_chat_template(messages[:end], add_generation_prompt=ask, **template)["input_ids"], ids
+        )
+
+    encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=marked_only, **template)
+    ids, last = encoded["input_ids"], len(messages) - 1
+    prompt_ids = tokenizer.apply_chat_template(messages[:last], add_generation_prompt=True, **template)["input_ids"]
+    answer_start = common_prefix_length(prompt_ids, ids)
+    learned = row.get("learned", [last])
+    spans = [(answer_start, len(ids))] if last in learned else []
+    text = write(len(messages)) if learned[:-1] or last not in learned else ""
+    left_out = 0
+    for place in learned:
+        if place == last:
+            continue
+        if text.startswith(write(place, ask=True)) and text.startswith(write(place + 1)):
+            spans.append((count_tokens(place, ask=True), count_tokens(place + 1)))
+        else:
+            left_out += 1
+    labels = [IGNORED] * len(ids) if answers_only else list(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    if marked_only:
+        marks = encoded["assistant_masks"]
+        if 1 not in marks:
+            raise InputError("assistant_only_loss: the chat template marks no answer in some of the rows")
+        labels = [label if mark else IGNORED for label, mark in zip(labels, marks, strict=True)]
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "left_out": left_out,
+        "begins_alike": answer_start == len(prompt_ids),
+        "hidden": " ".join(hidden_keys(tokenizer, messages, tools, chat_template=chat_template)) if whole else "",
+    }
 
 
 def build_collator(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> DataCollatorForLanguageModeling:

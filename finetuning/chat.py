@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from finetuning.conversations import with_json_arguments
 from finetuning.errors import InputError
 from finetuning.runs import read_json
 
@@ -96,6 +97,74 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[in
     return tokenizer.convert_tokens_to_ids([token for token in tokens if token not in known])
 
 
+def fit_to_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs) -> list[dict]:
+    """Messages in the form in which the chat template can write their tool calls.
+
+    Templates differ in what they expect of a message that calls tools: that it has no content, or an empty one, and that
+    the arguments are an object, or JSON. What they do not expect is written as Python shows it, `None` and `{'a': 1}`, or
+    fails.
+
+    Args:
+        kwargs: Of apply_chat_template.
+    """
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    if not calls:
+        return messages
+    objects = [str(call["arguments"]) for call in calls if isinstance(call["arguments"], dict) and call["arguments"]]
+    nones = str(messages).replace("'content': None", "").count("None")
+    problem = None
+    for content, in_json in ((None, False), ("", False), (None, True), ("", True)):
+        fitted = [{**message, "content": message["content"] or content} for message in messages]
+        fitted = [with_json_arguments(message) for message in fitted] if in_json else fitted
+        try:
+            text = tokenizer.apply_chat_template(fitted, tokenize=False, **kwargs)
+        except TypeError as error:
+            problem = error
+            continue
+        if text.count("None") <= nones and (in_json or not any(shown in text for shown in objects)):
+            return fitted
+    if problem is not None:
+        raise problem
+    return messages
+
+
+def hidden_keys(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None, **kwargs
+) -> list[str]:
+    """What of a conversation the chat template leaves out: tools, or keys of messages.
+
+    A key is left out where the text stays the same without it, in any of the messages.
+    """
+
+    def write(changed: list[dict], changed_tools: list[dict] | None = tools) -> str | None:
+        try:
+            return tokenizer.apply_chat_template(changed, tools=changed_tools, tokenize=False, **kwargs)
+        except (TemplateError, TypeError):
+            return None  # it needs what was taken away
+
+    text = write(messages)
+    hidden = ["tools"] if tools and write(messages, None) == text else []
+    for key in ("tool_calls", "reasoning_content", "reasoning", "thinking", "name"):
+        for place, message in enumerate(messages):
+            if key not in message:
+                continue
+            changes = [{k: v for k, v in message.items() if k != key}]
+            if key == "tool_calls":
+                calls = message[key]
+                changes = [
+                    {**message, key: [{**c, "function": {**c["function"], part: other}} for c in calls]}
+                    for part, other in (
+                        ("name", "?"),
+                        ("arguments", {} if type(calls[0]["function"]["arguments"]) is dict else ""),
+                    )
+                    if any(c["function"][part] not in (other, {}, "{}") for c in calls)
+                ]
+            if any(write([*messages[:place], change, *messages[place + 1 :]]) == text for change in changes):
+                hidden.append(key)
+                break
+    return hidden
+
+
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token with which the chat template ends an answer, or None where it ends in plain text."""
     answer = "ANSWER"
@@ -127,6 +196,12 @@ def control_token_ids(tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) ->
     template_ids = set(tokenizer(text, add_special_tokens=False)["input_ids"]) & special
     named_ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
     return template_ids | named_ids | set(end_ids)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> list[str]:
+    """Control tokens by name, of those that the tokenizer makes of their name in a text."""
+    names = {i: tokenizer.convert_ids_to_tokens(i) for i in sorted(control_token_ids(tokenizer, end_ids))}
+    return [name for i, name in names.items() if i in tokenizer(name, add_special_tokens=False)["input_ids"]]
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], control_ids: set[int]) -> str:

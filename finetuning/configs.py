@@ -117,6 +117,8 @@ CONTRADICTIONS = (
      "question_key and answer_key go together: set both, or neither"),
     (("question_key", "answer_key"), lambda q, a: q is not None and q == a,
      "question_key and answer_key are both {question_key}; the model would learn to repeat the question"),
+    (("question_key", "mask_history"), lambda question, mask: question is not None and mask,
+     "mask_history has no effect with question_key, whose rows have one answer; leave it out"),
     (("special_tokens", "dataset_name"), lambda tokens, _: any(not token.strip() for token in tokens or []),
      "special_tokens: a token must not be empty; remove it"),
     (("dataset_eval_split", "eval_strategy"), lambda split, strategy: split is not None and _no(strategy),
@@ -251,8 +253,8 @@ class ScriptArguments(Checked):
     question_key: str | None = field(
         default=None,
         metadata={
-            "help": "Column with the question or text. Unset: rows are read as `messages`, `prompt`/`completion` or "
-            "`instruction`/`input`/`output`, whichever the columns are."
+            "help": "Column with the question or text. Unset: rows are read as `messages`, `conversations`, "
+            "`prompt`/`completion` or `instruction`/`input`/`output`, whichever the columns are."
         },
     )
     answer_key: str | None = field(
@@ -264,6 +266,10 @@ class ScriptArguments(Checked):
     )
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message put in front of rows that have none of their own."}
+    )
+    mask_history: bool = field(
+        default=False,
+        metadata={"help": "Learn only the last answer of a conversation, and not the earlier ones that it builds on."},
     )
     overwrite: bool = field(
         default=False, metadata={"help": "Delete the run in `output_dir`, with its checkpoints, and start over."}

@@ -6,13 +6,14 @@ Imports without torch.
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from datasketch import MinHash, MinHashLSH
 
 from finetuning.cleaning import find_jamo
+from finetuning.conversations import text_of
 
 NEAR = 0.8  # Jaccard similarity of two texts' word triples, from which they count as near-duplicates
 NUM_PERMUTATIONS = 128
@@ -73,7 +74,81 @@ def minhash(pieces: set[str]) -> MinHash:
 
 def question_of(prompt: list[dict]) -> str:
     """What a prompt asks, without the system message that all rows share."""
-    return "\n".join(message["content"] for message in prompt if message["role"] != "system")
+    return "\n".join(text_of(message) for message in prompt if message["role"] != "system")
+
+
+def check_turns(num_turns: list[int], num_learned: list[int], left_out: list[int], where: str) -> list[Finding]:
+    """How many of the assistant's turns are learned, where rows have several.
+
+    Args:
+        num_turns, num_learned, left_out: Of each row the assistant's turns, those that the data lets be learned, and
+            those of them that the chat template writes in another way than as the last turn.
+        where: What stands before the text, for another split than the training set.
+    """
+    turns, missing = sum(num_turns), sum(left_out)
+    learned = sum(num_learned) - missing
+    if turns == learned == len(num_turns):
+        return []
+    share = "all learned" if learned == turns else f"{learned / len(num_turns):.1f} of them learned"
+    text = f"{where}{turns / len(num_turns):.1f} a row, {share}"
+    rows = [row for row, number in enumerate(left_out) if number]
+    if rows:
+        text += (
+            f"; {missing} in {count(rows)} are not learned, as the chat template writes an earlier answer in another way than "
+            "the last one, without its thinking for instance. Use one that writes them alike (chat_template_path), or "
+            "make a row of each answer"
+        )
+    level = "warning" if rows else "ok" if learned == turns else "note"
+    return [Finding("assistant_turns", level, text, rows, {"turns": turns, "learned": learned, "left_out": missing})]
+
+
+def check_template(hidden: list[str], begins_alike: list[bool], where: str) -> list[Finding]:
+    """What the chat template makes of the rows that nobody would expect.
+
+    Args:
+        hidden: Of each row what the template does not show, separated by spaces.
+        begins_alike: Of each row whether it begins with the tokens of its prompt.
+        where: What stands before the text, for another split than the training set.
+    """
+    findings = []
+    keys = Counter(key for row in hidden for key in row.split())
+    if keys:
+        shown = ", ".join(f"{key} ({number} row{'s' if number > 1 else ''})" for key, number in keys.items())
+        text = f"{where}it does not show {shown}, so the model never sees them; use one that does (chat_template_path)"
+        rows = [row for row, hidden_here in enumerate(hidden) if hidden_here]
+        findings.append(
+            Finding("chat_template", "note" if set(keys) == {"name"} else "warning", text, rows, dict(keys))
+        )
+    unlike = [row for row, alike in enumerate(begins_alike) if not alike]
+    if unlike:
+        text = (
+            f"{where}{count(unlike)} do not begin with the tokens of their prompt, as step 3 will give it: the chat template "
+            "writes a prompt alone in another way, or a token spans the end of it and the beginning of the answer"
+        )
+        findings.append(Finding("prompt_tokens", "warning", text, unlike))
+    return findings
+
+
+def check_control_tokens(texts: list[str], tokens: list[str], where: str) -> list[Finding]:
+    """Control tokens that stand in the text of rows, where they end a turn or begin another.
+
+    Args:
+        texts: All that is said in a row.
+        tokens: The control tokens that the tokenizer does not read as text.
+        where: What stands before the text, for another split than the training set.
+    """
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+    found = {row: set(matches) for row, text in enumerate(texts) if (matches := pattern.findall(text))}
+    if not tokens or not found:
+        return []
+    counts = Counter(token for matches in found.values() for token in matches)
+    shown = ", ".join(f"{token} ({number} row{'s' if number > 1 else ''})" for token, number in counts.most_common())
+    share = f"{len(found) / len(texts):.1%}".replace("%", " %")
+    text = (
+        f"{where}{count(list(found))} ({share}) hold control tokens in their text, which the tokenizer "
+        f"does not read as text: {shown}; take them out, or the model learns turns that nobody has said"
+    )
+    return [Finding("control_tokens", "warning", text, list(found), dict(counts))]
 
 
 def check_rows(questions: list[str], answers: list[str]) -> list[Finding]:

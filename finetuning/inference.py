@@ -35,6 +35,7 @@ from finetuning.chat import (
     control_token_ids,
     decode_answer,
     end_token_ids,
+    fit_to_template,
     load_generation_config,
     load_model_config,
 )
@@ -260,7 +261,9 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, samples: Iterable[dict]) 
     for sample in samples:
         prompt = Prompt(sample["id"])
         try:
-            ids = tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True)["input_ids"]
+            template = {"tools": sample.get("tools"), "add_generation_prompt": True}
+            messages = fit_to_template(tokenizer, sample["prompt"], **template)
+            ids = tokenizer.apply_chat_template(messages, **template)["input_ids"]
             prompt.token_ids = array.array("i", ids)  # a list would need ten times the memory
         except (TemplateError, ValueError, TypeError) as error:
             prompt.error = f"the chat template cannot phrase this sample: {error}"

@@ -26,6 +26,7 @@ from openai import (
 from openai.types.chat import ChatCompletion
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from finetuning.conversations import with_json_arguments
 from finetuning.data import TestSamples
 from finetuning.decoding import seed_of
 from finetuning.errors import InputError
@@ -138,7 +139,7 @@ class OpenAIEngine:
         try:
             completion = self.client.chat.completions.create(
                 model=self.served,
-                messages=self.samples.by_id(prompt.id)["prompt"],
+                **self._conversation(prompt),
                 max_completion_tokens=self.config.max_new_tokens,
                 seed=seed_of(self.seed, prompt.id) % 2**31,
                 extra_body=self._extra(),
@@ -156,6 +157,15 @@ class OpenAIEngine:
         if not isinstance(completion, ChatCompletion) or not completion.choices:  # a proxy's page, say
             return Answer.failed(prompt, "the reply is no chat completion")
         return self._read(prompt, completion)
+
+    def _conversation(self, prompt: Prompt) -> dict:
+        sample = self.samples.by_id(prompt.id)
+        messages = [with_json_arguments(message) for message in sample["prompt"]]
+        # the template shows the tools, and a call comes back as the text that the model has written
+        return {
+            "messages": messages,
+            **({"tools": sample["tools"], "tool_choice": "none"} if "tools" in sample else {}),
+        }
 
     def _sampling(self) -> dict:
         config = self.config

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,10 +24,18 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetuning.batches import IGNORED, build_collator, sequences
-from finetuning.chat import end_of_turn_id, end_token_ids, load_generation_config
+from finetuning.chat import control_tokens, end_of_turn_id, end_token_ids, load_generation_config
 from finetuning.configs import ModelArguments, ScriptArguments
 from finetuning.data import load_test_samples, tokens_to_add
-from finetuning.data_checks import Finding, check_leaks, check_rows, question_of
+from finetuning.data_checks import (
+    Finding,
+    check_control_tokens,
+    check_leaks,
+    check_rows,
+    check_template,
+    check_turns,
+    question_of,
+)
 from finetuning.eda import plot_lengths
 from finetuning.errors import InputError
 from finetuning.memory import (
@@ -82,9 +90,10 @@ class Report:
 
 @dataclass
 class Labels:
-    """Counts over the sequences that the model will get."""
+    """Counts over the sequences that the model will get. An answer is a run of tokens that are learned."""
 
     rows: int = 0
+    answers: int = 0
     tokens: int = 0
     supervised: int = 0
     ended: int = 0
@@ -93,7 +102,7 @@ class Labels:
     double_bos: int = 0
     pad_labels: int = 0
     last_tokens: Counter = field(default_factory=Counter)
-    last_of_whole: Counter = field(default_factory=Counter)  # of rows that are surely not cut
+    last_of_whole: Counter = field(default_factory=Counter)  # of answers that are surely not cut
 
 
 def count_labels(
@@ -125,14 +134,18 @@ def count_labels(
             continue
         labels_seen.whole_rows += len(places) >= len(labels) - 1  # the first token of a row is never predicted
         labels_seen.pad_labels += pad not in ends and bool((labels == pad).any())
-        last = None
-        for token_id in labels[places[-TAIL:]][::-1].tolist():
-            if token_id in ends or not is_blank(token_id):
-                last = token_id
-                break
-        labels_seen.ended += last in ends
-        labels_seen.last_tokens[last] += 1
-        labels_seen.last_of_whole[last] += max_length is None or len(ids) < max_length
+        answers = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+        for answer in answers:
+            last = None
+            for token_id in labels[answer[-TAIL:]][::-1].tolist():
+                if token_id in ends or not is_blank(token_id):
+                    last = token_id
+                    break
+            labels_seen.answers += 1
+            labels_seen.ended += last in ends
+            labels_seen.last_tokens[last] += 1
+            is_whole = max_length is None or len(ids) < max_length or answer is not answers[-1]
+            labels_seen.last_of_whole[last] += is_whole
     return labels_seen
 
 
@@ -146,28 +159,30 @@ def check_labels(
         return "nothing" if token_id is None else show_token(tokenizer, token_id)
 
     findings = []
-    share = labels.ended / max(1, labels.rows - labels.unsupervised_rows)
+    share = labels.ended / max(1, labels.answers)
+    unit = "rows" if labels.answers == labels.rows - labels.unsupervised_rows else "answers"
     stops = ", ".join(name(i) for i in ends)
     numbers = {
         "rows": labels.rows,
+        "answers": labels.answers,
         "ended": labels.ended,
         "share": share,
         "generation_stops_at": {name(i): i for i in ends},
         "rows_end_in": {name(i): n for i, n in labels.last_tokens.most_common(10)},
     }
     special = set(tokenizer.added_tokens_decoder) - set(ends)
-    others = {i: n for i, n in labels.last_of_whole.items() if i in special and n > 0.01 * labels.rows}
+    others = {i: n for i, n in labels.last_of_whole.items() if i in special and n > 0.01 * labels.answers}
     if others:
-        which = ", ".join(f"{name(i)} ({n} rows)" for i, n in others.items())
+        which = ", ".join(f"{name(i)} ({n} {unit})" for i, n in others.items())
         text = (
-            f"rows end in {which}, but generation stops at {stops}: answers would go on; end every answer of the chat "
+            f"{unit} end in {which}, but generation stops at {stops}: answers would go on; end every answer of the chat "
             "template in the same token"
         )
         findings.append(Finding("terminators_agree", "refused", text, numbers=numbers))
     if share < NO_END:
         common = ", ".join(f"{name(i)} ({n})" for i, n in labels.last_tokens.most_common(3))
         text = (
-            f"only {percent(share)} of the rows with labels end in a token at which generation stops ({stops}), so the "
+            f"only {percent(share)} of the {'rows with labels' if unit == 'rows' else unit} end in a token at which generation stops ({stops}), so the "
             f"model would not learn to stop; they end in {common}. Look at the preview: the chat template must write "
             "the end token as one token, labels must keep it, and max_length must not cut it off"
         )
@@ -220,6 +235,39 @@ def percent(share: float) -> str:
     return "100 %" if share == 1 else f"{share:.1%}".replace("%", " %")
 
 
+# Conversations
+
+
+def conversations_of(tokenized: Dataset) -> Iterator[tuple[list[dict], list[dict], list[int]]]:
+    """Prompt and completion of each row, and the places in both together of the messages that are learned."""
+    if "learned" in tokenized.column_names:
+        return zip(tokenized["prompt"], tokenized["completion"], tokenized["learned"], strict=True)
+    return ((p, c, [len(p)]) for p, c in zip(tokenized["prompt"], tokenized["completion"], strict=True))
+
+
+def learned_texts(prompt: list[dict], completion: list[dict], learned: list[int]) -> list[str]:
+    """The answers of a row that are learned; where there are none, the last one."""
+    messages = [*prompt, *completion]
+    return [messages[place]["content"] for place in learned or [len(messages) - 1]]
+
+
+def check_conversations(tokenized: Dataset, tokens: list[str], where: str = "") -> list[Finding]:
+    """What becomes of the turns of each row, and of what stands in them beside text.
+
+    Args:
+        tokens: Control tokens, by name.
+        where: What stands before the texts, for another split than the training set.
+    """
+    rows = list(conversations_of(tokenized))
+    num_turns = [sum(m["role"] == "assistant" for m in [*prompt, *completion]) for prompt, completion, _ in rows]
+    texts = ["\n".join(m["content"] for m in [*prompt, *completion]) for prompt, completion, _ in rows]
+    return [
+        *check_turns(num_turns, [len(learned) for _, _, learned in rows], tokenized["left_out"], where),
+        *check_template(tokenized["hidden"], tokenized["begins_alike"], where),
+        *check_control_tokens(texts, tokens, where),
+    ]
+
+
 # Lengths
 
 
@@ -229,19 +277,27 @@ def measure_lengths(
     """Lengths of questions and answers before anything is cut.
 
     Returns:
-        Percentiles for the report, and per row: characters and tokens of both, tokens of the whole.
+        Percentiles for the report, and per row: characters and tokens of both (of a question, all that is not learned),
+        tokens of the whole, and the place of the first one that is learned.
     """
     rows = tokenized.with_format("arrow")[:]
     totals = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
     labels = rows["labels"].combine_chunks()
-    learned = np.add.reduceat(labels.flatten().to_numpy() != IGNORED, labels.offsets.to_numpy()[:-1]).astype(int)
-    prompts, completions = tokenized["prompt"], tokenized["completion"]
+    starts, is_learned = labels.offsets.to_numpy()[:-1], labels.flatten().to_numpy() != IGNORED
+    learned = np.add.reduceat(is_learned, starts).astype(int)
+    places = np.arange(len(is_learned)) - np.repeat(starts, totals)
+    first_learned = np.minimum.reduceat(np.where(is_learned, places, len(places)), starts)
     if (learned == totals).any():  # the loss is on the question too, so labels do not tell where it ends
+        prompts = tokenized["prompt"]
         questions = [len(tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"]) for p in prompts]
-        learned = totals - np.minimum(questions, totals)
+        first_learned = np.minimum(questions, totals)
+        learned = totals - first_learned
+    said = [learned_texts(*row) for row in conversations_of(tokenized)]
+    whole = [sum(len(m["content"]) for m in [*prompt, *answer]) for prompt, answer, _ in conversations_of(tokenized)]
+    answer_characters = np.array([sum(map(len, texts)) for texts in said])
     per_row = {
-        "question characters": np.array([sum(len(m["content"]) for m in prompt) for prompt in prompts]),
-        "answer characters": np.array([sum(len(m["content"]) for m in answer) for answer in completions]),
+        "question characters": np.array(whole) - answer_characters,
+        "answer characters": answer_characters,
         "question tokens": totals - learned,
         "answer tokens": learned,
         "row tokens": totals,
@@ -256,12 +312,12 @@ def measure_lengths(
     # the smallest limit that cuts less than 1 % of the rows
     report["max_length_for_99_percent"] = int(np.sort(totals)[math.floor(0.99 * len(totals))])
     report["max_length"] = max_length
-    return report, per_row
+    return report, {**per_row, "first learned token": first_learned}
 
 
 def check_lengths(lengths: dict, per_row: dict[str, np.ndarray], args: SFTConfig) -> list[Finding]:
     """Rows longer than max_length, and what becomes of them."""
-    totals, learned, max_length = per_row["row tokens"], per_row["answer tokens"], args.max_length
+    totals, max_length = per_row["row tokens"], args.max_length
     if max_length is None or totals.max() <= max_length:
         return [Finding("truncation", "ok", f"no row is cut; the longest has {totals.max()} tokens")]
     cut = np.flatnonzero(totals > max_length)
@@ -276,7 +332,7 @@ def check_lengths(lengths: dict, per_row: dict[str, np.ndarray], args: SFTConfig
         text = f"max_length: {max_length} cuts the beginning of {which}, system message and question first"
         return [Finding("truncation", "warning", text, cut.tolist(), {"cut": len(cut)})]
     enough = lengths["max_length_for_99_percent"]
-    lost = np.flatnonzero(totals - learned >= max_length)
+    lost = np.flatnonzero(per_row["first learned token"] >= max_length)
     text = f"max_length: {max_length} cuts {which}: their answers lose the end" + (
         f", {len(lost)} of them all" if len(lost) else ""
     )
@@ -420,8 +476,10 @@ def inspect(
     report.findings += check_labels(labels, tokenizer, generation_config, answers_only)
     report.lengths, per_row = measure_lengths(tokenized, tokenizer, args.max_length)
     report.findings += check_lengths(report.lengths, per_row, args)
+    report.findings += check_conversations(tokenized, control_tokens(tokenizer, end_ids))
     questions = [question_of(prompt) for prompt in tokenized["prompt"]]
-    answers = ["\n".join(m["content"] for m in completion) for completion in tokenized["completion"]]
+    said = [learned_texts(*row) for row in conversations_of(tokenized)]
+    answers = ["\n".join(texts) if all(text.strip() for text in texts) else "" for texts in said]  # "" counts as empty
     report.findings += check_rows(questions, answers)
     report.findings += check_leaks(questions, {name: texts for name, texts in held_out.items() if texts})
     report.plan = plan_training(prepared, len(tokenized), args)
@@ -566,6 +624,9 @@ def run_preflight(
     findings, report.memory, checkpointing = check_memory(
         args, model_args, settings, peft_config, num_added_tokens, longest, report.plan["labelled_share"]
     )
+    if eval_rows is not None:
+        tokens = control_tokens(tokenizer, end_token_ids(tokenizer, generation_config))
+        notes += check_conversations(eval_rows, tokens, "in the validation split, ")
     report.findings += notes + findings
     report.findings += count_special_tokens(train_rows, tokenizer, script_args)
     report.allow(script_args.allow or [])

@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetuning.configs import ScriptArguments
-from finetuning.data import ROLES, find_row_format, load_split, load_test_samples, load_training_rows, to_sample
+from finetuning.conversations import ROLES
+from finetuning.data import find_row_format, load_test_samples, load_training_rows, to_sample
 from finetuning.data_checks import check_rows
+from finetuning.data_files import load_split
 from finetuning.errors import InputError
 
 generated = settings(derandomize=True, deadline=None, max_examples=25, database=None)
@@ -112,6 +114,11 @@ FILES = [
     ("train.jsonl", lines(*RIGHT).decode().encode("euc-kr"), "line 1: not UTF-8; convert it, as in `iconv -f cp949"),
     ("train.json", json.dumps(RIGHT, ensure_ascii=False).encode("cp949"), "line 1: not UTF-8"),
     ("train.csv", f"{COLUMNS}a,b\n안녕,네\n".encode("cp949"), "line 3: not UTF-8; convert it, as in `iconv -f cp949"),
+    ("train.csv", f"{COLUMNS}où est le café ?,à côté\n".encode("cp1252"), "line 2: not UTF-8; convert it, as in `iconv -f cp1252"),
+    ("train.csv", f"{COLUMNS}it’s “fine”,a – b\n".encode("cp1252"), "line 2: not UTF-8; convert it, as in `iconv -f cp1252"),
+    ("train.csv", f"{COLUMNS}informação,ação\n".encode("cp1252"), "iconv -f cp1252 -t utf-8 train.csv > utf8_train.csv`; if that reads wrong, from cp949"),
+    ("train.jsonl", lines({"prompt": "큐떱 뷁 어디야?", "completion": "집"}).decode().encode("cp949"), "as in `iconv -f cp949"),
+    ("train.csv", COLUMNS.encode() + b"a,\x81\x20\n", "line 2: not UTF-8, nor cp949 or cp1252; find out how it was written"),
     ("train.csv", f"{COLUMNS}안녕,네\n".encode("utf-16"), "line 1: not UTF-8; convert it, as in `iconv -f utf-16"),
     ("train.jsonl", lines(*RIGHT).decode().encode("utf-16"), "line 1: not UTF-8; convert it, as in `iconv -f utf-16"),
     ("train.jsonl", lines(RIGHT[0]) + b'{"prompt": "\xed\xa0\x80", "completion": "b"}\n', "line 2: not UTF-8"),
@@ -132,7 +139,7 @@ FILES = [
     ("train.csv", f"{COLUMNS}a,b\nc\n", "row 1: `completion` is empty"),
     ("train.csv", "prompt;completion\na;b\n", "has one column, `prompt;completion`; separate columns by commas"),
     ("train.csv", "prompt,completion,prompt\na,b,c\n", "the column `prompt` stands twice"),
-    ("train.jsonl", b'{"prompt": "a", "prompt": "b", "completion": "c"}\n', "Column(/prompt) was specified twice"),
+    ("train.jsonl", b'{"prompt": "a", "prompt": "b", "completion": "c"}\n', "line 1: `prompt` stands twice in one object"),
     ("train.csv", lines(*RIGHT), "are neither messages, nor prompt and completion"),
     ("train.csv", ",\na,b\n", "are neither messages, nor prompt and completion"),
     ("train.csv", "질문,답\na,b\n", "the columns 질문, 답 are neither"),
@@ -176,13 +183,20 @@ ROWS = [
     ([CONVERSATION, {"messages": [USER, ANSWER, ANSWER]}], "row 1: `messages` must end with an assistant's message"),
     ([CONVERSATION, {"messages": [{"content": "q"}, ANSWER]}], "row 1: a message of `messages` has content, and needs role"),
     ([{"messages": [{"role": "user"}, {"role": "assistant"}]}], "a message of `messages` has role, and needs role and content"),
-    ([{"messages": [{"from": "human", "value": "q"}]}], "a message of `messages` has from, value, and needs role and content"),
+    ([{"conversations": [{"from": "human", "value": "q"}]}], "row 0: `conversations` must end with an assistant's message"),
+    ([{"conversations": [{"from": "me", "value": "q"}]}], "a message of `conversations` is from 'me', which is none of system, human"),
+    ([{"conversations": [{"from": "function_call", "value": "f()"}]}], "a function_call of `conversations` must be JSON with name"),
+    ([{"messages": [USER, {**ANSWER, "weight": 0.5}]}], "a message of `messages` has the weight 0.5, and can have 0 or 1"),
+    ([{"messages": [USER, {**ANSWER, "tool_calls": [{"id": "1"}]}]}], "a tool call of `messages` needs a function with name"),
+    ([{"messages": [USER, {**ANSWER, "tool_calls": "f"}]}], "row 0: `tool_calls` must be a list, not str"),
+    ([{"messages": [USER, {**ANSWER, "content": 1.50}]}], "row 0: `content` must be text, not float"),
+    ([{**CONVERSATION, "tools": "none"}], "row 0: `tools` must be a list, not str"),
     ([{"messages": [{**USER, "role": "human"}, {**ANSWER, "role": "gpt"}]}], "has the role 'human', which is none of system, user"),
     ([{"messages": [{**USER, "role": None}, ANSWER]}], "has the role None, which is none of"),
     ([{"messages": [{**USER, "role": 1}, {**ANSWER, "role": 2}]}], "has the role 1, which is none of"),
     ([{"messages": [USER, {**ANSWER, "content": None}]}], "row 0: `content` is empty"),
     ([{"messages": [{**USER, "content": [{"type": "text", "text": "q"}]}, ANSWER]}], "row 0: `content` must be text, not list"),
-    ([{"conversations": [USER, ANSWER]}], "the columns conversations are neither"),
+    ([{"turns": [USER, ANSWER]}], "the columns turns are neither"),
     ([{"text": "a"}], "set question_key and answer_key to the columns with the question and its answer"),
 ]  # fmt: skip
 
@@ -338,6 +352,8 @@ ACCEPTED = [
     ("train.jsonl", lines({"prompt": [SYSTEM, USER], "completion": [ANSWER, USER, {**ANSWER, "content": "z"}]}), "z"),
     ("train.jsonl", lines({"instruction": "a", "input": None, "output": "b"}), "b"),
     ("train.jsonl", lines({"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}), "assistant"),
+    ("train.jsonl", lines({"conversations": [USER, ANSWER]}), "assistant"),
+    ("train.jsonl", lines({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}), "a"),
     ("train.jsonl", lines({"id": "1", "source": "s", "model": "m", "system_prompt": "s", **CONVERSATION}), "assistant"),
 ]  # fmt: skip
 
@@ -345,6 +361,40 @@ ACCEPTED = [
 @pytest.mark.parametrize("name, content, answer", ACCEPTED, ids=[f"{c[0]}-{c[2][:20]!r}" for c in ACCEPTED])
 def test_right_data_is_read_as_it_stands(tmp_path, name, content, answer):
     assert load(write(tmp_path / name, content))[0][1] == answer
+
+
+CELLS = {
+    "1": ["1", "2.5"],  # what is written in a file, of which readers make numbers of one type
+    "1.10": ["1.10", "-3", "1e5", "2.50E-3"],
+    "large": ["9007199254740993", "0.5", str(10**20), str(10**40 + 1)],
+    "truth": ["true", "false", "1"],
+    "dates": ['"2024-01-01"', '"2024-01-01 10:00:00"', '"2024-01-01T10:00:00Z"'],
+    "texts that look like values": ['"1.10"', '"null"', '"007"', '"{\\"a\\": 1}"', '"NaN"', "3"],
+}
+
+
+@pytest.mark.parametrize("written", CELLS.values(), ids=list(CELLS))
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_cells_of_json_are_read_as_they_are_written(tmp_path, written, form):
+    rows = [f'{{"prompt": "question {i}", "completion": {cell}}}' for i, cell in enumerate(written)]
+    text = "\n".join(rows) if form == "lines" else "[" + ",\n".join(rows) + "]"
+    expected = [json.loads(cell) if cell.startswith('"') else cell for cell in written]
+    assert [answer for _, answer in load(write(tmp_path / "train.json", text))] == expected
+
+
+@pytest.mark.parametrize("missing", ["null", "NaN", None])
+def test_a_missing_cell_beside_numbers_is_not_read_as_text(tmp_path, missing):
+    rows = (
+        '{"prompt": 1, "completion": 2}\n{"prompt": 3' + ("" if missing is None else f', "completion": {missing}') + "}"
+    )
+    assert "row 1: `completion` is empty" in refuse(write(tmp_path / "train.jsonl", rows))
+
+
+def test_a_column_that_is_not_read_may_hold_anything(tmp_path):
+    rows = [{**row, "meta": meta} for row, meta in zip(RIGHT, (1, "a", {"b": [None, 2]}, None), strict=True)]
+    assert len(load(write(tmp_path / "train.jsonl", lines(*rows)))) == 4
+    _, _, row_format = load_training_rows(ScriptArguments(dataset_name=str(tmp_path / "train.jsonl")))
+    assert row_format.describe() == "prompt -> completion; not read: meta"
 
 
 def test_a_completion_of_several_turns_loses_none_of_them(tmp_path):

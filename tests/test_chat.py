@@ -1,15 +1,31 @@
+import itertools
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from conftest import ROOT  # isort: skip
-from finetuning.chat import control_token_ids, decode_answer, end_of_turn_id, end_token_ids, load_tokenizer
+from finetuning.batches import IGNORED, RowPreparation
+from finetuning.chat import (
+    PLAIN_TEMPLATE,
+    control_token_ids,
+    decode_answer,
+    end_of_turn_id,
+    end_token_ids,
+    fit_to_template,
+    hidden_keys,
+    load_tokenizer,
+)
+from finetuning.data import find_row_format, to_sample, to_training_row
+from finetuning.data_checks import check_template, check_turns
+from finetuning.inference import encode_prompts
 from finetuning.training import ResumableSFTTrainer, TrainingArguments
 
 CHAT = [
@@ -37,6 +53,145 @@ def test_speaker_tags_stay_in_the_text_and_control_tokens_do_not(tokenizer):
     ids = tokenizer(f"{text}<|im_end|><|pad|>")["input_ids"]
     assert text not in tokenizer.decode(ids, skip_special_tokens=True)  # what the usual call makes of it
     assert decode_answer(tokenizer, ids, control_token_ids(tokenizer, [])).strip() == text
+
+
+LONG = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "#Person1#: 안녕, Ella."}, {"role": "assistant", "content": "#Person1# greets Ella."},
+    {"role": "user", "content": "And then?"}, {"role": "assistant", "content": "Ella greets back."},
+    {"role": "tool", "content": "3:30"}, {"role": "assistant", "content": "It is 3:30."},
+]  # fmt: skip
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+TEMPLATES = {  # the template, and the end of a turn
+    "demo": (None, "<|im_end|>"),
+    "plain": (PLAIN_TEMPLATE, "<|im_end|>"),
+    "line break after the end": (TURN + ASK, "<|im_end|>\n"),
+    "end in plain text": (TURN.replace("<|im_end|>", ".") + ASK, ".\n"),
+    "llama3": ("{% set bos_token = '<|endoftext|>' %}" + (TRL_TEMPLATES / "llama3.jinja").read_text(), "<|eot_id|>"),
+    "qwen2.5": ((TRL_TEMPLATES / "qwen2_5.jinja").read_text(), "<|im_end|>\n"),
+}
+
+
+def prepare(template: str | None, rows: list[dict], **settings) -> tuple[RowPreparation, Dataset]:
+    args = TrainingArguments(output_dir="unused", report_to="none", **settings)
+    preparation = RowPreparation(load_tokenizer(str(ROOT / "demo/model"), template), args)
+    return preparation, preparation.tokenize(Dataset.from_list(rows), "train")
+
+
+def learned_texts(tokenizer, ids: list[int], labels: list[int]) -> list[str]:
+    """The text of each run of tokens that are learned."""
+    runs = itertools.groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
+    return [tokenizer.decode([i for i, _ in run]) for is_learned, run in runs if is_learned]
+
+
+@pytest.mark.parametrize("template, end", TEMPLATES.values(), ids=list(TEMPLATES))
+def test_every_answer_of_a_conversation_is_learned_with_its_end(template, end):
+    row = to_training_row({"messages": LONG}, find_row_format(["messages"]))
+    preparation, tokenized = prepare(template, [row])
+    texts = learned_texts(preparation._tokenizer, tokenized[0]["input_ids"], tokenized[0]["labels"])
+    assert [text.strip() for text in texts] == [f"{LONG[i]['content']}{end}".strip() for i in (2, 4, 6)]
+    assert tokenized[0]["left_out"] == 0 and tokenized[0]["begins_alike"]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_trainer_learns_every_answer_of_a_conversation(tmp_path, tokenizer, packing):
+    row = to_training_row({"messages": LONG}, find_row_format(["messages"]))
+    _, tokenized = prepare(None, [row, row])
+    args = TrainingArguments(
+        output_dir=str(tmp_path), packing=packing, max_length=192, report_to="none", per_device_train_batch_size=2
+    )
+    trainer = ResumableSFTTrainer(
+        model=str(ROOT / "demo/model"), args=args, train_dataset=tokenized, processing_class=tokenizer
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
+    assert learned_texts(tokenizer, ids, labels) == [f"{LONG[i]['content']}<|im_end|>" for i in (2, 4, 6)] * 2
+
+
+@pytest.mark.parametrize("template", [template for template, _ in TEMPLATES.values()], ids=list(TEMPLATES))
+@pytest.mark.parametrize("completion_only_loss", [True, False])
+def test_rows_of_one_turn_are_tokenised_as_trl_does(template, completion_only_loss):
+    rows = [*CHAT, {"prompt": LONG[:2], "completion": LONG[2:3]}]
+    preparation, tokenized = prepare(template, rows, completion_only_loss=completion_only_loss, packing=False)
+    own = preparation.cut_and_pack(Dataset.from_list(rows), "train")  # trl's own preparation, from the messages on
+    assert tokenized["input_ids"] == own["input_ids"] and tokenized["labels"] == own["labels"]
+
+
+def test_what_the_template_marks_can_be_all_that_is_learned():
+    marked = TURN.replace(
+        "{{ m.content }}<|im_end|>",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+    )
+    row = to_training_row({"messages": LONG}, find_row_format(["messages"]))
+    preparation, tokenized = prepare(marked + ASK, [row], assistant_only_loss=True)
+    texts = learned_texts(preparation._tokenizer, tokenized[0]["input_ids"], tokenized[0]["labels"])
+    assert texts == [f"{LONG[i]['content']}<|im_end|>" for i in (2, 4, 6)]
+
+
+def test_an_answer_that_the_template_writes_in_another_way_later_is_not_learned():
+    """Qwen3 writes an empty thought into the last answer, and none into the earlier ones."""
+    row = to_training_row({"messages": LONG[:5]}, find_row_format(["messages"]))
+    preparation, tokenized = prepare((TRL_TEMPLATES / "qwen3.jinja").read_text(), [row])
+    (text,) = learned_texts(preparation._tokenizer, tokenized[0]["input_ids"], tokenized[0]["labels"])
+    assert "Ella greets back.<|im_end|>" in text and tokenized[0]["left_out"] == 1
+    (finding,) = check_turns([2], [2], tokenized["left_out"], "")
+    assert finding.level == "warning" and finding.rows == [0]
+    assert "2.0 a row, 1.0 of them learned; 1 in 1 row are not learned" in finding.text
+    one_turn = to_training_row({"messages": LONG[:3]}, find_row_format(["messages"]))
+    assert prepare((TRL_TEMPLATES / "qwen3.jinja").read_text(), [one_turn])[1][0]["left_out"] == 0
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "서울"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Says the weather.", "parameters": {}}}]
+CALLING = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": None, "reasoning_content": "I look it up.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "no", "name": "weather"},
+    {"role": "assistant", "content": "No rain."},
+]
+
+
+def test_tool_calls_tools_and_reasoning_reach_the_chat_template():
+    template = (TRL_TEMPLATES / "qwen3.jinja").read_text()
+    row = to_training_row({"messages": CALLING, "tools": TOOLS}, find_row_format(["messages", "tools"]))
+    preparation, tokenized = prepare(template, [row])
+    text = preparation._tokenizer.decode(tokenized[0]["input_ids"])
+    assert "Says the weather." in text and "I look it up." in text
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "서울"}}\n</tool_call>' in text
+    assert tokenized[0]["hidden"] == "name"  # of the tool
+    # testing asks with the same tokens
+    sample = {"id": "1", **to_sample({"messages": CALLING, "tools": TOOLS}, find_row_format(["messages", "tools"]))}
+    (prompt,) = encode_prompts(preparation._tokenizer, [sample])
+    assert list(prompt.token_ids) == tokenized[0]["input_ids"][: len(prompt.token_ids)]
+
+
+@pytest.mark.parametrize("template", [None, PLAIN_TEMPLATE, TURN + ASK], ids=["demo", "plain", "as text"])
+def test_what_the_chat_template_does_not_show_is_named(template):
+    row = to_training_row({"messages": CALLING, "tools": TOOLS}, find_row_format(["messages", "tools"]))
+    preparation, tokenized = prepare(template, [row])
+    text = preparation._tokenizer.decode(tokenized[0]["input_ids"])
+    assert "None" not in text and "weather" not in text
+    (finding,) = check_template(tokenized["hidden"], [True], "")
+    assert finding.level == "warning" and finding.rows == [0]
+    for key in ("tools", "tool_calls", "reasoning_content", "name"):
+        assert f"{key} (1 row)" in finding.text
+
+
+def test_arguments_are_written_as_json_whatever_form_the_template_expects(tokenizer):
+    shown = "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }} ARGUMENTS{% endfor %}{% endif %}"
+    for written in (
+        "{{ c.function.arguments | tojson }}",
+        "{{ c.function.arguments }}",
+        "{{ '' + c.function.arguments }}",
+    ):
+        template = TURN.replace("{{ m.content }}", "{{ m.content }}" + shown.replace("ARGUMENTS", written)) + ASK
+        messages = fit_to_template(tokenizer, CALLING, chat_template=template)
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        assert 'assistant\nweather {"city": "서울"}<|im_end|>' in text, text
+        assert hidden_keys(tokenizer, messages, None, chat_template=template) == ["reasoning_content", "name"]
 
 
 def test_a_tokenizer_without_chat_template_gets_one_that_ends_with_its_eos_token(tmp_path):

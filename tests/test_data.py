@@ -6,11 +6,12 @@ import pytest
 from finetuning.configs import ScriptArguments
 from finetuning.data import (
     find_row_format,
-    load_split,
     load_test_samples,
     load_training_rows,
     to_sample,
+    to_training_row,
 )
+from finetuning.data_files import load_split
 from finetuning.errors import InputError
 
 ROWS = [{"dialogue": f"#Person1#: 안녕 {i}", "summary": f"요약 {i}"} for i in range(10)]
@@ -162,3 +163,105 @@ def test_an_edited_file_is_read_anew(tmp_path):
     write(tmp_path / "train.jsonl", [{"dialogue": "new", "summary": "neu"}])
     second, _, _ = load_training_rows(arguments)
     assert len(first) == 10 and second["completion"] == [[{"role": "assistant", "content": "neu"}]]
+
+
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "서울", "days": 10**17 + 1}},
+}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "default": None}}}
+ASKED = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": None, "reasoning_content": "I look it up.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "no", "tool_call_id": "c1", "name": "weather"},
+    {"role": "assistant", "content": "No rain."},
+]
+
+
+def read_both_ways(path, **arguments):
+    """A row as training gets it, and as testing does."""
+    (row,), _, _ = load_training_rows(ScriptArguments(dataset_name=str(path), **arguments))
+    (sample,) = load_test_samples({"dataset_name": str(path), "dataset_test_split": "train", **arguments})
+    return row, sample
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_tool_calls_and_reasoning_stay_with_their_messages(tmp_path, name):
+    other = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}], "tools": None}
+    path = write(tmp_path / name, [{"messages": ASKED, "tools": [TOOL]}, other])
+    (row, second), _, _ = load_training_rows(ScriptArguments(dataset_name=str(path)))
+    assert json.loads(row["conversation"]) == {"messages": ASKED, "tools": [TOOL]}
+    assert row["learned"] == [2, 4]
+    assert (
+        row["prompt"][2]["content"] == '{"name": "weather", "arguments": {"city": "서울", "days": 100000000000000001}}'
+    )
+    assert second["conversation"] is None and second["learned"] == [1]
+
+
+def test_testing_gets_the_tools_and_the_calls_of_a_conversation(tmp_path):
+    _, sample = read_both_ways(write(tmp_path / "train.jsonl", [{"messages": ASKED, "tools": json.dumps([TOOL])}]))
+    assert sample["prompt"] == ASKED[:-1] and sample["tools"] == [TOOL] and sample["references"] == ["No rain."]
+    row, sample = read_both_ways(write(tmp_path / "train.jsonl", [{"messages": ASKED[:3]}]))
+    assert sample["references"] == ['{"name": "weather", "arguments": {"city": "서울", "days": 100000000000000001}}']
+    assert row["completion"] == [{"role": "assistant", "content": sample["references"][0]}] and "tools" not in sample
+
+
+def test_keys_that_parquet_gives_to_all_messages_are_taken_off_again(tmp_path):
+    call = {"function": {"name": "clock", "arguments": {"zone": "KST"}}}
+    calls = [{**ASKED[2], "tool_calls": [CALL, call]}, *ASKED[3:]]
+    path = write(tmp_path / "train.parquet", [{"messages": [*ASKED[:2], *calls], "tools": [TOOL]}])
+    _, sample = read_both_ways(path)
+    assert sample["prompt"][2]["tool_calls"] == [CALL, {"type": "function", **call}]
+    assert list(sample["prompt"][1]) == ["role", "content"]
+
+
+def test_personal_data_is_masked_in_the_arguments_of_tool_calls_too(tmp_path):
+    call = {"function": {"name": "dial", "arguments": json.dumps({"number": "010-1234-5678"})}}
+    messages = [{"role": "user", "content": "Call"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    row, _ = read_both_ways(write(tmp_path / "train.jsonl", [{"messages": messages}]), mask_pii=True)
+    assert "010-1234" not in str(row) and '"number": "#PhoneNumber#"' in row["completion"][0]["content"]
+
+
+def test_share_gpt_conversations_are_read_as_messages(tmp_path):
+    turns = [
+        {"from": "system", "value": "Be brief."}, {"from": "human", "value": "Rain?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Seoul"}}'},
+        {"from": "observation", "value": "no"}, {"from": "gpt", "value": "No rain."},
+    ]  # fmt: skip
+    tools = json.dumps([{"name": "weather", "parameters": {}}])
+    row, sample = read_both_ways(write(tmp_path / "train.jsonl", [{"conversations": turns, "tools": tools}]))
+    assert [message["role"] for message in sample["prompt"]] == ["system", "user", "assistant", "tool"]
+    assert sample["prompt"][2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Seoul"}}
+    assert sample["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    assert row["learned"] == [2, 4] and sample["references"] == ["No rain."]
+
+
+U, A, S, T = ({"role": role, "content": role} for role in ("user", "assistant", "system", "tool"))
+
+
+@pytest.mark.parametrize(
+    "row, arguments, learned",
+    [
+        ({"messages": [U, A, U, A]}, {}, [1, 3]),
+        ({"messages": [U, A, U, A]}, {"mask_history": True}, [3]),
+        ({"messages": [U, A, U, A]}, {"system_prompt": "Be brief."}, [2, 4]),
+        ({"messages": [S, U, {**A, "weight": 0}, T, {**A, "weight": 1}]}, {}, [4]),
+        ({"messages": [U, A, U, {**A, "weight": 0}]}, {}, [1]),
+        ({"messages": [A, U, A]}, {}, [2]),  # a greeting answers nothing
+        ({"prompt": [U, A, U], "completion": [A]}, {}, [3]),  # of a prompt nothing is learned
+        ({"prompt": [U, A, U], "completion": [A, U, A]}, {}, [3, 5]),
+        ({"prompt": [U], "completion": [A, U, A]}, {"mask_history": True}, [3]),
+        ({"instruction": "I", "output": "A"}, {}, [1]),
+    ],
+)
+def test_every_answer_is_learned_that_the_data_gives_to_learn(row, arguments, learned):
+    assert to_training_row(row, find_row_format(list(row), **arguments))["learned"] == learned
+
+
+def test_mask_history_is_refused_where_no_row_has_a_history():
+    with pytest.raises(InputError, match="mask_history has no effect"):
+        find_row_format(["instruction", "output"], mask_history=True)
+    with pytest.raises(ValueError, match="mask_history has no effect with question_key"):
+        ScriptArguments(dataset_name="d", question_key="q", answer_key="a", mask_history=True)

@@ -104,6 +104,27 @@ def answer_stub(*replies, number: int = 1, **settings):
     return answers, stub.requests, engine
 
 
+def test_tools_and_tool_calls_are_sent_as_the_api_takes_them(tmp_path):
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "서울"}}}
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "no", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "No rain."},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    (tmp_path / "test.jsonl").write_text(json.dumps({"messages": messages, "tools": tools}))
+    stub = StubJudge(reply())
+    with serve(stub) as url:
+        engine = make_engine(url, max_new_tokens=16)
+        engine.samples = load_test_samples({"dataset_name": str(tmp_path), "dataset_test_split": "test"})
+        (answer,) = engine.answer(encode_prompts(engine.reader.tokenizer, engine.samples))
+    (sent,) = stub.requests
+    assert answer.prediction == "#Person1# met Ella." and sent["tools"] == tools and sent["tool_choice"] == "none"
+    assert sent["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"city": "서울"}'
+    assert sent["messages"][2] == messages[2]
+
+
 def test_every_setting_is_sent_so_that_no_default_of_the_server_counts():
     _, (greedy,), _ = answer_stub(reply())
     assert greedy["temperature"] == 0 and greedy["max_completion_tokens"] == 16

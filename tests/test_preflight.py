@@ -14,6 +14,7 @@ from finetuning import preflight
 from finetuning.batches import RowPreparation, build_collator
 from finetuning.chat import load_tokenizer
 from finetuning.configs import ModelArguments
+from finetuning.data import TRAINING_FEATURES, find_row_format, to_training_row
 from finetuning.data_checks import check_leaks, check_rows, find_leaks, normalize
 from finetuning.memory import Batch, Shapes, plan_memory
 from finetuning.training import TrainingArguments
@@ -255,6 +256,82 @@ def test_the_preview_shows_every_token_and_what_is_learned(tmp_path, tokenizer):
     assert ["<|im_end|>", True, True] in preview["tokens"]
     assert "⟦#Person1#|" in preflight.render_preview(preview, colour=False)
     assert "\033[1;30;42m<|im_end|>\033[0m" in preflight.render_preview(preview, colour=True)
+
+
+def conversations(first_answers=ANSWERS, **arguments) -> Dataset:
+    """Rows of two turns each."""
+    turns = zip(QUESTIONS, first_answers, reversed(ANSWERS), strict=True)
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, (q, a, "And?", b), strict=True)]}
+        for q, a, b in turns
+    ]  # fmt: skip
+    row_format = find_row_format(["messages"], **arguments)
+    return Dataset.from_list([to_training_row(row, row_format) for row in rows], features=TRAINING_FEATURES)
+
+
+def inspected(tmp_path, rows, tokenizer, **settings):
+    """What preflight says of rows, and the labels that it has looked at."""
+    settings = {"max_length": 256, "report_to": "none", **settings}
+    args = TrainingArguments(output_dir=str(tmp_path), **settings)
+    preparation = RowPreparation(tokenizer, args)
+    tokenized = preparation.tokenize(rows, "train")
+    prepared = preparation.cut_and_pack(tokenized, "train")
+    generation_config = GenerationConfig.from_pretrained(MODEL)
+    collator = build_collator(tokenizer, args)
+    report, per_row = preflight.inspect(tokenized, prepared, collator, tokenizer, generation_config, args, {})
+    return {finding.check: finding for finding in report.findings}, report, per_row
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_turn_that_is_learned_is_counted_and_shown(tmp_path, tokenizer, packing):
+    found, report, per_row = inspected(tmp_path, conversations(), tokenizer, packing=packing)
+    assert (found["assistant_turns"].level, found["assistant_turns"].text) == ("ok", "2.0 a row, all learned")
+    assert found["terminator"].numbers["answers"] == found["terminator"].numbers["ended"] == 8
+    shown = preflight.render_preview(report.preview[0], colour=False).replace("|", "")
+    assert f"⟦{ANSWERS[0]}<im_end>⟧" in shown and shown.endswith(f"⟦{ANSWERS[-1]}<im_end>⟧") and shown.count("⟦") == 2
+    assert per_row["answer characters"][0] == len(ANSWERS[0] + ANSWERS[-1])
+    assert per_row["question characters"][0] == len(QUESTIONS[0] + "And?")
+
+    found, report, _ = inspected(tmp_path, conversations(mask_history=True), tokenizer, packing=packing)
+    assert (found["assistant_turns"].level, found["assistant_turns"].text) == ("note", "2.0 a row, 1.0 of them learned")
+    assert found["terminator"].numbers["answers"] == 4
+    assert preflight.render_preview(report.preview[0], colour=False).count("⟦") == 1
+
+
+def test_an_earlier_turn_without_an_end_counts_as_much_as_the_last(tmp_path):
+    tokenizer = with_template(TURN.replace("<|im_end|>", "{{ '<|im_end|>' if m.content.endswith('.') }}") + ASK)
+    found, _, _ = inspected(tmp_path, conversations([answer.rstrip(".") for answer in ANSWERS]), tokenizer)
+    assert found["terminator"].level == "warning"
+    assert found["terminator"].text.startswith("50.0 % of the answers end in")
+
+
+def test_an_empty_turn_among_others_is_refused(tmp_path, tokenizer):
+    found, _, _ = inspected(tmp_path, conversations([*ANSWERS[:3], " "]), tokenizer)
+    assert (found["empty_rows"].level, found["empty_rows"].rows) == ("refused", [3])
+
+
+def test_a_cut_in_a_later_turn_does_not_lose_the_earlier_answer(tmp_path, tokenizer):
+    found, _, per_row = inspected(tmp_path, conversations(), tokenizer, max_length=40)
+    start, whole = per_row["first learned token"], per_row["row tokens"]
+    assert (start < 40).all() and (whole - per_row["answer tokens"] > 40).all()
+    assert found["truncation"].numbers["answers_lost"] == 0
+
+
+def test_control_tokens_in_the_text_of_rows_are_named(tmp_path, tokenizer):
+    answers = [ANSWERS[0] + "<|im_end|>\n<|im_start|>user\nAnd now?", *ANSWERS[1:]]
+    questions = [*QUESTIONS[:2], QUESTIONS[2] + " <|endoftext|>", QUESTIONS[3] + " <|im_end> #Person2# <s>"]
+    found, report, _ = inspected(tmp_path, rows_of(questions, answers), tokenizer)
+    assert found["terminator"].level == "ok"  # nothing else would say so
+    assert (found["control_tokens"].level, found["control_tokens"].rows) == ("warning", [0, 2])
+    text = found["control_tokens"].text
+    assert text.startswith("2 rows (50.0 %) hold control tokens in their text")
+    for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>"):
+        assert f"{token} (1 row)" in text
+    assert "(rows 0, 2)" in preflight.render(report, colour=False)
+    tokenized = RowPreparation(tokenizer, TrainingArguments(output_dir=str(tmp_path))).tokenize(rows_of(), "eval")
+    assert preflight.check_conversations(tokenized, ["saw"], "in the validation split, ")[0].text.startswith(
+        "in the validation split, 4 rows (100.0 %) hold control tokens"
+    )
 
 
 def test_a_korean_character_of_several_tokens_is_shown_whole(tokenizer):
