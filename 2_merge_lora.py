@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # n
 
 from finetuning.chat import load_tokenizer  # noqa: E402
 from finetuning.data import load_test_samples  # noqa: E402
+from finetuning.inference import encode_prompts  # noqa: E402
 from finetuning.runs import find_models, find_run, last_checkpoint, read_run  # noqa: E402
 
 MAX_NEW_TOKENS = 64
@@ -97,10 +98,7 @@ def main(args: MergeArguments) -> None:
         max_new_tokens=MAX_NEW_TOKENS, eos_token_id=own_config.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     samples = load_test_samples(record["config"])[: args.num_prompts]
-    prompts = [
-        tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True, return_tensors="pt")["input_ids"]
-        for sample in samples
-    ]
+    prompts = [torch.tensor([list(p.token_ids)]) for p in encode_prompts(tokenizer, samples) if p.error is None]
     sequences = [answer(model, prompt, greedy) for prompt in prompts]
     adapter_logits = logits_of(model, sequences)
     with model.disable_adapter():

@@ -5,6 +5,7 @@ The steps are those of trl's SFTTrainer itself; training takes the tokenised row
 what is trained on.
 """
 
+import bisect
 import inspect
 import json
 import sys
@@ -67,6 +68,25 @@ class RowPreparation(SFTTrainer):
         return self._prepare_dataset(tokenized, self._tokenizer, self.args, self.args.packing, None, name)
 
 
+def token_ends(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int] | None:
+    """Where each token of a text ends, in characters; None if the tokenizer cannot say.
+
+    A control token may take up the white space behind it, and yet it ends before that.
+    """
+    if not tokenizer.is_fast:
+        return None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in encoded["offset_mapping"]]
+    if encoded["input_ids"] != ids or ends != sorted(ends):
+        return None
+    for place, (start, end) in enumerate(encoded["offset_mapping"]):
+        if text[end - 1 : end].isspace():
+            name = tokenizer.convert_ids_to_tokens(ids[place])
+            if text.startswith(name, start):
+                ends[place] = start + len(name)
+    return ends
+
+
 def tokenize_row(
     row: dict,
     tokenizer: PreTrainedTokenizerBase,
@@ -100,25 +120,28 @@ def tokenize_row(
 
     def count_tokens(end: int, ask: bool = False) -> int:
         """Tokens with which both the row and its first messages begin."""
-        return common_prefix_length(
-            tokenizer.apply_chat_template(messages[:end], add_generation_prompt=ask, **template)["input_ids"], ids
-        )
+        start_ids = tokenizer.apply_chat_template(messages[:end], add_generation_prompt=ask, **template)["input_ids"]
+        return common_prefix_length(start_ids, ids)
 
     encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=marked_only, **template)
     ids, last = encoded["input_ids"], len(messages) - 1
     prompt_ids = tokenizer.apply_chat_template(messages[:last], add_generation_prompt=True, **template)["input_ids"]
     answer_start = common_prefix_length(prompt_ids, ids)
     learned = row.get("learned", [last])
+    earlier = [place for place in learned if place != last]
     spans = [(answer_start, len(ids))] if last in learned else []
-    text = write(len(messages)) if learned[:-1] or last not in learned else ""
     left_out = 0
-    for place in learned:
-        if place == last:
-            continue
-        if text.startswith(write(place, ask=True)) and text.startswith(write(place + 1)):
+    if earlier:
+        text = write(len(messages))
+        ends = token_ends(tokenizer, text, ids)
+    for place in earlier:
+        before, after = write(place, ask=True), write(place + 1)
+        if not text.startswith(before) or not text.startswith(after):
+            left_out += 1
+        elif ends is None:
             spans.append((count_tokens(place, ask=True), count_tokens(place + 1)))
         else:
-            left_out += 1
+            spans.append((bisect.bisect_right(ends, len(before)), bisect.bisect_right(ends, len(after))))
     labels = [IGNORED] * len(ids) if answers_only else list(ids)
     for start, end in spans:
         labels[start:end] = ids[start:end]

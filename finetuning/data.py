@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Json, Value
 from datasets.fingerprint import Hasher
 
 from finetuning.cleaning import PII_TOKENS, clean_jamo, mask_pii
@@ -202,11 +202,25 @@ def to_training_row(row: dict, row_format: RowFormat) -> dict:
     return {"prompt": texts[:-1], "completion": texts[-1:], "learned": learned, "conversation": whole}
 
 
-def _format_of(dataset: Dataset, where: str, given: dict) -> RowFormat:
+def format_of(dataset: Dataset, where: str, given: dict) -> RowFormat:
+    """How the rows of a split are read.
+
+    Raises:
+        InputError: Columns are missing, or do not hold what was written in the files.
+    """
     try:
-        return find_row_format(dataset.column_names, **given)
+        row_format = find_row_format(dataset.column_names, **given)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    if dataset.info.builder_name == "json":  # files of the Hub, which `datasets` reads; local ones we read ourselves
+        for column in {row_format.question_key, *row_format.reference_keys}:
+            feature = dataset.features[column]
+            if isinstance(feature, Json) or str(getattr(feature, "dtype", "")).startswith(("float", "timestamp")):
+                raise InputError(
+                    f"{where}: `datasets` has read the column `{column}` of JSON files as {getattr(feature, 'dtype', 'JSON')}, "
+                    "and what is written there may be something else; download the files, and name their folder"
+                )
+    return row_format
 
 
 def _load_prompts_and_completions(args: ScriptArguments, split: str) -> tuple[Dataset, RowFormat]:
@@ -217,7 +231,7 @@ def _load_prompts_and_completions(args: ScriptArguments, split: str) -> tuple[Da
     """
     dataset = load_split(args.dataset_name, split, args.dataset_config)
     given = {key: getattr(args, key) for key in FORMAT_KEYS}
-    row_format = _format_of(dataset, f"{args.dataset_name} ({split})", given)
+    row_format = format_of(dataset, f"{args.dataset_name} ({split})", given)
     modules = (__name__, clean_jamo.__module__, read_messages.__module__)
     source = [inspect.getsource(sys.modules[module]) for module in modules]
     try:
@@ -313,7 +327,7 @@ def load_test_samples(config: dict) -> TestSamples:
     name, split = config["dataset_name"], config["dataset_test_split"]
     dataset = load_split(name, split, config.get("dataset_config"))
     given = {key: config[key] for key in FORMAT_KEYS if config.get(key) is not None}
-    row_format = _format_of(dataset, f"{name} ({split})", given)
+    row_format = format_of(dataset, f"{name} ({split})", given)
     by_prompt: dict[bytes, list[int]] = {}
     ids: dict[bytes, str] = {}  # of the first row of each prompt, by itself
     for index, row in enumerate(dataset):

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset, Features, NamedSplit, Value, load_dataset
 from datasets.packaged_modules.generator.generator import Generator
@@ -270,9 +271,22 @@ def _without_missing(value):
     return [_without_missing(item) for item in value] if isinstance(value, list) else value
 
 
-def drop_missing_keys(batch: dict[str, list]) -> dict[str, list]:
-    """A batch without the keys that Arrow has added to its objects, since all objects of a column have the same there."""
-    return {column: _without_missing(cells) for column, cells in batch.items()}
+def read_stored(batch: dict[str, list], singles: tuple[str, ...]) -> dict[str, list]:
+    """A batch of typed columns as its author wrote it.
+
+    Args:
+        singles: Columns of numbers in single precision, of which Python would show digits that nobody wrote.
+
+    Returns:
+        The batch without the keys that Arrow has added to its objects, as all objects of a column have the same there.
+    """
+    return {
+        column: [
+            float(str(np.float32(cell))) if column in singles and cell is not None else _without_missing(cell)
+            for cell in cells
+        ]
+        for column, cells in batch.items()
+    }
 
 
 def load_split(name: str, split: str, config: str | None = None) -> Dataset:
@@ -323,6 +337,8 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
         raise InputError(f"{name}: could not load the split `{split}`{hint}: {cause}") from error
     if len(dataset) == 0:
         raise InputError(f"{name}: the split `{split}` has no rows")
-    if dataset.format["type"] is None and any(not isinstance(kind, Value) for kind in dataset.features.values()):
-        return dataset.with_transform(drop_missing_keys)
-    return dataset
+    if exists and kind == "json":
+        return dataset
+    singles = tuple(name for name, column in dataset.features.items() if column == Value("float32"))
+    nested = any(not isinstance(column, Value) for column in dataset.features.values())
+    return dataset.with_transform(partial(read_stored, singles=singles)) if singles or nested else dataset

@@ -450,7 +450,7 @@ def inspect(
     """Run every check on the rows of a training run.
 
     Args:
-        tokenized: Rows with prompt, completion, input_ids and labels, uncut.
+        tokenized: Rows as RowPreparation.tokenize gives them.
         prepared: The same as the trainer will have them: cut, and packed if they are.
         collator: What makes batches of them.
         generation_config: The model's own.

@@ -382,6 +382,23 @@ def test_cells_of_json_are_read_as_they_are_written(tmp_path, written, form):
     assert [answer for _, answer in load(write(tmp_path / "train.json", text))] == expected
 
 
+def test_numbers_and_times_of_a_parquet_are_read_as_they_are_stored(tmp_path):
+    answers = {
+        "int64": (pd.array([2**53 + 1, 3], dtype="Int64"), ["9007199254740993", "3"]),
+        "float32": (pd.array([0.1, 2.5], dtype="float32"), ["0.1", "2.5"]),
+        "times": (
+            pd.to_datetime(["2024-01-01 10:00", "2024-01-02 00:00"]),
+            ["2024-01-01 10:00:00", "2024-01-02 00:00:00"],
+        ),
+    }
+    for name, (cells, expected) in answers.items():
+        pd.DataFrame({"prompt": ["a", "b"], "completion": cells}).to_parquet(tmp_path / f"{name}.parquet")
+        assert [answer for _, answer in load(tmp_path / f"{name}.parquet")] == expected
+    missing = pd.DataFrame({"prompt": ["a", "b"], "completion": pd.array([1, None], dtype="Int64")})
+    missing.to_parquet(tmp_path / "missing.parquet")
+    assert "row 1: `completion` is empty" in refuse(tmp_path / "missing.parquet")
+
+
 @pytest.mark.parametrize("missing", ["null", "NaN", None])
 def test_a_missing_cell_beside_numbers_is_not_read_as_text(tmp_path, missing):
     rows = (

@@ -7,7 +7,14 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -93,6 +100,22 @@ def test_every_answer_of_a_conversation_is_learned_with_its_end(template, end):
     texts = learned_texts(preparation._tokenizer, tokenized[0]["input_ids"], tokenized[0]["labels"])
     assert [text.strip() for text in texts] == [f"{LONG[i]['content']}{end}".strip() for i in (2, 4, 6)]
     assert tokenized[0]["left_out"] == 0 and tokenized[0]["begins_alike"]
+
+
+def test_an_end_token_that_takes_up_the_line_break_behind_it_is_learned():
+    """Phi's `<|end|>` does; the line break belongs to the next message here."""
+    preparation, _ = prepare(None, CHAT[:1])
+    tokenizer = preparation._tokenizer
+    tokenizer.add_tokens([AddedToken("<|stop|>", rstrip=True, special=True)], special_tokens=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|stop|>")
+    row = to_training_row({"messages": LONG}, find_row_format(["messages"]))
+    (tokenized,) = preparation.tokenize(Dataset.from_list([row]), "train")
+    texts = learned_texts(tokenizer, tokenized["input_ids"], tokenized["labels"])
+    assert texts == [f"{LONG[i]['content']}<|stop|>" for i in (2, 4, 6)]
+    for i in (2, 4):  # the tokens of the conversation so far are those of the row
+        until = tokenizer.apply_chat_template(LONG[: i + 1])["input_ids"]
+        assert tokenized["input_ids"][: len(until)] == until
+        assert tokenized["labels"][len(until) - 1] != IGNORED and tokenized["labels"][len(until)] == IGNORED
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -2,10 +2,12 @@ import json
 
 import pandas as pd
 import pytest
+from datasets import load_dataset
 
 from finetuning.configs import ScriptArguments
 from finetuning.data import (
     find_row_format,
+    format_of,
     load_test_samples,
     load_training_rows,
     to_sample,
@@ -265,3 +267,14 @@ def test_mask_history_is_refused_where_no_row_has_a_history():
         find_row_format(["instruction", "output"], mask_history=True)
     with pytest.raises(ValueError, match="mask_history has no effect with question_key"):
         ScriptArguments(dataset_name="d", question_key="q", answer_key="a", mask_history=True)
+
+
+@pytest.mark.parametrize("answers", [[1, 2.5], ["2024-01-01 10:00:00"] * 2, ["1.10", {"a": 1}]], ids=str)
+def test_values_that_datasets_has_changed_are_refused_by_column(tmp_path, answers):
+    """As it does for files of JSON on the Hub."""
+    path = write(tmp_path / "train.jsonl", [{"prompt": "Q", "completion": answer} for answer in answers])
+    dataset = load_dataset("json", data_files=str(path), split="train")
+    with pytest.raises(InputError, match="hub: `datasets` has read the column `completion` of JSON files as"):
+        format_of(dataset, "hub", {})
+    text = write(tmp_path / "text.jsonl", [{"prompt": "Q", "completion": "A", "score": 2.5}] * 2)
+    assert format_of(load_dataset("json", data_files=str(text), split="train"), "hub", {}).unused == ("score",)
