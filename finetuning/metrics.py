@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 
 import datasets
 import evaluate
+import mecab_ko
 import regex
-from mecab import MeCab
 from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import CHRF
@@ -37,7 +37,7 @@ MEANINGLESS = regex.compile(r"[\s\p{P}]")  # spaces and punctuation, which no me
 MOST_DISCARDED = 0.05  # of the other characters; above it, scores say little about the texts
 TOKENIZERS = {
     "words": "words, English ones stemmed (Porter)",
-    "morphemes": f"morphemes (python-mecab-ko {importlib.metadata.version('python-mecab-ko')})",
+    "morphemes": f"morphemes (mecab-ko {importlib.metadata.version('mecab-ko')})",
     "characters": "characters",
 }
 TOKENIZER_OF_LANGUAGE = {"en": "words", "ko": "morphemes"}
@@ -51,8 +51,8 @@ def detect_language(text: str) -> str:
 
 
 @functools.cache
-def _mecab() -> MeCab:
-    return MeCab()
+def _morphemes() -> mecab_ko.Tagger:
+    return mecab_ko.Tagger("-Owakati")  # morphemes with spaces between them
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def _stem(word: str) -> str:
 @functools.lru_cache(maxsize=64)  # an answer is compared with several references, and measured by itself
 def _tokenize(text: str, tokenizer: str) -> tuple[list[str], float]:
     """Tokens, and the share of the characters that are in none of them."""
-    text = unicodedata.normalize("NFC", text).lower()
+    text = unicodedata.normalize("NFC", text).lower().encode("utf-8", "replace").decode()  # no half of a character
     tokens, position = [], 0
     for tag in TAG.finditer(text):
         tokens += [*_split(text[position : tag.start()], tokenizer), tag[0]]
@@ -78,7 +78,7 @@ def _tokenize(text: str, tokenizer: str) -> tuple[list[str], float]:
 
 def _split(text: str, tokenizer: str) -> list[str]:
     if tokenizer == "morphemes" and text.strip():
-        text = " ".join(_mecab().morphs(text))
+        text = _morphemes().parse(text.replace("\0", " "))  # which would end the text for it
     return (SINGLE if tokenizer == "characters" else WORD).findall(text)
 
 

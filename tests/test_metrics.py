@@ -51,6 +51,11 @@ def test_korean_is_compared_by_morphemes():
     assert same_noun == pytest.approx(0.5)  # one of two morphemes
 
 
+@pytest.mark.parametrize("odd", ["\0", "\x1b", "\ud800", "\r\n", "\u2028"])
+def test_what_stands_behind_a_control_character_or_half_a_character_is_read(odd):
+    assert RougeTokenizer("morphemes").tokenize(f"시청{odd}에서") == ["시청", "에서"]
+
+
 def test_several_references_give_mean_first_and_best():
     result = compute_rouge(["a b"], [["a b", "a x", "x y"]])
     assert (result["rouge1"], result["rouge1_first"], result["rouge1_max"]) == (pytest.approx(0.5), 1, 1)
