@@ -8,6 +8,7 @@ what is trained on.
 import bisect
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -87,6 +88,26 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) ->
     return ends
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase, text: str, until_turn: str) -> int | None:
+    """Where in the text of a conversation a turn ends, in characters.
+
+    Args:
+        until_turn: What the chat template makes of the conversation up to this turn. It may close it with control tokens
+            that do not stand behind an earlier turn, as Phi-3's does after the one that ends each turn.
+
+    Returns:
+        None if the template writes the turn in another way when more follows.
+    """
+    if text.startswith(until_turn):
+        return len(until_turn)
+    names = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    piece = "|".join([*map(re.escape, names), r"\s+"])
+    pieces = re.findall(piece, re.search(f"(?:{piece})*$", until_turn)[0])
+    while pieces and not text.startswith(until_turn):
+        until_turn = until_turn[: -len(pieces.pop())]
+    return len(until_turn) if any(piece.strip() for piece in pieces) else None
+
+
 def tokenize_row(
     row: dict,
     tokenizer: PreTrainedTokenizerBase,
@@ -135,13 +156,14 @@ def tokenize_row(
         text = write(len(messages))
         ends = token_ends(tokenizer, text, ids)
     for place in earlier:
-        before, after = write(place, ask=True), write(place + 1)
-        if not text.startswith(before) or not text.startswith(after):
+        before = write(place, ask=True)
+        end = turn_end(tokenizer, text, write(place + 1))
+        if not text.startswith(before) or end is None:
             left_out += 1
         elif ends is None:
             spans.append((count_tokens(place, ask=True), count_tokens(place + 1)))
         else:
-            spans.append((bisect.bisect_right(ends, len(before)), bisect.bisect_right(ends, len(after))))
+            spans.append((bisect.bisect_right(ends, len(before)), bisect.bisect_right(ends, end)))
     labels = [IGNORED] * len(ids) if answers_only else list(ids)
     for start, end in spans:
         labels[start:end] = ids[start:end]

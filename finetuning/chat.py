@@ -100,9 +100,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[in
 def fit_to_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs) -> list[dict]:
     """Messages in the form in which the chat template can write their tool calls.
 
-    Templates differ in what they expect of a message that calls tools: that it has no content, or an empty one, and that
-    the arguments are an object, or JSON. What they do not expect is written as Python shows it, `None` and `{'a': 1}`, or
-    fails.
+    Templates differ in what they expect of a message that calls tools: that its content is empty, or that it has none, and
+    that the arguments are an object, or JSON. What they do not expect they leave out, write as Python shows it, or refuse.
 
     Args:
         kwargs: Of apply_chat_template.
@@ -111,25 +110,27 @@ def fit_to_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **
     if not calls:
         return messages
     objects = [str(call["arguments"]) for call in calls if isinstance(call["arguments"], dict) and call["arguments"]]
-    nones = str(messages).replace("'content': None", "").count("None")
-    problem = None
-    for content, in_json in ((None, False), ("", False), (None, True), ("", True)):
+    problem = readable = None
+    for content, in_json in (("", False), ("", True), (None, False), (None, True)):
         fitted = [{**message, "content": message["content"] or content} for message in messages]
         fitted = [with_json_arguments(message) for message in fitted] if in_json else fitted
         try:
             text = tokenizer.apply_chat_template(fitted, tokenize=False, **kwargs)
-        except TypeError as error:
-            problem = error
+        except (TemplateError, TypeError) as error:
+            problem = problem or error
             continue
-        if text.count("None") <= nones and (in_json or not any(shown in text for shown in objects)):
+        if not in_json and any(shown in text for shown in objects):
+            continue
+        if "tool_calls" not in hidden_keys(tokenizer, fitted, **kwargs):
             return fitted
-    if problem is not None:
+        readable = readable or fitted
+    if readable is None:
         raise problem
-    return messages
+    return readable
 
 
 def hidden_keys(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None, **kwargs
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None = None, **kwargs
 ) -> list[str]:
     """What of a conversation the chat template leaves out: tools, or keys of messages.
 

@@ -95,8 +95,8 @@ def check_turns(num_turns: list[int], num_learned: list[int], left_out: list[int
     if rows:
         text += (
             f"; {missing} in {count(rows)} are not learned, as the chat template writes an earlier answer in another way than "
-            "the last one, without its thinking for instance. Use one that writes them alike (chat_template_path), or "
-            "make a row of each answer"
+            "the last one, without its thinking for instance. Use one that writes them alike (chat_template_path; trl has some "
+            "in its folder chat_templates, as qwen3_training.jinja), or make a row of each answer"
         )
     level = "warning" if rows else "ok" if learned == turns else "note"
     return [Finding("assistant_turns", level, text, rows, {"turns": turns, "learned": learned, "left_out": missing})]

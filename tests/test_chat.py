@@ -154,6 +154,31 @@ def test_what_the_template_marks_can_be_all_that_is_learned():
     assert texts == [f"{LONG[i]['content']}<|im_end|>" for i in (2, 4, 6)]
 
 
+def test_what_closes_the_last_turn_only_keeps_no_earlier_one_from_being_learned():
+    """Phi-3 writes the eos_token behind the end of the last turn, and nothing behind that of an earlier one."""
+    preparation, _ = prepare(None, CHAT[:1])
+    tokenizer = preparation._tokenizer
+    tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)], special_tokens=True)
+    tokenizer.chat_template = (TRL_TEMPLATES / "phi3.jinja").read_text()
+    row = to_training_row({"messages": LONG[:5]}, find_row_format(["messages"]))
+    (tokenized,) = preparation.tokenize(Dataset.from_list([row]), "train")
+    texts = learned_texts(tokenizer, tokenized["input_ids"], tokenized["labels"])
+    assert texts == ["#Person1# greets Ella.<|end|>", "Ella greets back.<|end|><|im_end|>"]
+    assert tokenized["left_out"] == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1", "lfm2_2_5", "deepseekv3", "cohere"])
+def test_no_template_writes_an_absent_content_or_arguments_as_python_does(name):
+    """DeepSeek shows calls beside no content only, with arguments as JSON; Cohere takes no absent content."""
+    template = "{% set bos_token = '<|endoftext|>' %}" + (TRL_TEMPLATES / f"{name}.jinja").read_text()
+    turns = [CALLING[0], {**CALLING[1], "reasoning_content": None}, *([] if name == "cohere" else CALLING[2:])]
+    tokenizer = load_tokenizer(str(ROOT / "demo/model"), template)
+    kwargs = {"tools": None if name in ("deepseekv3", "cohere") else TOOLS}
+    text = tokenizer.apply_chat_template(fit_to_template(tokenizer, turns, **kwargs), tokenize=False, **kwargs)
+    assert "None" not in text and "null" not in text and "{'city'" not in text
+    assert name == "cohere" or ("weather" in text and "서울" in text)
+
+
 def test_an_answer_that_the_template_writes_in_another_way_later_is_not_learned():
     """Qwen3 writes an empty thought into the last answer, and none into the earlier ones."""
     row = to_training_row({"messages": LONG[:5]}, find_row_format(["messages"]))
