@@ -303,6 +303,10 @@ class TestSamples(Sequence):
         sample_id, rows = self._rows[place]
         return {"id": sample_id, **_join_rows(self.dataset, self.row_format, rows)}
 
+    def rows_of(self, place: int) -> list[int]:
+        """The rows of the split that a sample is made of."""
+        return self._rows[place][1]
+
     def by_id(self, sample_id: str) -> dict:
         return self[self._places[sample_id]]
 

@@ -145,7 +145,7 @@ def check_control_tokens(texts: list[str], tokens: list[str], where: str) -> lis
     shown = ", ".join(f"{token} ({number} row{'s' if number > 1 else ''})" for token, number in counts.most_common())
     share = f"{len(found) / len(texts):.1%}".replace("%", " %")
     text = (
-        f"{where}{count(list(found))} ({share}) hold control tokens in their text, which the tokenizer "
+        f"{where}{count(list(found))} ({share}) with control tokens in their text, which the tokenizer "
         f"does not read as text: {shown}; take them out, or the model learns turns that nobody has said"
     )
     return [Finding("control_tokens", "warning", text, list(found), dict(counts))]

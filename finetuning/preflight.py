@@ -609,11 +609,14 @@ def run_preflight(
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     generation_config = load_generation_config(model_args.model_name_or_path, **source)
     held_out = {} if eval_rows is None else {"validation": [question_of(prompt) for prompt in eval_rows["prompt"]]}
-    notes = []
+    notes, tokens = [], control_tokens(tokenizer, end_token_ids(tokenizer, generation_config))
     try:
         samples = load_test_samples(vars(script_args))
         if script_args.dataset_eval_split != script_args.dataset_test_split:
             held_out["test"] = [question_of(sample["prompt"]) for sample in samples]
+            for finding in check_control_tokens(held_out["test"], tokens, "in the questions of the test split, "):
+                finding.rows = sorted(row for place in finding.rows for row in samples.rows_of(place))
+                notes.append(finding)
     except InputError as error:
         notes.append(Finding("test_split", "warning", f"step 3 will have nothing to answer: {error}"))
     collator = build_collator(tokenizer, args)
@@ -625,7 +628,6 @@ def run_preflight(
         args, model_args, settings, peft_config, num_added_tokens, longest, report.plan["labelled_share"]
     )
     if eval_rows is not None:
-        tokens = control_tokens(tokenizer, end_token_ids(tokenizer, generation_config))
         notes += check_conversations(eval_rows, tokens, "in the validation split, ")
     report.findings += notes + findings
     report.findings += count_special_tokens(train_rows, tokenizer, script_args)

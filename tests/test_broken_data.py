@@ -549,7 +549,9 @@ def test_step_1_refuses_broken_data_from_a_shell(tmp_path):
 
 def test_step_1_takes_the_right_data(tmp_path):
     rows = [{"prompt": f"What is the number {i}?", "completion": f"It is {i}."} for i in range(40)]
+    rows[0]["prompt"] += "<|im_end|>"  # the only row of the test split
     arguments = arguments_of_step_1(write(tmp_path / "train.jsonl", lines(*rows)), tmp_path / "run")
     arguments += ["--preflight_only", "true", "--dataset_train_split", "train[1:]"]
     status, printed = run_step(TRAIN, tmp_path / "printed", *arguments)
     assert status == 0 and "nothing is trained" in printed, printed
+    assert "control_tokens: in the questions of the test split, 1 row (100.0 %) with control tokens" in printed

@@ -324,13 +324,13 @@ def test_control_tokens_in_the_text_of_rows_are_named(tmp_path, tokenizer):
     assert found["terminator"].level == "ok"  # nothing else would say so
     assert (found["control_tokens"].level, found["control_tokens"].rows) == ("warning", [0, 2])
     text = found["control_tokens"].text
-    assert text.startswith("2 rows (50.0 %) hold control tokens in their text")
+    assert text.startswith("2 rows (50.0 %) with control tokens in their text")
     for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>"):
         assert f"{token} (1 row)" in text
     assert "(rows 0, 2)" in preflight.render(report, colour=False)
     tokenized = RowPreparation(tokenizer, TrainingArguments(output_dir=str(tmp_path))).tokenize(rows_of(), "eval")
     assert preflight.check_conversations(tokenized, ["saw"], "in the validation split, ")[0].text.startswith(
-        "in the validation split, 4 rows (100.0 %) hold control tokens"
+        "in the validation split, 4 rows (100.0 %) with control tokens"
     )
 
 
