@@ -68,6 +68,7 @@ from finetuning.runs import (  # noqa: E402
     names_of_files,
     read_run,
 )
+from finetuning.schemas import PREDICTION  # noqa: E402
 from finetuning.tables import format_metrics, print_table  # noqa: E402
 
 CONCURRENCY, TIMEOUT = 64, 600.0  # of requests to a server, unless they are set
@@ -260,7 +261,7 @@ def find_missing(file: RowFile, all_samples: TestSamples, samples: TestSamples) 
     Raises:
         InputError: There are rows of samples that the test split does not have any more.
     """
-    known, answered = set(all_samples.ids), {row["id"] for row in iterate_rows(file.path)}
+    known, answered = set(all_samples.ids), {row["id"] for row in iterate_rows(file.path, PREDICTION)}
     if answered - known:
         raise InputError(
             f"{file.path} has {len(answered - known)} rows of samples that are not in the test split: it was changed. Start over "
@@ -307,7 +308,7 @@ def answer_samples(answers: Iterator[Answer], number: int, samples: TestSamples,
 
 def measure(file: RowFile, args: TestArguments, name: str) -> None:
     """Score all rows of a model, and say what is wrong with them."""
-    metrics = score_predictions(iterate_rows(file.path), args.rouge_tokenizer)
+    metrics = score_predictions(iterate_rows(file.path, PREDICTION), args.rouge_tokenizer)
     file.write_info(metrics=metrics)
     errors = collections.Counter(row["error"] for row in iterate_rows(file.path) if row["finish_reason"] == "error")
     for error, count in errors.most_common(3):

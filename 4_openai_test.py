@@ -74,6 +74,7 @@ from finetuning.prices import (
 )
 from finetuning.results import RowFile, check_free, check_identity, iterate_rows, read_info
 from finetuning.runs import EVALUATIONS, PREDICTIONS, find_run, names_of_files
+from finetuning.schemas import PREDICTION
 
 CONCURRENCY = 8
 
@@ -100,7 +101,7 @@ def build_jobs(run: Path, args: JudgeArguments) -> list[Job]:
                     form,
                     identity_of(judge_model, form, args),
                     lambda path=run / PREDICTIONS / f"{name}.jsonl": answers_to_judge(
-                        only(ids, iterate_rows(path)), mask_of(args)
+                        only(ids, iterate_rows(path, PREDICTION)), mask_of(args)
                     ),
                 )
             )
@@ -118,8 +119,8 @@ def build_comparison(run: Path, args: JudgeArguments, form: Form) -> Job:
     ids = first_ids(paths, args.limit)
 
     def items() -> Iterator[Item]:
-        others = {row["id"]: row for row in iterate_rows(paths[1])}
-        return pairs_to_judge(only(ids, iterate_rows(paths[0])), others, mask_of(args))
+        others = {row["id"]: row for row in iterate_rows(paths[1], PREDICTION)}
+        return pairs_to_judge(only(ids, iterate_rows(paths[0], PREDICTION)), others, mask_of(args))
 
     return Job(
         " against ".join(args.compare),
@@ -167,7 +168,7 @@ def first_ids(predictions: list[Path], limit: int | None) -> set[str] | None:
     """The first ids that any model was asked, answered or not: the same for all. None are all."""
     if limit is None:
         return None
-    return set(heapq.nsmallest(limit, {row["id"] for path in predictions for row in iterate_rows(path)}))
+    return set(heapq.nsmallest(limit, {row["id"] for path in predictions for row in iterate_rows(path, PREDICTION)}))
 
 
 def only(ids: set[str] | None, rows: Iterator[dict]) -> Iterator[dict]:

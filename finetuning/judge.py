@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from finetuning.errors import InputError
 from finetuning.results import iterate_rows
+from finetuning.schemas import COMPARISON, EVALUATION
 
 
 class Criterion(BaseModel):
@@ -316,13 +317,8 @@ def item_key(row: dict) -> str:
 
 
 def answers_to_judge(predictions: Iterator[dict], mask: Callable[[str], str] | None) -> Iterator[Item]:
-    """The answers of one model; those that step 3 could not give are none.
-
-    Raises:
-        InputError: A row is none of step 3.
-    """
+    """The answers of one model; those that step 3 could not give are none."""
     for row in predictions:
-        _check_prediction(row)
         if row["finish_reason"] != "error":
             material = {"task": _task(row), "references": row["references"], "answer": row["prediction"]}
             yield Item({"id": row["id"], "prediction_hash": prediction_hash(row)}, material, mask)
@@ -333,7 +329,6 @@ def pairs_to_judge(
 ) -> Iterator[Item]:
     """Each sample that both models have answered, twice: in either order."""
     for row in predictions:
-        _check_prediction(row)
         other = others.get(row["id"])
         if row["finish_reason"] == "error" or other is None or other["finish_reason"] == "error":
             continue
@@ -344,14 +339,6 @@ def pairs_to_judge(
                 "first": first["prediction"], "second": second["prediction"],
             }  # fmt: skip
             yield Item({"id": row["id"], "order": order, "prediction_hash": pair}, material, mask)
-
-
-def _check_prediction(row: dict) -> None:
-    lacking = {"id", "messages", "references", "prediction", "finish_reason"} - row.keys()
-    if lacking:
-        raise InputError(
-            f"a prediction lacks {', '.join(sorted(lacking))}: {str(row)[:80]}; run 3_test.py --overwrite true"
-        )
 
 
 def _task(row: dict) -> list[dict]:
@@ -460,7 +447,7 @@ class Job:
 
     def missing(self, retry_failed: bool, fresh: bool = False) -> Iterator[Item]:
         """The items without an evaluation, as all are if the rows will be deleted, and those that failed."""
-        rows = () if fresh else iterate_rows(self.path)
+        rows = () if fresh else iterate_rows(self.path, EVALUATION if self.compares is None else COMPARISON)
         latest = {item_key(row): (row["prediction_hash"], row["status"]) for row in rows}
         for item in self.items():
             judged, status = latest.get(item.key, (None, None))

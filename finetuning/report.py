@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from finetuning.plots import plot_criteria, plot_differences, plot_lengths, plot_measures, plot_training
 from finetuning.runs import EDA, PREFLIGHT_FILE, read_json, read_run, to_json
+from finetuning.schemas import FULL_RUN_RECORD, PREFLIGHT
 from finetuning.tables import (
     criteria_of,
     describe_measure,
@@ -47,7 +48,7 @@ def _to_data_uri(image: Path) -> str:
 def read_preflight(run: Path) -> dict | None:
     """What step 1 found before training; None where it was not asked, or the run was made elsewhere."""
     file = run / PREFLIGHT_FILE
-    return read_json(file) if file.is_file() else None
+    return read_json(file, PREFLIGHT) if file.is_file() else None
 
 
 def build_rows(summary: pd.DataFrame) -> tuple[list[str], list[dict]]:
@@ -144,7 +145,7 @@ def write_report(
     template = environment.from_string((HERE / "report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(
         title=" · ".join(named),
-        records={name: read_run(run) for name, run in named.items()},
+        records={name: read_run(run, FULL_RUN_RECORD) for name, run in named.items()},
         num_samples=len(data["samples"]),
         verdict=verdict,
         titles=titles,

@@ -1,10 +1,7 @@
 """
 Rows of predictions and evaluations: JSON lines that are appended as they are finished and joined on `id`.
 
-    prediction   id, messages, references [str], prediction, num_prompt_tokens, num_new_tokens, finish_reason stop|length|error, removed_tokens {name: count}, error
-    evaluation   id, prediction_hash, status ok|refusal|truncated|content_filter|invalid|error, evaluation {criterion: {score, explanation}} or null, expected, usage, cost, error
-
-Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows were made. Imports without torch.
+What a row holds is in schemas.py. Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows were made. Imports without torch.
 """
 
 import fcntl
@@ -14,28 +11,38 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from pydantic import TypeAdapter
+
 from finetuning.errors import InputError
 from finetuning.runs import read_json, to_json, write_json
+from finetuning.schemas import ANY_OBJECT, INFO, PREDICTION, check
+
+REMEDY = "delete that line, and start the step that wrote it again to make it anew"
 
 
-def iterate_rows(path: Path) -> Iterator[dict]:
+def iterate_rows(path: Path, schema: TypeAdapter = ANY_OBJECT) -> Iterator[dict]:
     """The finished rows, one by one; a last line that a kill has torn is left out.
 
     Raises:
-        InputError: A line is no JSON object.
+        InputError: A line is no JSON, or does not fit the schema; or a sample has two predictions.
     """
     if not path.is_file():
         return
+    lines_of: dict[str, int] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.endswith(b"\n") and line != b"\n":
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number} is no row; delete that line, and start again to make it anew")
-                yield row
+            if not line.endswith(b"\n") or not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise InputError(f"{path}:{number} is no JSON; {REMEDY}") from None
+            row = check(row, schema, f"{path}:{number}", REMEDY)
+            if schema is PREDICTION and lines_of.setdefault(row["id"], number) != number:
+                raise InputError(
+                    f"{path}:{number} is the second row of sample {row['id']}, after line {lines_of[row['id']]}; delete one of them"
+                )
+            yield row
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -43,16 +50,16 @@ def read_rows(path: Path) -> list[dict]:
     return list(iterate_rows(path))
 
 
-def read_info(path: Path) -> dict:
+def read_info(path: Path, schema: TypeAdapter = INFO) -> dict:
     """What stands beside rows: their identity, and what is known of all of them.
 
     Raises:
-        InputError: Nothing does, as a copy or a kill may leave it.
+        InputError: Nothing does, as a copy or a kill may leave it; or it does not fit the schema.
     """
     info_path = path.with_suffix(".json")
     if not info_path.is_file():
         raise InputError(f"{path} has no {info_path.name} beside it, which says how it was made; make it again")
-    return read_json(info_path)
+    return read_json(info_path, schema, "make it and its rows again with --overwrite true")
 
 
 def check_identity(path: Path, identity: dict, why: str = "") -> None:

@@ -18,7 +18,10 @@ import os
 import re
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from finetuning.errors import InputError
+from finetuning.schemas import ANY_OBJECT, RUN_RECORD, check
 
 OUTPUTS = Path("outputs")
 RUN_FILE = "run.json"
@@ -50,8 +53,22 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(partial, path)
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, schema: TypeAdapter = ANY_OBJECT, remedy: str = "make it again") -> dict:
+    """What a JSON file holds.
+
+    Args:
+        remedy: What to do if it holds something else.
+
+    Raises:
+        InputError: It is no JSON, or does not fit the schema; names the line or the key.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno} is no JSON ({error.msg}); {remedy}") from None
+    except (ValueError, RecursionError):  # no text, or nested without end
+        raise InputError(f"{path} is no JSON; {remedy}") from None
+    return check(content, schema, str(path), remedy)
 
 
 def find_run(output_dir: str | None) -> Path:
@@ -68,9 +85,11 @@ def find_run(output_dir: str | None) -> Path:
     return run
 
 
-def read_run(run: Path) -> dict:
+def read_run(run: Path, schema: TypeAdapter = RUN_RECORD) -> dict:
     """The record of the run."""
-    return read_json(run / RUN_FILE)
+    return read_json(
+        run / RUN_FILE, schema, "it is written by 1_train_full_fine_tuning.py: take it from a copy, or train again"
+    )
 
 
 def checkpoint_step(name: str) -> int:

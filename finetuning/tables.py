@@ -13,7 +13,7 @@ import pandas as pd
 from finetuning.comparison import bootstrap_interval, share_interval
 from finetuning.errors import InputError
 from finetuning.judge import prediction_hash
-from finetuning.results import iterate_rows, read_info, read_rows
+from finetuning.results import iterate_rows, read_info
 from finetuning.runs import (
     EVALUATIONS,
     PREDICTIONS,
@@ -22,6 +22,7 @@ from finetuning.runs import (
     names_of_files,
     read_json,
 )
+from finetuning.schemas import EVALUATION, EVALUATION_INFO, PREDICTION, PREDICTION_INFO, TRAINER_STATE, PredictionRow
 from finetuning.verdict import COVERAGE_NEEDED, DECIMALS, Verdict
 
 ROUGE_COLUMNS = ["rouge1", "rouge2", "rougeL"]
@@ -61,15 +62,18 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
     names = names_of_files(run / PREDICTIONS, "all") if names is None else names
     records, tokenizers = [], set()
     for name in names:
-        rows = read_rows(run / PREDICTIONS / f"{name}.jsonl")
-        info = read_info(run / PREDICTIONS / f"{name}.jsonl")
-        columns = dict((info.get("metrics") or {}).get("per_sample", {"id": []}))
-        ids = columns.pop("id")
-        per_sample = {sample_id: {c: columns[c][i] for c in columns} for i, sample_id in enumerate(ids)}
+        path = run / PREDICTIONS / f"{name}.jsonl"
+        rows, info = list(iterate_rows(path, PREDICTION)), read_info(path, PREDICTION_INFO)
+        metrics = info.get("metrics") or {"per_sample": {"id": []}}
+        columns = {column: values for column, values in metrics["per_sample"].items() if column in MEASURES}
+        per_sample = {
+            sample_id: {column: values[i] for column, values in columns.items()}
+            for i, sample_id in enumerate(metrics["per_sample"]["id"])
+        }
         answered = {row["id"] for row in rows if row["finish_reason"] != "error"}
-        if answered != per_sample.keys():
-            raise InputError(f"{run / PREDICTIONS / name}: step 3 has not finished; start it again and it goes on")
-        tokenizers.add((info.get("metrics") or {}).get("rouge_tokenizer"))
+        if not rows or answered != per_sample.keys():
+            raise InputError(f"{path}: step 3 has not finished; start it again and it goes on")
+        tokenizers.add(metrics.get("rouge_tokenizer"))
         if len(tokenizers) > 1:
             raise InputError(
                 f"{run / PREDICTIONS}: ROUGE was measured in {' and '.join(map(str, sorted(tokenizers, key=str)))}, which cannot be "
@@ -81,7 +85,7 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
                 {
                     "model": name,
                     "step": checkpoint_step(name),
-                    **row,
+                    **{column: row.get(column) for column in PredictionRow.__annotations__},
                     **{column: measured.get(column) for column in columns},
                     "stopped": row["finish_reason"] == "stop" if measured else None,
                     "num_new_tokens": row["num_new_tokens"] if measured else None,
@@ -120,11 +124,19 @@ def load_samples(run: Path) -> pd.DataFrame:
     samples["run"] = run.name
     names = names_of_files(run / EVALUATIONS, "all")
     paths = {name: run / EVALUATIONS / f"{name}.jsonl" for name in names}
-    identities = {name: read_info(path)["identity"] for name, path in paths.items()}
+    identities = {name: read_info(path, EVALUATION_INFO)["identity"] for name, path in paths.items()}
     _check_judges(identities)
     criteria = next(iter(identities.values()))["criteria"] if identities else []
     samples.attrs["judges"] = identities
-    evaluations = {(name, row["prediction_hash"]): row for name, path in paths.items() for row in iterate_rows(path)}
+    evaluations = {}
+    for name, path in paths.items():
+        for row in iterate_rows(path, EVALUATION):
+            if row["status"] == "ok" and row["evaluation"].keys() != set(criteria):
+                raise InputError(
+                    f"{path}: the evaluation of {row['id']} has not the criteria of {path.with_suffix('.json').name}; "
+                    "judge again: 4_openai_test.py --overwrite true"
+                )
+            evaluations[name, row["prediction_hash"]] = row
     found = [evaluations.get(key, {}) for key in zip(samples["model"], samples["prediction_hash"], strict=True)]
     samples["cost"] = pd.Series([row.get("cost") for row in found], dtype=float)
     for column in ("status", "evaluation"):
@@ -302,8 +314,7 @@ def load_training_log(run: Path) -> pd.DataFrame:
     states = [f / "trainer_state.json" for f in list_checkpoints(run) if (f / "trainer_state.json").is_file()]
     if not states:
         return pd.DataFrame(columns=["step", "loss"])
-    log = pd.DataFrame(read_json(states[-1])["log_history"])
-    return log
+    return pd.DataFrame(read_json(states[-1], TRAINER_STATE)["log_history"])
 
 
 def load_training_logs(runs: list[Path]) -> dict[str, pd.DataFrame]:

@@ -591,7 +591,7 @@ def test_scores_are_whole_numbers_that_the_judge_wrote(run_dir):
 def test_predictions_that_are_none_are_named(run_dir):
     path = run_dir / "predictions" / "base.jsonl"
     whole = path.read_text()
-    for content, message in ((whole + "no JSON\n", "base.jsonl:4 is no row"), (whole.replace("references", "labels"), "lacks references")):  # fmt: skip
+    for content, message in ((whole + "no JSON\n", "base.jsonl:4 is no JSON"), (whole.replace("references", "labels"), "base.jsonl:1 has no `references`")):  # fmt: skip
         path.write_text(content)
         result = judge(run_dir, "http://127.0.0.1:1", check=False)
         assert result.returncode == 2 and message in result.printed

@@ -28,9 +28,12 @@ def add_evaluations(run_dir, name, scores):
     predictions = read_rows(run_dir / "predictions" / f"{name}.jsonl")
     file = RowFile(run_dir / "qa_evaluation_results" / f"{name}.jsonl", {"judge_model": "m", "criteria": CRITERIA})
     for row, score in zip(predictions, scores, strict=False):
-        failed = {"status": "truncated", "evaluation": None, "usage": None, "error": "..."}
-        ok = {"status": "ok", "evaluation": json.loads(evaluation(score or 1)), "usage": None, "error": None}
-        file.append({"id": row["id"], "prediction_hash": prediction_hash(row), **(failed if score is None else ok)})
+        failed = {"status": "truncated", "evaluation": None, "error": "..."}
+        ok = {"status": "ok", "evaluation": json.loads(evaluation(score or 1)), "error": None}
+        paid = {"expected": None, "usage": None, "cost": None, "possible_cost": 0.0}
+        file.append(
+            {"id": row["id"], "prediction_hash": prediction_hash(row), **paid, **(failed if score is None else ok)}
+        )
     file.close()
 
 

@@ -1,0 +1,256 @@
+"""
+What the files of a run hold. They are checked as they are read, so that a fault is named by its file and line.
+
+Keys that a schema does not name are let through, as a step may record more than another one reads. Imports without torch.
+"""
+
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # Python 3.11's own TypedDict tells pydantic too little
+)
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from typing_extensions import TypedDict
+
+from finetuning.errors import InputError
+
+
+class Object(TypedDict):
+    """A JSON object whose values are of the kinds that are written here: "7" is no number, and NaN is none."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+ANY_OBJECT = TypeAdapter(Object)
+
+
+def _as_written(value, check):
+    """The value itself: a whole number that is checked as a float stays one."""
+    check(value)
+    return value
+
+
+def _check_text(text):
+    try:
+        if isinstance(text, str):
+            text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half a character, such as \\ud800 alone, is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+Number = Annotated[float, WrapValidator(_as_written)]
+
+
+class Message(Object):
+    role: Text
+    content: NotRequired[Annotated[Any, AfterValidator(_check_text)]]
+
+
+class PredictionRow(Object):
+    """One row of step 3; `prediction` is null where `finish_reason` is error."""
+
+    id: Annotated[Text, Field(min_length=1)]
+    messages: list[Message]
+    references: list[Text]
+    prediction: Text | None
+    num_prompt_tokens: int
+    num_new_tokens: int
+    finish_reason: Literal["stop", "length", "error"]
+    removed_tokens: NotRequired[dict[str, int]]
+    error: Text | None
+
+
+class Judged(Object):
+    explanation: Text
+    score: Annotated[Number, Field(ge=1, le=10)]
+
+
+class Preferred(Object):
+    explanation: Text
+    better: Literal["first", "second", "tie"]
+
+
+class EvaluationRow(Object):
+    """One row of step 4; `evaluation` is null where `status` is not ok."""
+
+    id: Annotated[Text, Field(min_length=1)]
+    prediction_hash: Text
+    status: Literal["ok", "refusal", "truncated", "content_filter", "invalid", "error"]
+    evaluation: dict[str, Judged] | None
+    expected: dict[str, Number] | None
+    usage: dict[str, int] | None
+    cost: Number | None
+    possible_cost: Number
+    error: Text | None
+
+
+class ComparisonRow(EvaluationRow):
+    """One row of `--compare`: a pair in one order."""
+
+    evaluation: Preferred | None
+    order: Literal["AB", "BA"]
+
+
+def _check_prediction(row: dict) -> dict:
+    if (row["finish_reason"] == "error") != (row["prediction"] is None):
+        raise ValueError("`prediction` must be null where `finish_reason` is error, and a text elsewhere")
+    return row
+
+
+def _check_evaluation(row: dict) -> dict:
+    if (row["status"] == "ok") != bool(row["evaluation"]):
+        raise ValueError("`evaluation` must hold scores where `status` is ok, and be null elsewhere")
+    return row
+
+
+PREDICTION = TypeAdapter(Annotated[PredictionRow, AfterValidator(_check_prediction)])
+EVALUATION = TypeAdapter(Annotated[EvaluationRow, AfterValidator(_check_evaluation)])
+COMPARISON = TypeAdapter(Annotated[ComparisonRow, AfterValidator(_check_evaluation)])
+
+
+# Beside rows stands how they were made
+
+
+class Metrics(Object):
+    """What step 3 measures; `per_sample` has a list for `id` and for each measure, in the order of the rows."""
+
+    num_samples: int
+    num_errors: int
+    rouge_tokenizer: NotRequired[str]
+    per_sample: dict[str, list]
+
+
+def _check_metrics(metrics: dict) -> dict:
+    ids, *columns = (metrics["per_sample"].get("id"), *metrics["per_sample"].values())
+    if ids is None or not all(isinstance(sample_id, str) for sample_id in ids):
+        raise ValueError("`per_sample` has no list of ids")
+    if any(len(column) != len(ids) for column in columns):
+        raise ValueError("the lists of `per_sample` are not equally long")
+    for name, column in metrics["per_sample"].items():
+        if name != "id" and not all(value is None or type(value) in (int, float) for value in column):
+            raise ValueError(f"`per_sample.{name}` holds something else than numbers")
+    return metrics
+
+
+class PredictionInfo(Object):
+    identity: dict[str, Any]
+    seconds: Number
+    metrics: NotRequired[Annotated[Metrics, AfterValidator(_check_metrics)] | None]  # null until all is answered
+
+
+class JudgeIdentity(Object):
+    criteria: list[Text]
+
+
+class EvaluationInfo(Object):
+    identity: JudgeIdentity
+
+
+class Info(Object):
+    identity: dict[str, Any]
+
+
+INFO, PREDICTION_INFO, EVALUATION_INFO = TypeAdapter(Info), TypeAdapter(PredictionInfo), TypeAdapter(EvaluationInfo)
+
+
+# What step 1 writes
+
+
+class RunConfig(Object):
+    model_name_or_path: Text
+
+
+class RunRecord(Object):
+    """Of run.json, what the steps need to find models and data."""
+
+    config: RunConfig
+
+
+class DataConfig(RunConfig):
+    dataset_name: Text
+
+
+class Split(Object):
+    rows: int
+
+
+class Data(Object):
+    train: Split
+
+
+class Hardware(Object):
+    devices: list[Text]
+
+
+class Parallelism(Object):
+    kind: Text
+    world_size: int
+
+
+class FullRunRecord(Object):
+    """Of run.json, what the page shows."""
+
+    command: list[Text]
+    finished: Text | None
+    config: DataConfig
+    data: Data
+    libraries: dict[Text, Text]
+    git_commit: Text | None
+    hardware: Hardware
+    parallelism: Parallelism
+
+
+class Finding(Object):
+    level: Text
+    check: Text
+    text: Text
+    rows: list[int]
+
+
+class PreviewedRow(Object):
+    row: int
+    tokens: list[Annotated[list, Field(min_length=3, max_length=3)]]  # text, learned, special
+    left_out: int
+
+
+class Preflight(Object):
+    findings: list[Finding]
+    preview: list[PreviewedRow]
+
+
+class LogEntry(Object):
+    step: int
+
+
+class TrainerState(Object):
+    log_history: list[LogEntry]
+
+
+RUN_RECORD, FULL_RUN_RECORD = TypeAdapter(RunRecord), TypeAdapter(FullRunRecord)
+PREFLIGHT, TRAINER_STATE = TypeAdapter(Preflight), TypeAdapter(TrainerState)
+
+
+def check(content, schema: TypeAdapter, where: str, remedy: str):
+    """The content, if it fits the schema.
+
+    Args:
+        where: The file, and the line if the content is one.
+        remedy: What to do if it does not fit.
+
+    Raises:
+        InputError: It does not; names the first key that is wrong.
+    """
+    try:
+        return schema.validate_python(content)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, fault["loc"]))
+        if fault["type"] == "missing":
+            text = f"has no `{key}`"
+        else:
+            text = f"cannot be read: {key and f'`{key}`: '}{fault['msg'].removeprefix('Value error, ')}"
+        raise InputError(f"{where} {text}; {remedy}") from None
