@@ -16,11 +16,11 @@ adds to them. A sample that cannot be answered is a row with its error, and does
 """
 
 import collections
+import contextlib
 import datetime
 import importlib.util
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -127,48 +127,49 @@ def main(args: TestArguments) -> None:
 
         folder = run / PREDICTIONS
         missing_ids: set[str] = set()
-        if rank == 0:
-            if args.overwrite:
-                for part in find_parts(folder, name):
-                    part.unlink()
-            file = RowFile(folder / f"{name}.jsonl", identity, args.overwrite)
-            # metrics come when all is answered; until then step 5 says that this step has not finished
-            file.write_info(path=path, seconds=file.info.get("seconds", 0.0), metrics=None)
-            file.absorb(find_parts(folder, name))  # of a start that was killed
-            if engine_name == "openai":
-                file.drop(lambda row: row["finish_reason"] == "error")  # the server may have had a bad moment
-            missing_ids = find_missing(file, all_samples, samples)
-        missing_ids = share(missing_ids, world_size)
-        missing = [prompt for prompt in prompts[key] if prompt.id in missing_ids]
-        waiting.remove(path)
-        if missing:
-            if rank > 0:
-                file = RowFile(folder / "parts" / f"{name}.{rank}.jsonl", identity, overwrite=True)
-            # ranks take turns down the lengths, so that each has as much to do as the others
-            mine = sorted(missing, key=lambda prompt: -len(prompt.token_ids))[rank::world_size]
-            good, faulty = check_prompts(mine, path, tokenizer, args.max_new_tokens, **options)
-            for answer in faulty:
-                append(file, samples, answer)
-            if good:
-                engine = start_engine(
-                    engine_name, args, samples, path, served.get(name), tokenizer, generation_config, options
-                )
-                if waiting and engine_name != "openai" and rank == 0:
-                    read_ahead(waiting[0])
-                answer_samples(engine.answer(good), len(good), samples, file, name)
-                engine.close()  # before the next model is loaded
-        else:
-            print(f"{name}: all {len(samples)} samples have their row already")
-        if rank > 0 and missing:
-            file.close()
-        share(None, world_size)  # until all ranks are here
-        if rank == 0:
-            file.absorb(find_parts(folder, name))
-            lost = find_missing(file, all_samples, samples)
-            if lost:
-                raise InputError(f"{name}: {len(lost)} samples have no row; start the same command again")
-            measure(file, args, name)
-            file.close()
+        with (
+            contextlib.ExitStack() as files
+        ):  # which are closed however this ends, with the earlier rows back if there is no new one
+            if rank == 0:
+                file = files.enter_context(RowFile(folder / f"{name}.jsonl", identity, args.overwrite))
+                # metrics come when all is answered; until then step 5 says that this step has not finished
+                file.write_info(path=path, seconds=file.info.get("seconds", 0.0), metrics=None)
+                file.absorb()  # of a start that was killed
+                if engine_name == "openai":
+                    file.drop(lambda row: row["finish_reason"] == "error")  # the server may have had a bad moment
+                missing_ids = find_missing(file, all_samples, samples)
+            missing_ids = share(missing_ids, world_size)
+            missing = [prompt for prompt in prompts[key] if prompt.id in missing_ids]
+            waiting.remove(path)
+            if missing:
+                if rank > 0:
+                    part = folder / "parts" / f"{name}.{rank}.jsonl"
+                    file = files.enter_context(RowFile(part, identity, overwrite=True))
+                # ranks take turns down the lengths, so that each has as much to do as the others
+                mine = sorted(missing, key=lambda prompt: -len(prompt.token_ids))[rank::world_size]
+                good, faulty = check_prompts(mine, path, tokenizer, args.max_new_tokens, **options)
+                if good:
+                    engine = start_engine(
+                        engine_name, args, samples, path, served.get(name), tokenizer, generation_config, options
+                    )
+                    if waiting and engine_name != "openai" and rank == 0:
+                        read_ahead(waiting[0])
+                for answer in faulty:  # after the model is loaded, as the first row replaces those of an earlier start
+                    append(file, samples, answer)
+                if good:
+                    answer_samples(engine.answer(good), len(good), samples, file, name)
+                    engine.close()  # before the next model is loaded
+            else:
+                print(f"{name}: all {len(samples)} samples have their row already")
+            if rank > 0 and missing:
+                file.close()
+            share(None, world_size)  # until all ranks are here
+            if rank == 0:
+                file.absorb()
+                lost = find_missing(file, all_samples, samples)
+                if lost:
+                    raise InputError(f"{name}: {len(lost)} samples have no row; start the same command again")
+                measure(file, args, name)
 
     if rank == 0:
         print_table(format_metrics({name: read_info(run / PREDICTIONS / f"{name}.jsonl") for name in models}))
@@ -250,11 +251,6 @@ def share(value, world_size: int):
     return box[0]
 
 
-def find_parts(folder: Path, name: str) -> list[Path]:
-    """Rows of other ranks."""
-    return [f for f in (folder / "parts").glob("*.jsonl") if re.fullmatch(rf"{re.escape(name)}\.\d+\.jsonl", f.name)]
-
-
 def find_missing(file: RowFile, all_samples: TestSamples, samples: TestSamples) -> set[str]:
     """Ids of the samples that have no row.
 
@@ -332,9 +328,8 @@ def rescore(run: Path, args: TestArguments) -> None:
         raise InputError(f"no predictions of `{args.model_name}` in {folder}, which has {there}")
     for name in names:
         path = folder / f"{name}.jsonl"
-        file = RowFile(path, read_info(path)["identity"])
-        measure(file, args, name)
-        file.close()
+        with RowFile(path, read_info(path)["identity"]) as file:
+            measure(file, args, name)
     print_table(format_metrics({name: read_info(run / PREDICTIONS / f"{name}.jsonl") for name in names}))
 
 

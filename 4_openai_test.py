@@ -26,7 +26,6 @@ import asyncio
 import collections
 import contextlib
 import heapq
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -72,7 +71,7 @@ from finetuning.prices import (
     load_price,
     measure_tokens_per_byte,
 )
-from finetuning.results import RowFile, check_free, check_identity, iterate_rows, read_info
+from finetuning.results import RowFile, check_identity, iterate_rows, read_info
 from finetuning.runs import EVALUATIONS, PREDICTIONS, find_run, names_of_files
 from finetuning.schemas import PREDICTION
 
@@ -311,29 +310,6 @@ def stop_on_interrupt() -> asyncio.Event:
     return stop
 
 
-@contextlib.contextmanager
-def earlier_rows_kept(jobs: list[Job], overwrite: bool) -> Iterator[None]:
-    """With --overwrite, the rows there are stand aside until there is one in their place: a wrong key deletes nothing."""
-    for job in jobs:
-        check_free(job.path)
-        has_rows = next(iterate_rows(job.path), None) is not None
-        for path in (job.path, job.path.with_suffix(".json")):
-            aside = path.with_name(path.name + ".previous")
-            if aside.exists() and not has_rows:
-                os.replace(aside, path)  # a kill came before the first new row
-            if overwrite and path.exists():
-                os.replace(path, aside)
-    try:
-        yield
-    finally:
-        for job in jobs:
-            has_rows = next(iterate_rows(job.path), None) is not None
-            for path in (job.path, job.path.with_suffix(".json")):
-                aside = path.with_name(path.name + ".previous")
-                if aside.exists():
-                    aside.unlink() if has_rows else os.replace(aside, path)
-
-
 def main(args: JudgeArguments) -> None:
     run = find_run(args.output_dir)
     jobs = build_jobs(run, args)
@@ -358,8 +334,7 @@ def main(args: JudgeArguments) -> None:
         return
     stopped = False
     with contextlib.ExitStack() as stack:
-        stack.enter_context(earlier_rows_kept(jobs, args.overwrite))
-        files = [stack.enter_context(contextlib.closing(RowFile(job.path, job.identity))) for job in jobs]
+        files = [stack.enter_context(RowFile(job.path, job.identity, args.overwrite)) for job in jobs]
         for file in files:
             file.keep_latest(item_key)  # a kill may have left a failed row beside its success
         budget = Budget(args.max_cost, sum(cost_of(iterate_rows(file.path)) for file in files))

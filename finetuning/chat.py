@@ -16,6 +16,7 @@ from transformers import (
 
 from finetuning.conversations import with_json_arguments
 from finetuning.errors import InputError
+from finetuning.model_files import check_model_files
 from finetuning.runs import read_json
 
 # For base models without a chat template: plain words, and the end token that every tokenizer has.
@@ -33,10 +34,14 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     Raises:
         InputError: There is no such model, or its tokenizer has no end token.
     """
+    check_model_files(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except OSError as error:
-        raise InputError(f"could not load {name_or_path}: {str(error).splitlines()[0]}") from error
+    except (
+        Exception
+    ) as error:  # the library raises many kinds, the plain one among them, for files that are none of its
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"could not load the tokenizer of {name_or_path}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{name_or_path}: the tokenizer has no eos_token, so no answer could ever end; use a tokenizer that has one"
@@ -62,7 +67,10 @@ def base_of(name_or_path: str) -> str:
     adapter = Path(name_or_path) / "adapter_config.json"
     if not adapter.is_file():
         return name_or_path
-    return read_json(adapter)["base_model_name_or_path"]
+    base = read_json(adapter).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise InputError(f"{adapter} names no base model (base_model_name_or_path); write there where it is")
+    return base
 
 
 def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
@@ -71,8 +79,10 @@ def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     Raises:
         InputError: There is no such model.
     """
+    base = base_of(name_or_path)
+    check_model_files(base)
     try:
-        return AutoConfig.from_pretrained(base_of(name_or_path), **kwargs)
+        return AutoConfig.from_pretrained(base, **kwargs)
     except (OSError, ValueError) as error:
         raise InputError(f"could not load the model {name_or_path}: {str(error).splitlines()[0]}") from error
 

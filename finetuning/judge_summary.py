@@ -4,7 +4,6 @@ What a judge's rows amount to: coverage, means, money, and how far they can be t
 Imports without torch.
 """
 
-import contextlib
 import statistics
 from array import array
 from collections import Counter, defaultdict
@@ -111,7 +110,7 @@ def combine_jury(path: Path, jobs: list[Job]) -> str:
     rows = {job.judge_model: {item_key(row): row for row in iterate_rows(job.path)} for job in jobs}
     scores: dict[str, list[dict[str, float]]] = {judge: [] for judge in rows}
     num_items = 0
-    with contextlib.closing(RowFile(path, identity_of_jury(jobs), overwrite=True)) as file:
+    with RowFile(path, identity_of_jury(jobs), overwrite=True) as file:
         for item in jobs[0].items():
             num_items += 1
             found = {judge: its_rows.get(item.key) for judge, its_rows in rows.items()}

@@ -4,12 +4,14 @@ Rows of predictions and evaluations: JSON lines that are appended as they are fi
 What a row holds is in schemas.py. Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows were made. Imports without torch.
 """
 
-import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from types import TracebackType
+
+from filelock import FileLock, Timeout
 
 from pydantic import TypeAdapter
 
@@ -82,31 +84,24 @@ def check_identity(path: Path, identity: dict, why: str = "") -> None:
         )
 
 
-def check_free(path: Path) -> None:
-    """Refuse to touch rows that another process is writing.
-
-    Raises:
-        InputError: One is.
-    """
-    if path.exists():
-        with path.open("a") as file:
-            _lock(file, path)
-
-
-def _lock(file: TextIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{path} is being written by another process; wait for it, or stop it") from None
-
-
 class RowFile:
     """The rows of one model, opened to be appended to. They are in the file only, however many there are.
+
+    It is a context manager, which closes the file at its end. Other ranks write files of their own, `parts/<name>.<rank>.jsonl`
+    in the same folder, which `absorb` takes over.
+
+    With `overwrite`, the rows there are stand aside, as `<name>.jsonl.previous`, until the first new one is written:
+
+        m.jsonl            (moved)            m.jsonl  first new row     m.jsonl
+        m.json       ->    m.jsonl.previous             ->
+                           m.json.previous                               (deleted)
+
+    A step that ends without a new row puts them back; after a kill, the next one that opens the file does.
 
     Args:
         path: The JSON lines file; it is made, with its folder, if it is missing.
         identity: What makes rows comparable (model, settings). It is written to the JSON file beside `path`.
-        overwrite: Delete the rows there are.
+        overwrite: Replace the rows there are.
 
     Raises:
         InputError: There are rows that were made under another identity; says which field differs. Or another process
@@ -117,20 +112,57 @@ class RowFile:
         self.path = path
         self.info_path = path.with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._open()
+        # a file of its own, as `path` is replaced while it is locked; the lock ends with the process, however that ends
+        self._lock = FileLock(_lock_of(path))
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise InputError(f"{path} is being written by another process; wait for it, or stop it") from None
+        try:
+            self._open(identity, overwrite)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, identity: dict, overwrite: bool) -> None:
+        self._end_overwriting()  # of a start that was killed
+        self._overwriting = overwrite
         if overwrite:
-            os.truncate(path, 0)
+            # rows before their info: a kill in between leaves rows aside with an info that fits them
+            for path in (self.path, self.info_path, *self.parts()):
+                if path.exists():
+                    os.replace(path, _aside(path))
         self.info = {}
-        if next(iterate_rows(path), None) is not None:
-            check_identity(path, identity)
-            self.info = read_info(path)
+        if next(iterate_rows(self.path), None) is not None:
+            check_identity(self.path, identity)
+            self.info = read_info(self.path)
+        self._open_rows()
         self.write_info(identity=identity)
         self._cut_torn_line()
 
-    def _open(self) -> None:
+    def _open_rows(self) -> None:
         # a server may send half a character, which is none
         self._file = self.path.open("a", encoding="utf-8", errors="replace")
-        _lock(self._file, self.path)  # until it is closed, or the process ends in any way
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def parts(self, suffix: str = ".jsonl") -> list[Path]:
+        """Files with rows of other ranks."""
+        name = re.compile(rf"{re.escape(self.path.stem)}\.\d+{re.escape(suffix)}")
+        return sorted(f for f in (self.path.parent / "parts").glob(f"*{suffix}") if name.fullmatch(f.name))
+
+    def _end_overwriting(self) -> None:
+        """Delete the rows that stand aside if there are new ones, and put them back if there are none."""
+        self._overwriting = False
+        aside = [_aside(self.path), _aside(self.info_path), *self.parts(".jsonl.previous")]
+        aside = [path for path in aside if path.exists()]
+        has_rows = bool(aside) and next(iterate_rows(self.path), None) is not None
+        for path in aside:
+            path.unlink() if has_rows else os.replace(path, path.with_suffix(""))
 
     def _cut_torn_line(self) -> None:
         with self.path.open("rb+") as file:
@@ -149,14 +181,16 @@ class RowFile:
         """Add one finished row; it is in the file when this returns, whatever happens to the process next."""
         self._file.write(to_json(row) + "\n")
         self._file.flush()
+        if self._overwriting:
+            self._end_overwriting()
 
-    def absorb(self, parts: Iterable[Path]) -> None:
-        """Take over rows that other processes have written under the same identity, and delete their files.
+    def absorb(self) -> None:
+        """Take over rows that other ranks have written under the same identity, and delete their files.
 
         Rows whose id is here already, after a kill in the middle of this, are not taken twice.
         """
         known = {row["id"] for row in iterate_rows(self.path)}
-        for part in parts:
+        for part in self.parts():
             info_path = part.with_suffix(".json")
             info = read_json(info_path) if info_path.is_file() else {}
             if info.get("identity") == json.loads(json.dumps(self.info["identity"])):
@@ -164,8 +198,14 @@ class RowFile:
                     if row["id"] not in known:
                         self.append(row)
                         known.add(row["id"])
+            else:
+                num_rows = sum(1 for _ in iterate_rows(part))
+                print(
+                    f"{part}: its {num_rows} rows were made under other conditions than {self.path.name}, and are deleted"
+                )
             part.unlink()
             info_path.unlink(missing_ok=True)
+            _lock_of(part).unlink(missing_ok=True)
 
     def drop(self, unwanted: Callable[[dict], bool]) -> None:
         """Remove rows, so that they are made again; a kill leaves all of them or none."""
@@ -186,9 +226,9 @@ class RowFile:
         with partial.open("w", encoding="utf-8", errors="replace") as file:
             for row in rows:
                 file.write(to_json(row) + "\n")
-        os.replace(partial, self.path)
         self._file.close()
-        self._open()
+        os.replace(partial, self.path)
+        self._open_rows()
 
     def write_info(self, **info) -> None:
         """Record what is known of all rows (metrics, usage) beside their identity."""
@@ -197,5 +237,18 @@ class RowFile:
 
     def close(self) -> None:
         """Hand the rows to whoever reads them next, on a shared file system too."""
+        if self._file.closed:
+            return
         os.fsync(self._file)
         self._file.close()
+        if self._overwriting:
+            self._end_overwriting()
+        self._lock.release()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.lock")

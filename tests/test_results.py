@@ -61,8 +61,50 @@ def test_rows_of_another_identity_are_refused_by_name_and_kept(tmp_path):
     with pytest.raises(InputError, match="model was 'a' and is 'b'.*--overwrite true"):
         RowFile(path, {"model": "b", "dtype": "float32"})
     assert read_rows(path) == [{"id": "0"}]
-    RowFile(path, {"model": "b", "dtype": "float32"}, overwrite=True).close()
-    assert read_rows(path) == []
+    with RowFile(path, {"model": "b", "dtype": "float32"}, overwrite=True) as file:
+        assert read_rows(path) == []
+        file.append({"id": "1"})
+    assert read_rows(path) == [{"id": "1"}]
+
+
+OVERWRITER = """
+import os, signal, sys
+from pathlib import Path
+from finetuning.results import RowFile
+file = RowFile(Path(sys.argv[1]), {"model": "b"}, overwrite=True)
+for i in range(int(sys.argv[2])):
+    file.append({"id": f"new {i}"})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("num_new", [0, 1])
+def test_earlier_rows_go_when_the_first_new_one_stands_and_not_before(tmp_path, num_new):
+    path, part = tmp_path / "m.jsonl", tmp_path / "parts" / "m.1.jsonl"
+    for file in (path, part):
+        with RowFile(file, {"model": "a"}) as rows:
+            rows.append({"id": f"old in {file.name}"})
+    subprocess.run([sys.executable, "-c", OVERWRITER, path, str(num_new)], cwd=ROOT)
+    if num_new:
+        with RowFile(path, {"model": "b"}) as file:
+            assert (read_rows(path), file.parts()) == ([{"id": "new 0"}], [])
+    else:  # the next start finds the earlier rows, and goes on with them or puts them back
+        with RowFile(path, {"model": "c"}, overwrite=True):
+            pass
+        with RowFile(path, {"model": "a"}) as file:
+            assert (read_rows(path), file.parts()) == ([{"id": "old in m.jsonl"}], [part])
+            file.absorb()
+            assert [row["id"] for row in read_rows(path)] == ["old in m.jsonl", "old in m.1.jsonl"]
+    assert list(tmp_path.rglob("*.previous")) == []
+
+
+def test_rows_of_other_ranks_under_another_identity_are_not_taken_and_that_is_said(tmp_path, capsys):
+    with RowFile(tmp_path / "parts" / "m.1.jsonl", {"model": "a"}) as file:
+        file.append({"id": "0"})
+    with RowFile(tmp_path / "m.jsonl", {"model": "b"}) as file:
+        file.absorb()
+    assert read_rows(tmp_path / "m.jsonl") == []
+    assert "m.1.jsonl: its 1 rows were made under other conditions" in capsys.readouterr().out
 
 
 def test_rows_have_one_writer_at_a_time(tmp_path):
@@ -86,8 +128,9 @@ def test_rows_without_a_record_of_how_they_were_made_are_refused(tmp_path):
     path.write_text('{"id": "0"}\n')
     with pytest.raises(InputError, match="has no m.json beside it"):
         RowFile(path, {})
-    RowFile(path, {}, overwrite=True).close()
-    assert read_rows(path) == []
+    with RowFile(path, {}, overwrite=True) as file:
+        file.append({"id": "1"})
+    assert read_rows(path) == [{"id": "1"}]
 
 
 def test_info_is_kept_beside_the_identity(tmp_path):

@@ -485,3 +485,49 @@ def test_an_adapter_is_trained_under_fsdp_merged_and_answers_alike(tmp_path):
 def test_a_full_checkpoint_is_not_merged(fsdp_run):
     result = run(command("2_merge_lora.py", "--output_dir", fsdp_run, "--model_name", "checkpoint-10"), check=False)
     assert result.returncode == 2 and "is no LoRA adapter" in result.stderr
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("model.safetensors", 200_000, "model.safetensors is cut off, or damaged: 200,000 of"),
+        ("model.safetensors", 3, "model.safetensors holds no weights in the format safetensors, or is cut off"),
+        ("model.safetensors", 0, "model.safetensors is empty; copy or download it again"),
+        ("model.safetensors", POINTER, "model.safetensors is a pointer of git-lfs.* `git lfs pull`"),
+        ("tokenizer.json", POINTER, "tokenizer.json is a pointer of git-lfs"),
+        ("tokenizer.json", 900, "tokenizer.json is no JSON, or is cut off"),
+        ("tokenizer.json", "{}", "could not load the tokenizer of"),
+        ("config.json", "<html>\n404", "config.json is no JSON, or is cut off .it begins with `<html>`."),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "lacks model-2.safetensors"),
+        ("adapter_config.json", "{}", "adapter_config.json names no base model"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_named_in_one_line(tmp_path, name, content, said):
+    folder = shutil.copytree(DEMO, tmp_path / "model")
+    if isinstance(content, int):
+        os.truncate(folder / name, content)
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(InputError, match=said) as raised:
+        load_tokenizer(str(folder))
+        check_prompts([], str(folder), load_tokenizer(DEMO), 8)
+        load_model(str(folder), torch.float32)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_model_deletes_none_of_its_earlier_answers(answered_run, tmp_path):
+    run_dir = shutil.copytree(answered_run, tmp_path / "run")
+    before = predictions(run_dir, "checkpoint-10")
+    weights = run_dir / "checkpoint-10" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 9)
+    asked = ["--model_name", "checkpoint-10", "--num_samples", 8, "--max_new_tokens", 20, "--overwrite", "true"]
+    status, printed = answer(run_dir, *asked, check=False)
+    assert status == 2 and "model.safetensors is cut off" in printed and "Traceback" not in printed
+    assert predictions(run_dir, "checkpoint-10") == before
+    weights.write_bytes((answered_run / "checkpoint-10" / "model.safetensors").read_bytes()[:-9] + bytes(9))
+    (run_dir / "checkpoint-10" / "config.json").write_text('{"model_type": "llama", "hidden_size": 65}')
+    status, printed = answer(run_dir, *asked, check=False)
+    assert status == 2 and predictions(run_dir, "checkpoint-10") == before

@@ -1,0 +1,81 @@
+"""
+Whether the files of a model's folder are whole, before a library trips over one. Imports without torch.
+"""
+
+import json
+from pathlib import Path
+
+from finetuning.errors import InputError
+
+POINTER = b"version https://git-lfs"
+MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
+
+
+def check_model_files(name_or_path: str) -> None:
+    """Look at every JSON and weight file of a model's folder; a Hub id is left to the library that downloads it.
+
+    Raises:
+        InputError: A file is cut off, empty, missing from its index, or is a pointer or a page in the file's place; names it.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return
+    for pattern in ("*.safetensors", "*model*.bin", "tokenizer.model", "*.json"):
+        for path in sorted(folder.glob(pattern)):
+            problem = _find_problem(path)
+            if problem is not None:
+                raise InputError(f"{path} {problem}")
+    for path in sorted(folder.glob("*.index.json")):
+        shards = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        missing = sorted(shard for shard in set(shards) if not (folder / shard).is_file())
+        if missing:
+            raise InputError(
+                f"{folder} lacks {', '.join(missing[:3])}, which {path.name} names; copy or download it again"
+            )
+
+
+def _find_problem(path: Path) -> str | None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+    if size == 0:
+        return "is empty; copy or download it again"
+    if start.startswith(POINTER):
+        return "is a pointer of git-lfs and not the file itself; fetch it with `git lfs pull`"
+    if path.suffix == ".safetensors":
+        return _find_problem_of_weights(path, size)
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            begin = start.decode("utf-8", "replace").strip().split("\n")[0][:20]
+            return f"is no JSON, or is cut off (it begins with `{begin}`); copy or download it again"
+    return None
+
+
+def _find_problem_of_weights(path: Path, size: int) -> str | None:
+    try:
+        header_size, tensors = read_header(path)
+        expected = 8 + header_size + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError):
+        return "holds no weights in the format safetensors, or is cut off; copy or download it again"
+    if size != expected:
+        return f"is cut off, or damaged: {size:,} of {expected:,} bytes; copy or download it again"
+    return None
+
+
+def read_header(path: Path) -> tuple[int, dict[str, dict]]:
+    """Size in bytes of the header of a safetensors file, and dtype, shape and data_offsets of each tensor by its name.
+
+    Raises:
+        ValueError: It has none.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MOST_HEADER:
+            raise ValueError(f"{path}: a header of {size} bytes")
+        header = json.loads(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is no object")
+    header.pop("__metadata__", None)
+    return size, header
