@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock, Timeout
-
 from pydantic import TypeAdapter
 
 from finetuning.errors import InputError
