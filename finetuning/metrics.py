@@ -15,12 +15,9 @@ import statistics
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-import datasets
-import evaluate
 import mecab_ko
 import regex
 from nltk.stem.porter import PorterStemmer
-from rouge_score import rouge_scorer
 from sacrebleu.metrics import CHRF
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
@@ -61,7 +58,7 @@ def _stem(word: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)  # an answer is compared with several references, and measured by itself
-def _tokenize(text: str, tokenizer: str) -> tuple[list[str], float]:
+def tokenize(text: str, tokenizer: str) -> tuple[list[str], float]:
     """Tokens, and the share of the characters that are in none of them."""
     text = unicodedata.normalize("NFC", text).lower().encode("utf-8", "replace").decode()  # no half of a character
     tokens, position = [], 0
@@ -97,40 +94,7 @@ class RougeTokenizer:
         self.name = name
 
     def tokenize(self, text: str) -> list[str]:
-        return _tokenize(text, self.name)[0]
-
-
-class Rouge(evaluate.Metric):
-    """ROUGE-1, -2 and -L F1 (Lin 2004, https://aclanthology.org/W04-1013) as a metric of `evaluate` that needs no network.
-
-    Takes predictions (str) and references (list of str each). Of several references the mean counts, as in DialogSum's
-    paper (https://aclanthology.org/2021.findings-acl.449); the first and the best are given beside it.
-    """
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries",
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            ),
-        )
-
-    def _compute(self, predictions, references, language="auto", tokenizer="auto"):
-        used, discarded = collections.Counter(), []
-        scores: dict[str, list[list[float | None]]] = {rouge_type: [] for rouge_type in ROUGE_TYPES}
-        for prediction, sample_references in zip(predictions, references, strict=True):
-            name = choose_tokenizer(sample_references, language, tokenizer)
-            used[TOKENIZERS[name]] += 1
-            discarded.append(discarded_share([prediction, *sample_references], name))
-            scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), tokenizer=RougeTokenizer(name))
-            found = [scorer.score(r, prediction) if _tokenize(r, name)[0] else None for r in sample_references]
-            for rouge_type in ROUGE_TYPES:
-                scores[rouge_type].append([one and one[rouge_type].fmeasure for one in found])
-        result = {"tokenizers": dict(used), "discarded_characters": mean(discarded)}
-        for rouge_type in ROUGE_TYPES:
-            result |= _over_references(rouge_type, scores[rouge_type])
-        return result
+        return tokenize(text, self.name)[0]
 
 
 def choose_tokenizer(references: list[str], language: str, tokenizer: str) -> str:
@@ -147,7 +111,7 @@ def choose_tokenizer(references: list[str], language: str, tokenizer: str) -> st
 
 def discarded_share(texts: list[str], tokenizer: str) -> float:
     """Mean share of the characters of each text, spaces and punctuation aside, that are in no token."""
-    return statistics.fmean(_tokenize(text, tokenizer)[1] for text in texts)
+    return statistics.fmean(tokenize(text, tokenizer)[1] for text in texts)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -156,7 +120,7 @@ def mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _over_references(name: str, scores: list[list[float | None]]) -> dict:
+def over_references(name: str, scores: list[list[float | None]]) -> dict:
     """Mean over references, the first one and the best: each sample's, and their plain mean over samples."""
     result = {}
     for key, pick in ((name, mean), (f"{name}_first", _first), (f"{name}_max", _best)):
@@ -190,6 +154,8 @@ def compute_rouge(
         `tokenizers` counts samples by the tokenizer they were read with. `discarded_characters` is the mean share of
         characters, spaces and punctuation aside, that are in no token.
     """
+    from finetuning.rouge import Rouge  # which imports torch
+
     return Rouge().compute(predictions=predictions, references=references, language=language, tokenizer=tokenizer)
 
 
@@ -203,7 +169,7 @@ def compute_chrf(predictions: list[str], references: list[list[str]]) -> dict:
         [chrf.sentence_score(prediction, [r]).score / 100 if r.strip() else None for r in sample_references]
         for prediction, sample_references in zip(predictions, references, strict=True)
     ]
-    return _over_references("chrf", scores)
+    return over_references("chrf", scores)
 
 
 def count_ngrams(text: str, n: int, tokenizer: str | None = None) -> collections.Counter:
@@ -229,8 +195,8 @@ def length_ratio(prediction: str, references: list[str], tokenizer: str) -> floa
 
     As BLEU's length ratio (Papineni et al. 2002, https://aclanthology.org/P02-1040), by sample.
     """
-    expected = statistics.fmean(len(_tokenize(reference, tokenizer)[0]) for reference in references)
-    return len(_tokenize(prediction, tokenizer)[0]) / expected if expected else None
+    expected = statistics.fmean(len(tokenize(reference, tokenizer)[0]) for reference in references)
+    return len(tokenize(prediction, tokenizer)[0]) / expected if expected else None
 
 
 def _chunks(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
