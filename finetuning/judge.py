@@ -287,6 +287,11 @@ def prediction_hash(row: dict) -> str:
     return hashlib.sha256(json.dumps([row["id"], row["prediction"]], ensure_ascii=False).encode()).hexdigest()[:12]
 
 
+def pair_hash(first: str, second: str) -> str:
+    """Hash of two answers that are compared, from theirs."""
+    return hashlib.sha256((first + second).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Item:
     """One thing to judge.
@@ -332,7 +337,7 @@ def pairs_to_judge(
         other = others.get(row["id"])
         if row["finish_reason"] == "error" or other is None or other["finish_reason"] == "error":
             continue
-        pair = hashlib.sha256((prediction_hash(row) + prediction_hash(other)).encode()).hexdigest()[:12]
+        pair = pair_hash(prediction_hash(row), prediction_hash(other))
         for order, first, second in (("AB", row, other), ("BA", other, row)):
             material = {
                 "task": _task(row), "references": row["references"],

@@ -7,6 +7,7 @@ Imports without torch.
 import statistics
 from array import array
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 from finetuning.agreement import (
@@ -19,7 +20,7 @@ from finetuning.human_scores import HumanScore
 from finetuning.judge import Item, Job, identity_of_jury, item_key
 from finetuning.judge_client import add_usage
 from finetuning.results import RowFile, iterate_rows
-from finetuning.runs import write_json
+from finetuning.runs import HUMAN_AGREEMENT_FILE, write_json
 
 
 def summarize(job: Job, file: RowFile, limit: int | None) -> str:
@@ -161,6 +162,8 @@ def compare_with_people(
 ) -> str:
     """How far the evaluations of some models agree with the scores of people, in lines; also written beside them.
 
+    The scores themselves are written as well, each with the hash of its answer, for step 5.
+
     Args:
         labels: Where the scores are from.
         answers: Hash of each answer as it is now, by model and id.
@@ -189,5 +192,10 @@ def compare_with_people(
             f"judge and people on {measure}, {len(values)} answers: Spearman {estimates['spearman']}, "
             f"Kendall's tau-b {estimates['kendall']}, weighted kappa {estimates['kappa']}"
         )
-    write_json(folder / "human_agreement.json", {"labels": str(labels), "agreement": found})
+    rows = []
+    for label in scores:
+        model = label.model or names[0]
+        if (model, label.id) in answers:
+            rows.append({**asdict(label), "model": model, "prediction_hash": answers[model, label.id]})
+    write_json(folder / HUMAN_AGREEMENT_FILE, {"labels": str(labels), "agreement": found, "scores": rows})
     return "\n".join(lines)

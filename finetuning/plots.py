@@ -16,6 +16,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from finetuning.headline import Headline
 from finetuning.tables import JUDGED, MEASURES, ROUGE_COLUMNS, describe_measure, measures_in
 from finetuning.verdict import Verdict
 
@@ -23,12 +24,15 @@ COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++", "oo"]
 MOST_POINTS = 3000  # of a scatter plot, which would only be darker with more
+MOST_COLORS = len(COLORS)  # models that can be told apart in one picture
+LONGEST_NAME = 32  # letters of a model's name beside an axis
 KOREAN_FONT = (
     Path(*importlib.util.find_spec("koreanize_matplotlib").submodule_search_locations) / "fonts/NanumGothic.ttf"
 )
 
 font_manager.fontManager.addfont(KOREAN_FONT)
 matplotlib.rcParams["font.family"] = ["DejaVu Sans", "NanumGothic"]  # the second where the first lacks a glyph
+matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name is one
 
 
 def _style(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
@@ -50,6 +54,67 @@ def _errors(table: pd.DataFrame, measure: str) -> np.ndarray:
     mean = table[measure].to_numpy(dtype=float)
     bounds = [mean - table[f"{measure}_low"].to_numpy(float), table[f"{measure}_high"].to_numpy(float) - mean]
     return np.nan_to_num(np.clip(bounds, 0, None))
+
+
+def _shorten(name: str) -> str:
+    """A name that leaves room for the picture; its end is what tells checkpoints of a run apart."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 3]}…{name[-2 * LONGEST_NAME // 3 :]}"
+
+
+def _rows_of_models(names: list[str], title: str, x_label: str, use: str | None) -> tuple[Figure, Axes]:
+    """An empty picture with one row a model from top to bottom, the one to use in a colour of its own."""
+    height = 0.26 if len(names) < 15 else 0.2
+    figure = Figure(figsize=(5.2, 0.9 + height * max(3, len(names))), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(range(len(names)), [_shorten(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    _style(axes, title, x_label)
+    axes.grid(axis="y", visible=False)
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_color(COLORS[1] if name == use else "black")
+    return figure, axes
+
+
+def plot_means(verdict: Verdict, headline: Headline) -> Figure | None:
+    """The mean of each model with its interval, by training step; None where nothing is ranked."""
+    if not verdict.means:
+        return None
+    names = [*verdict.means, *verdict.unranked]
+    title, _ = describe_measure(verdict.measure)
+    title = f"{title}, mean of {verdict.num_samples} samples with its 95 % interval"
+    figure, axes = _rows_of_models(names, title, "", headline.use)
+    for i in range(len(verdict.means), len(names)):
+        axes.text(0.01, i, "not ranked", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="#57616b")
+    for i, (name, mean) in enumerate(verdict.means.items()):
+        low, high = verdict.intervals[name]
+        color = COLORS[1] if name == headline.use else COLORS[0]
+        axes.plot([low, high], [i, i], color=color, linewidth=1.6)
+        axes.plot(mean, i, "D" if name == headline.use else "o", color=color, markersize=5)
+    return figure
+
+
+def plot_gains(verdict: Verdict, headline: Headline) -> Figure | None:
+    """Difference of each ranked model to the baseline, or to the one to use where there is none; None without others.
+
+    Differences that the samples do not show have hollow points.
+    """
+    against = verdict.baseline or headline.use
+    if against is None or len(verdict.means) < 2:
+        return None
+    differences = {c.other: c.turned() for c in verdict.against(against)}
+    title = f"difference to {_shorten(against)}, hollow where not shown"
+    figure, axes = _rows_of_models(list(verdict.means), title, "to the right: better", headline.use)
+    axes.axvline(0, color="#444444", linewidth=1)
+    for i, name in enumerate(verdict.means):
+        if name == against:
+            continue
+        c, color = differences[name], COLORS[1] if name == headline.use else COLORS[0]
+        axes.plot([c.low, c.high], [i, i], color=color, linewidth=1.6)
+        axes.plot(
+            c.difference, i, "D" if name == headline.use else "o", color=color, markersize=5,
+            markerfacecolor=color if c.p < 0.05 else "white",
+        )  # fmt: skip
+    return figure
 
 
 def plot_measures(summary: pd.DataFrame) -> Figure | None:
@@ -90,10 +155,13 @@ def plot_measures(summary: pd.DataFrame) -> Figure | None:
 
 
 def plot_criteria(summary: pd.DataFrame) -> Figure | None:
-    """The judge's criteria side by side for each model; None where nothing was judged."""
+    """The judge's criteria side by side for each model, many models as a table of colours; None where nothing was judged."""
     criteria = [c for c in measures_in(summary) if c not in JUDGED and c not in MEASURES]
     if not criteria:
         return None
+    title, titles = "judge, mean score of each criterion (1 to 10)", [describe_measure(c)[0] for c in criteria]
+    if len(summary) > MOST_COLORS:
+        return _plot_criteria_as_table(summary, criteria, title, titles)
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(summary)
@@ -104,13 +172,28 @@ def plot_criteria(summary: pd.DataFrame) -> Figure | None:
         }}).astype(float)  # fmt: skip
         axes.bar(
             places, table["mean"], width * 0.92, color=COLORS[i % len(COLORS)], hatch=HATCHES[i % len(HATCHES)],
-            edgecolor="white", linewidth=0, label=name,
+            edgecolor="white", linewidth=0, label=_shorten(name),
         )  # fmt: skip
         axes.errorbar(places, table["mean"], _errors(table, "mean"), fmt="none", ecolor="#444444", capsize=2)
-    axes.set_xticks(range(len(criteria)), [describe_measure(c)[0] for c in criteria])
+    axes.set_xticks(range(len(criteria)), titles)
     axes.set_ylim(0, 10.5)
     axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.08))
-    _style(axes, "judge, mean score of each criterion (1 to 10)", "")
+    _style(axes, title, "")
+    return figure
+
+
+def _plot_criteria_as_table(summary: pd.DataFrame, criteria: list[str], title: str, titles: list[str]) -> Figure:
+    figure = Figure(figsize=(2.4 + 1.1 * len(criteria), 1 + 0.26 * len(summary)), layout="constrained")
+    axes = figure.subplots()
+    means = summary[criteria].to_numpy(dtype=float)
+    axes.imshow(means, cmap="Blues", vmin=1, vmax=16, aspect="auto")  # light enough for black figures
+    for (i, j), mean in np.ndenumerate(means):
+        if not math.isnan(mean):
+            axes.text(j, i, f"{mean:.1f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(criteria)), titles, rotation=20, ha="right")
+    axes.set_yticks(range(len(summary)), [_shorten(name) for name in summary.index])
+    _style(axes, title, "")
+    axes.grid(visible=False)
     return figure
 
 
@@ -145,7 +228,9 @@ def plot_differences(samples: pd.DataFrame, verdict: Verdict) -> Figure | None:
     if not others:
         return None
     table = samples.pivot(index="id", columns="model", values=verdict.measure)[[verdict.best, *others]].dropna()
-    figure = Figure(figsize=(8.4, 1.2 + 0.55 * len(others)), layout="constrained")
+    figure = Figure(
+        figsize=(8.4, 1.2 + (0.55 if len(others) < MOST_COLORS else 0.3) * len(others)), layout="constrained"
+    )
     axes = figure.subplots()
     rng = np.random.default_rng(0)
     for i, other in enumerate(others):
@@ -157,32 +242,45 @@ def plot_differences(samples: pd.DataFrame, verdict: Verdict) -> Figure | None:
             medianprops={"color": COLORS[1], "linewidth": 2},
         )  # fmt: skip
     axes.axvline(0, color="#444444", linewidth=1)
-    axes.set_yticks(range(len(others)), others)
+    axes.set_yticks(range(len(others)), [_shorten(name) for name in others])
     axes.invert_yaxis()
-    title = {"overall": "judge's overall score", "rouge1": "ROUGE-1"}[verdict.measure]
-    _style(axes, f"{verdict.best} minus another model, {title} of each sample", "to the right: the better answer")
+    title, _ = describe_measure(verdict.measure)
+    _style(
+        axes, f"{_shorten(verdict.best)} minus another model, {title} of each sample", "to the right: the better answer"
+    )
     return figure
 
 
-def plot_lengths(samples: pd.DataFrame) -> Figure | None:
-    """Score against the length of the answer, in tokens; None without answers."""
-    measure = "overall" if samples["overall"].notna().any() else "rouge1"
+def plot_lengths(samples: pd.DataFrame, headline: Headline) -> Figure | None:
+    """Score against the length of the answer, in tokens; None without answers.
+
+    Of many models only the one to use and the baseline have a colour.
+    """
+    measure = headline.verdict.measure
     known = samples[samples[measure].notna() & samples["num_new_tokens"].notna()]
     if known.empty:
         return None
+    named = list(known["model"].unique())
+    if len(named) > MOST_COLORS:
+        named = [name for name in named if name in (headline.use, headline.verdict.baseline)]
     if len(known) > MOST_POINTS:
         known = known.sample(MOST_POINTS, random_state=0)
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     axes = figure.subplots()
-    for i, (name, group) in enumerate(known.groupby("model", sort=False)):
+    others = known[~known["model"].isin(named)]
+    if len(others):
         axes.plot(
-            group["num_new_tokens"], group[measure], MARKERS[i % len(MARKERS)], color=COLORS[i % len(COLORS)],
-            alpha=0.55, markersize=4, markeredgewidth=0, label=name,
+            others["num_new_tokens"], others[measure], ".", color="#b0b7bd", markersize=4, markeredgewidth=0,
+            label=f"{others['model'].nunique()} others",
+        )  # fmt: skip
+    for i, name in enumerate(named):
+        group = known[known["model"] == name]
+        axes.plot(
+            group["num_new_tokens"], group[measure], MARKERS[i], color=COLORS[i], alpha=0.55, markersize=4, markeredgewidth=0,
+            label=_shorten(name),
         )  # fmt: skip
     if known["num_new_tokens"].max() > 20 * max(1.0, known["num_new_tokens"].median()):
         axes.set_xscale("log")
-    columns = math.ceil(known["model"].nunique() / 12)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)
-    title = "judge's overall score (1 to 10)" if measure == "overall" else "ROUGE-1"
-    _style(axes, "score against length", "tokens of the answer", title)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _style(axes, "score against length", "tokens of the answer", describe_measure(measure)[0])
     return figure

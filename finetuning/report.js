@@ -4,7 +4,8 @@
 
 const WORDS = {
   en: {
-    verdict: "which model", table: "Scores", comparisons: "Comparisons", plots: "Plots", samples: "Samples, side by side",
+    details: "The verdict in full", table: "Scores", comparisons: "Comparisons", opinions: "Judges and people", plots: "Plots",
+    samples: "Samples, side by side",
     preflight: "Before training: what was learned from", how: "How this was made",
     search: "Search dialogues, references and answers (press /)", all: "all samples",
     disagreement: "models disagree", regression: "worse than the checkpoint before", unstopped: "answer did not stop",
@@ -13,7 +14,10 @@ const WORDS = {
     differences: "differences to the reference (d)", theme: "light / dark", language: "한국어", reference: "reference",
     references: "references", stopped: "stopped", cutOff: "cut off", after: "after", tokens: "tokens", repeats: "repeats",
     noAnswer: "not answered", empty: "(empty)", noJudgement: "no judgement:", judge: "judge", of: "of", shown: "samples",
-    fromStart: "show all samples", models: "models", notFound: "there is no sample",
+    fromStart: "show all samples", notFound: "there is no sample", shownModels: "models that are shown", allModels: "all",
+    noModels: "none", against: "side by side against the scores", people: "people", sideBySide: "side by side",
+    isPreferred: "is preferred to", isEqual: "no preference that holds in both orders between", and: "and", prefers: "prefers",
+    tie: "a tie",
     keys: "Keys: / search · j and k next and previous sample · d differences · Esc clear",
     legend: "Underlined: not in the reference. Struck through: only in the reference.",
     tableNote: "Means over samples with their 95 % interval (BCa bootstrap; Wilson for the share that stopped). Stopped: share of " +
@@ -22,9 +26,18 @@ const WORDS = {
     comparisonNote: "The first model minus the second on the same samples, with the 95 % interval; p of approximate " +
       "randomisation, adjusted for all comparisons (Holm). Detectable: the smallest difference that so many samples show with a " +
       "probability of 80 %.",
+    "pairs-tableNote": "Each sample is one vote: an answer is preferred where the judge prefers it in both orders, all else is a " +
+      "tie. Share: of the preferred among those with a preference, with its 95 % interval (Wilson); p of the sign test, adjusted " +
+      "for all pairs (Holm). Flips: ties in which the other answer was preferred once the order changed. First place: preferences " +
+      "for the answer that stood first, of all preferences.",
+    "jury-tableNote": "Means over the answers that every judge of the jury has scored. Their mean is what models are ranked by. Spread: " +
+      "standard deviation of an answer's scores between the judges. Alpha: Krippendorff's, within the model; 1 is full agreement, 0 " +
+      "is chance.",
+    "people-tableNote": "Means over the answers that people have scored, and of the judge over the same. Spearman and kappa (quadratic " +
+      "weights) say how far the judge agrees with people, with their 95 % intervals.",
   },
   ko: {
-    verdict: "어느 모델을 쓸까", table: "점수", comparisons: "비교", plots: "그림", samples: "샘플 나란히 보기",
+    details: "판정 전문", table: "점수", comparisons: "비교", opinions: "심사 모델과 사람", plots: "그림", samples: "샘플 나란히 보기",
     preflight: "훈련 전: 무엇을 학습했는가", how: "만든 방법",
     search: "대화, 정답, 답변 검색 (/ 키)", all: "모든 샘플",
     disagreement: "모델끼리 다름", regression: "앞 체크포인트보다 나빠짐", unstopped: "멈추지 않은 답변",
@@ -33,7 +46,9 @@ const WORDS = {
     differences: "정답과의 차이 (d)", theme: "밝게 / 어둡게", language: "English", reference: "정답",
     references: "정답", stopped: "멈춤", cutOff: "잘림", after: "·", tokens: "토큰", repeats: "반복",
     noAnswer: "답변 없음", empty: "(빈 답변)", noJudgement: "심사 없음:", judge: "심사", of: "/", shown: "개 샘플",
-    fromStart: "모든 샘플 보기", models: "모델", notFound: "그런 샘플이 없습니다:",
+    fromStart: "모든 샘플 보기", notFound: "그런 샘플이 없습니다:", shownModels: "보이는 모델", allModels: "모두", noModels: "없음",
+    against: "나란히 견준 결과가 점수와 다름", people: "사람", sideBySide: "나란히 견줌", isPreferred: ">",
+    isEqual: "두 순서 모두에서 같은 선호가 없음:", and: "·", prefers: "선호:", tie: "무승부",
     keys: "키: / 검색 · j, k 다음·이전 샘플 · d 차이 · Esc 지우기",
     legend: "밑줄: 정답에 없는 말. 취소선: 정답에만 있는 말.",
     tableNote: "샘플 평균과 95 % 구간입니다 (BCa 부트스트랩, 멈춘 비율은 Wilson). 멈춤: 종료 토큰으로 끝난 답변의 비율. seq-rep-4: 답변 " +
@@ -44,6 +59,17 @@ const WORDS = {
     "title:better": "나음", "title:equal": "같음", "title:worse": "못함", "title:detectable": "검출 가능",
     comparisonNote: "같은 샘플에서 앞 모델에서 뒤 모델을 뺀 값과 95 % 구간입니다. p는 근사 무작위화 검정의 것이며 모든 비교에 대해 " +
       "보정했습니다 (Holm). 검출 가능: 이만한 샘플로 80 % 확률로 볼 수 있는 가장 작은 차이.",
+    "title:against": "상대", "title:judge": "심사 모델", "title:preferred": "선호됨", "title:tie": "무승부",
+    "title:not preferred": "상대 선호", "title:share": "비율", "title:flips": "뒤바뀜", "title:first place": "앞자리",
+    "title:answers": "답변", "title:mean": "평균", "title:spread of the judges": "심사 모델 간 편차", "title:measure": "항목",
+    "title:scores": "점수 수", "title:mean of people": "사람 평균", "title:mean of the judge": "심사 모델 평균",
+    "pairs-tableNote": "샘플 하나가 한 표입니다. 두 순서 모두에서 선호된 답변만 선호로 세고 나머지는 무승부입니다. 비율: 우열이 가려진 것 중 " +
+      "선호된 비율과 95 % 구간(Wilson). p는 부호 검정의 것이며 모든 쌍에 대해 보정했습니다 (Holm). 뒤바뀜: 순서를 바꾸자 다른 답변이 선호된 " +
+      "무승부. 앞자리: 모든 선호 중 앞에 놓인 답변이 선호된 비율.",
+    "jury-tableNote": "모든 심사 모델이 점수를 매긴 답변의 평균입니다. 순위는 이들의 평균으로 매깁니다. 편차: 한 답변에 대한 심사 모델 간 " +
+      "표준편차. alpha: 한 모델의 답변에 대한 Krippendorff의 alpha. 1이면 완전 일치, 0이면 우연입니다.",
+    "people-tableNote": "사람이 점수를 매긴 답변의 평균과, 같은 답변에 대한 심사 모델의 평균입니다. Spearman과 kappa(제곱 가중)는 심사 " +
+      "모델이 사람과 얼마나 일치하는지를 95 % 구간과 함께 나타냅니다.",
   },
 };
 const CHUNK = 12;
@@ -120,24 +146,34 @@ const hidden = new Set();  // models that are not shown
 let waiting;  // for the next key of a search
 let start = 0, listed = [], rendered = 0, differences = false;
 
-data.models.forEach((name, i) => {
+const boxes = data.models.map((name, i) => {
   ofModel.append(new Option(name, i));
   const label = element("label", "model"), box = element("input");
   box.type = "checkbox";
   box.checked = true;
-  box.addEventListener("change", () => {
-    if (box.checked) hidden.delete(i); else hidden.add(i);
-    show();
-  });
+  box.addEventListener("change", hideUnchecked);
   label.append(box, " " + name);
   byId("models").append(label);
+  return box;
 });
+
+function hideUnchecked() {
+  hidden.clear();
+  boxes.forEach((box, i) => { if (!box.checked) hidden.add(i); });
+  show();
+}
+
+[["all-models", true], ["no-models", false]].forEach(([id, checked]) => byId(id).addEventListener("click", () => {
+  boxes.forEach(box => { box.checked = checked; });
+  hideUnchecked();
+}));
 
 function textOf(i) {
   if (texts[i] === undefined) {
     const sample = data.samples[i];
     const parts = [sample.id, ...sample.m.map(message => message[1]), ...sample.r];
     sample.a.forEach(answer => { if (answer) parts.push(answer.p || "", answer.e || "", ...(answer.v || []).map(v => v[1])); });
+    (sample.w || []).forEach(([, , replies]) => parts.push(...replies.map(reply => reply[1])));
     texts[i] = parts.join("\n").toLowerCase();
   }
   return texts[i];
@@ -159,6 +195,11 @@ const TESTS = {  // whether answer i of a sample is what is looked for
   unstopped: (sample, i) => Boolean(sample.a[i]) && sample.a[i].f === "length",
   repeated: (sample, i) => Boolean(sample.a[i]) && sample.a[i].q >= REPETITION,
   failed: (sample, i) => Boolean(sample.a[i]) && sample.a[i].s !== undefined && sample.a[i].s !== "ok",
+  // a preference for one of two answers, of which the other has the higher score
+  against: (sample, i) => (sample.w || []).some(([number, outcome]) => {
+    const [first, second] = data.pairs[number], difference = scoreOf(sample.a[first]) - scoreOf(sample.a[second]);
+    return (i === first || i === second) && (outcome === "first" ? difference < 0 : outcome === "second" && difference > 0);
+  }),
   missing: (sample, i) => !sample.a[i] || sample.a[i].f === "error",
 };
 
@@ -243,7 +284,25 @@ function answerCard(sample, answer, i) {
     });
     card.append(details);
   }
+  if (answer.h) {
+    const given = answer.h.map(([measure, score]) => `${measure} ${score}`).join(", ");
+    card.append(element("div", "small", `${words.people}: ${given}`));
+  }
   return card;
+}
+
+function preferenceOf([number, outcome, replies]) {
+  const [first, second, judge] = data.pairs[number], names = { first: data.models[first], second: data.models[second] };
+  const details = element("details"), list = element("dl");
+  const loser = outcome === "first" ? names.second : names.first;
+  const result = outcome === "tie" ? `${words.isEqual} ${names.first} ${words.and} ${names.second}`
+    : `${names[outcome]} ${words.isPreferred} ${loser}`;
+  details.append(element("summary", "", `${words.sideBySide}: ${result}`), list);
+  replies.forEach(([preferred, explanation]) => {
+    const head = preferred === "tie" ? `${judge}: ${words.tie}` : `${judge} ${words.prefers} ${names[preferred]}`;
+    list.append(element("dt", "", head), element("dd", "", explanation));
+  });
+  return details;
 }
 
 function sampleCard(i) {
@@ -258,6 +317,7 @@ function sampleCard(i) {
     message.append(element("div", "role", role), element("div", "text", content));
     left.append(message);
   });
+  (sample.w || []).forEach(preference => left.append(preferenceOf(preference)));
   const answers = element("div", "answers"), reference = element("div", "answer reference");
   reference.append(element("h4", "", sample.r.length > 1 ? words.references : words.reference));
   sample.r.forEach(text => reference.append(element("div", "text message", text)));
@@ -291,7 +351,11 @@ function show(from = 0) {
 
 function follow() {
   const match = /^#s=(.*)$/.exec(location.hash);
-  if (!match) return;
+  if (!match) {
+    const fold = byId(location.hash.slice(1));
+    if (fold && fold.tagName === "DETAILS") fold.open = true;
+    return;
+  }
   const id = decodeURIComponent(match[1]);
   const index = data.samples.findIndex(sample => sample.id === id);
   if (index < 0) {

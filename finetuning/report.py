@@ -17,7 +17,17 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from finetuning.plots import plot_criteria, plot_differences, plot_lengths, plot_measures, plot_training
+from finetuning.headline import Headline
+from finetuning.judges_and_people import Opinions
+from finetuning.plots import (
+    plot_criteria,
+    plot_differences,
+    plot_gains,
+    plot_lengths,
+    plot_means,
+    plot_measures,
+    plot_training,
+)
 from finetuning.runs import EDA, PREFLIGHT_FILE, read_json, read_run, to_json
 from finetuning.schemas import FULL_RUN_RECORD, PREFLIGHT
 from finetuning.tables import (
@@ -28,7 +38,7 @@ from finetuning.tables import (
     measures_in,
     name_runs,
 )
-from finetuning.verdict import Verdict
+from finetuning.verdict import DECIMALS, Verdict
 
 HERE = Path(__file__).parent
 COUNTS = ("samples", "errors", "judged", "failed", "coverage", "seconds", "cost")
@@ -68,13 +78,95 @@ def build_rows(summary: pd.DataFrame) -> tuple[list[str], list[dict]]:
     return list(text.columns), rows
 
 
-def build_samples(samples: pd.DataFrame, models: list[str], criteria: list[str]) -> list[dict]:
+def build_comparisons(verdict: Verdict) -> list[list]:
+    """Rows of the table of comparisons: the best model against each other one, and each against the baseline."""
+    pairs = [(verdict.best, c.other) for c in verdict.against(verdict.best)] if verdict.best is not None else []
+    if verdict.baseline is not None:
+        pairs += [(c.other, verdict.baseline) for c in verdict.against(verdict.baseline)]
+    found, decimals = [], DECIMALS[verdict.measure]
+    for first, second in dict.fromkeys(pairs):
+        c = next(c for c in verdict.against(first) if c.other == second)
+        cells = [first, second, _cell(c.difference, decimals, c.low, c.high, "+"), _p_cell(c.p)]
+        cells += [_cell(c.wins, 0), _cell(c.ties, 0), _cell(c.losses, 0), _cell(c.detectable, decimals)]
+        found.append({"kind": "" if c.p < 0.05 else "unclear", "cells": cells})
+    return found
+
+
+def build_opinions(opinions: Opinions) -> list[dict]:
+    """The tables of what there is besides scores, each with its titles and rows."""
+    tables = opinions.tables()
+    found = []
+    if "pairs" in tables:
+        titles = [
+            "model",
+            "against",
+            "judge",
+            "preferred",
+            "tie",
+            "not preferred",
+            "share",
+            "p (Holm)",
+            "flips",
+            "first place",
+        ]
+        found.append((titles, [
+            [
+                row["first"], row["second"], row["judge"], _cell(row["wins"], 0), _cell(row["ties"], 0), _cell(row["losses"], 0),
+                _cell(row["share"], 2, row["share_low"], row["share_high"]), _p_cell(row["p"]), _cell(row["flips"], 0),
+                _cell(row["first_place"], 2),
+            ]
+            for _, row in tables["pairs"].iterrows()
+        ]))  # fmt: skip
+    if "jury" in tables:
+        found.append((["model", "judge", "answers", "mean", "spread of the judges", "alpha"], [
+            [
+                row["model"], row["judge"], _cell(row["answers"], 0), _cell(row["mean"], 2, row["mean_low"], row["mean_high"]),
+                _cell(row["disagreement"], 2), _cell(row["alpha"], 2),
+            ]
+            for _, row in tables["jury"].iterrows()
+        ]))  # fmt: skip
+    if "people" in tables:
+        found.append((["model", "measure", "scores", "mean of people", "mean of the judge", "Spearman", "kappa"], [
+            [
+                row["model"], row["measure"].replace("_", " "), _cell(row["scores"], 0),
+                _cell(row["mean"], 2, row["mean_low"], row["mean_high"]), _cell(row["judge_mean"], 2),
+                *(_cell(row[name], 2, row[f"{name}_low"], row[f"{name}_high"]) for name in ("spearman", "kappa")),
+            ]
+            for _, row in tables["people"].iterrows()
+        ]))  # fmt: skip
+    return [
+        {"id": f"{name}-table", "titles": titles, "rows": [{"kind": "", "cells": cells} for cells in rows]}
+        for name, (titles, rows) in zip(tables, found, strict=True)
+    ]
+
+
+def _cell(value: float, decimals: int, low: float = math.nan, high: float = math.nan, sign: str = "") -> dict:
+    """A cell of a table: its text, its interval, and the number that it sorts by."""
+    if math.isnan(value):
+        return {"text": "-", "interval": "", "number": None}
+    interval = "" if math.isnan(low) else f"{low:{sign}.{decimals}f} – {high:{sign}.{decimals}f}"
+    return {"text": f"{value:{sign}.{decimals}f}", "interval": interval, "number": float(value)}
+
+
+def _p_cell(p: float) -> dict:
+    return {"text": "< 0.0001", "interval": "", "number": p} if p < 0.0001 else _cell(p, 4)
+
+
+def _text_of(message: dict) -> str:
+    """What a message says, and the tools that it calls."""
+    calls = [to_json(call["function"]) for call in message.get("tool_calls", ())]
+    return "\n".join([*([message["content"]] if message["content"] else []), *calls])
+
+
+def build_samples(samples: pd.DataFrame, models: list[str], criteria: list[str], opinions: Opinions) -> list[dict]:
     """The samples as the page's script reads them, with short keys, since there may be thousands of answers.
 
     Returns:
-        For each sample id, m (messages as [role, content]), r (references) and a, the answers in the order of
-        `models`: null where there is none, else p (prediction), f (finish reason), e (error), n (tokens), g (ROUGE-1),
-        q (seq-rep-4), s (status of the judgement), o (overall score) and v ([score, explanation] of each criterion).
+        For each sample id, m (messages as [role, content]), r (references), a, the answers in the order of `models`: null
+        where there is none, else p (prediction), f (finish reason), e (error), n (tokens), g (ROUGE-1), q (seq-rep-4), s
+        (status of the judgement), o (overall score), v ([score, explanation] of each criterion) and h ([measure, score]
+        of people); and w, what is said of it side by side: [number of the pair, outcome, [preferred, explanation] of
+        either order].
     """
     place = {name: i for i, name in enumerate(models)}
     found: dict[str, dict] = {}
@@ -83,7 +175,7 @@ def build_samples(samples: pd.DataFrame, models: list[str], criteria: list[str])
     for row in samples[columns].itertuples(index=False):
         sample = found.get(row.id)
         if sample is None:
-            messages = [[message["role"], message["content"]] for message in row.messages]
+            messages = [[message["role"], _text_of(message)] for message in row.messages]
             sample = found[row.id] = {"id": row.id, "m": messages, "r": row.references, "a": [None] * len(models)}
         answer = {
             "p": row.prediction, "f": row.finish_reason, "e": row.error, "n": _rounded(row.num_new_tokens, 0),
@@ -93,6 +185,12 @@ def build_samples(samples: pd.DataFrame, models: list[str], criteria: list[str])
         if row.status == "ok":
             answer["v"] = [[row.evaluation[c]["score"], row.evaluation[c]["explanation"]] for c in criteria]
         sample["a"][place[row.model]] = {key: value for key, value in answer.items() if value is not None}
+    for row in opinions.scores.itertuples(index=False):
+        answer = found[row.id]["a"][place[row.model]]
+        answer.setdefault("h", []).append([row.measure.replace("_", " "), row.score])
+    for number, pair in enumerate(opinions.pairs):
+        for sample_id, replies in pair.replies.items():
+            found[sample_id].setdefault("w", []).append([number, pair.outcome(sample_id), replies])
     return list(found.values())
 
 
@@ -108,23 +206,25 @@ def to_script_data(content) -> str:
 
 
 def write_report(
-    folder: Path, runs: list[Path], samples: pd.DataFrame, summary: pd.DataFrame, verdict: Verdict
+    folder: Path, runs: list[Path], samples: pd.DataFrame, summary: pd.DataFrame, headline: Headline, opinions: Opinions
 ) -> Path:
-    """Write `report.html`: verdict, tables, plots, and the samples of all models side by side.
+    """Write `report.html`: which model to use, tables, plots, and the samples of all models side by side.
 
     Args:
         folder: Where to write it.
-        samples, summary, verdict: As load_runs, summarize and decide give them.
+        samples, summary, headline, opinions: As load_runs, summarize, build_headline and load_opinions give them.
     """
-    named = name_runs(runs)
+    named, verdict = name_runs(runs), headline.verdict
     models, criteria = [str(name) for name in summary.index], criteria_of(samples)
+    first_plots = [plot_means(verdict, headline), plot_gains(verdict, headline)]
     plots = [
-        plot_measures(summary), plot_differences(samples, verdict), plot_criteria(summary), plot_lengths(samples),
+        plot_measures(summary), plot_differences(samples, verdict), plot_criteria(summary), plot_lengths(samples, headline),
         plot_training(load_training_logs(runs)),
     ]  # fmt: skip
     titles, rows = build_rows(summary)
     script = (HERE / "report.js").read_text(encoding="utf-8")
     steps = summary["step"].tolist()
+    place = {name: i for i, name in enumerate(models)}
     data = {
         "models": models,
         "criteria": [describe_measure(criterion)[0] for criterion in criteria],
@@ -135,22 +235,28 @@ def write_report(
             for i in range(1, len(models))
             if summary["run"].iloc[i] == summary["run"].iloc[i - 1] and 0 <= steps[i - 1] < steps[i]
         ],
-        "samples": build_samples(samples, models, criteria),
+        "pairs": [[place.get(pair.first), place.get(pair.second), pair.judge] for pair in opinions.pairs],
+        "samples": build_samples(samples, models, criteria, opinions),
     }
-    comparisons = list(dict.fromkeys(
-        [(c.better, c.other) for c in (verdict.against(verdict.best) if verdict.best is not None else [])]
-        + [(c.other, c.better) for c in (verdict.against(verdict.baseline) if verdict.baseline is not None else [])]
-    ))  # fmt: skip
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((HERE / "report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(
         title=" · ".join(named),
         records={name: read_run(run, FULL_RUN_RECORD) for name, run in named.items()},
         num_samples=len(data["samples"]),
+        num_models=len(models),
+        headline=headline,
         verdict=verdict,
-        titles=titles,
-        rows=rows,
-        comparisons=[next(c for c in verdict.against(first) if c.other == second) for first, second in comparisons],
+        opinions=opinions,
+        say_opinions=lambda language: opinions.say(language, verdict),
+        titles=["model", *titles],
+        rows=[
+            {"kind": "best" if row["name"] == headline.use else "", "cells": [row["name"], *row["cells"]]}
+            for row in rows
+        ],
+        comparisons=build_comparisons(verdict),
+        opinion_tables=build_opinions(opinions),
+        first_plots=[_to_svg(plot) for plot in first_plots if plot is not None],
         plots=[_to_svg(plot) for plot in plots if plot is not None],
         preflights={name: found for name, run in named.items() if (found := read_preflight(run)) is not None},
         lengths=[_to_data_uri(plot) for run in runs for plot in sorted((run / EDA).glob("*.png"))],

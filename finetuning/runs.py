@@ -29,6 +29,7 @@ PREFLIGHT_FILE = "preflight.json"
 EDA = "eda"
 PREDICTIONS = "predictions"
 EVALUATIONS = "qa_evaluation_results"
+HUMAN_AGREEMENT_FILE = "human_agreement.json"  # among the evaluations: scores of people, and how far the judge agrees
 INCOMPLETE = "INCOMPLETE"  # stands in a checkpoint's folder while it is written
 BASE = "base"
 

@@ -150,11 +150,46 @@ class EvaluationInfo(Object):
     identity: JudgeIdentity
 
 
+class Judges(Object):
+    judge_model: Text | list[Text]  # several are a jury
+
+
+class JudgesInfo(Object):
+    """Beside evaluations, who judged."""
+
+    identity: Judges
+
+
+class ComparisonIdentity(Object):
+    judge_model: Text
+    models: Annotated[list[Text], Field(min_length=2, max_length=2)]
+
+
+class ComparisonInfo(Object):
+    identity: ComparisonIdentity
+
+
+class HumanRow(Object):
+    id: Text
+    model: Text
+    measure: Text
+    score: Annotated[Number, Field(ge=1, le=10)]
+    prediction_hash: Text
+
+
+class HumanAgreement(Object):
+    """What people gave to answers; only what `--human` has written lately has the scores."""
+
+    scores: NotRequired[list[HumanRow]]
+
+
 class Info(Object):
     identity: dict[str, Any]
 
 
 INFO, PREDICTION_INFO, EVALUATION_INFO = TypeAdapter(Info), TypeAdapter(PredictionInfo), TypeAdapter(EvaluationInfo)
+JUDGES_INFO, COMPARISON_INFO = TypeAdapter(JudgesInfo), TypeAdapter(ComparisonInfo)
+HUMAN_AGREEMENT = TypeAdapter(HumanAgreement)
 
 
 # What step 1 writes

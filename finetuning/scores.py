@@ -9,7 +9,8 @@ Writes <report_dir>/report.html              the page
        <report_dir>/scores/summary.csv       one row a model: means with their intervals, coverage, seconds, cost
        <report_dir>/scores/comparisons.csv   one row a pair of models, with adjusted p-values
        <report_dir>/scores/samples.csv       one row a model and sample, without texts
-       <report_dir>/scores/verdict.json      the best model, and why
+       <report_dir>/scores/verdict.json      which model to use, and why
+       <report_dir>/scores/pairs.csv, jury.csv, people.csv    answers side by side, each judge of a jury, people; if there are any
 
 Imports without torch.
 """
@@ -23,10 +24,12 @@ import pandas as pd
 
 from finetuning.configs import Checked, run_step
 from finetuning.errors import InputError
+from finetuning.headline import Headline, build_headline
+from finetuning.judges_and_people import Opinions, load_opinions
 from finetuning.report import write_report
 from finetuning.runs import find_run, write_json
 from finetuning.tables import criteria_of, format_table, load_runs, print_table, summarize
-from finetuning.verdict import Verdict, decide
+from finetuning.verdict import decide
 
 SCORES = "scores"
 
@@ -77,15 +80,27 @@ def find_baseline(samples: pd.DataFrame, baseline: str) -> str:
     return found[0] if found else baseline
 
 
-def write_scores(folder: Path, samples: pd.DataFrame, summary: pd.DataFrame, verdict: Verdict) -> Path:
+def write_scores(
+    folder: Path, samples: pd.DataFrame, summary: pd.DataFrame, headline: Headline, opinions: Opinions
+) -> Path:
     """Write the tables for other tools, as CSV and JSON."""
+    verdict = headline.verdict
     folder = folder / SCORES
     folder.mkdir(parents=True, exist_ok=True)
     summary.to_csv(folder / "summary.csv")
     pd.DataFrame([asdict(c) for c in verdict.comparisons]).to_csv(folder / "comparisons.csv", index=False)
     measured = [c for c in samples if c not in ("messages", "references", "prediction", "evaluation", "removed_tokens")]
     samples[measured].to_csv(folder / "samples.csv", index=False)
+    tables = opinions.tables()
+    for name in ("pairs", "jury", "people"):
+        if name in tables:
+            tables[name].to_csv(folder / f"{name}.csv", index=False)
+        else:
+            (folder / f"{name}.csv").unlink(missing_ok=True)
     content = {
+        "use": headline.use,
+        "headline": headline.say("en"),
+        "headline_ko": headline.say("ko"),
         "best": verdict.best,
         "measure": verdict.measure,
         "baseline": verdict.baseline,
@@ -95,6 +110,8 @@ def write_scores(folder: Path, samples: pd.DataFrame, summary: pd.DataFrame, ver
         "unranked": verdict.unranked,
         "sentences": verdict.say("en"),
         "sentences_ko": verdict.say("ko"),
+        "judges_and_people": opinions.say("en", verdict),
+        "judges_and_people_ko": opinions.say("ko", verdict),
     }
     write_json(folder / "verdict.json", content)
     return folder
@@ -105,11 +122,14 @@ def main(args: ScoreArguments) -> None:
     samples = load_runs(runs)
     summary = summarize(samples)
     verdict = decide(samples, find_baseline(samples, args.baseline), args.holdout)
+    opinions = load_opinions(runs, samples)
+    headline = build_headline(verdict, summary, opinions.pairs)
+    print("\n".join(headline.say("en")))
     print_table(format_table(summary))
-    print("\n".join(verdict.sentences))
+    print("\n".join([*verdict.sentences, *opinions.say("en", verdict)]))
     folder = choose_report_dir(runs, args.report_dir)
-    print(f"\nThe tables are in {write_scores(folder, samples, summary, verdict)}")
-    print(f"The report is at {write_report(folder, runs, samples, summary, verdict)}")
+    print(f"\nThe tables are in {write_scores(folder, samples, summary, headline, opinions)}")
+    print(f"The report is at {write_report(folder, runs, samples, summary, headline, opinions)}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from finetuning.comparison import Comparison, compare_all, correlation_within_samples
-from finetuning.runs import checkpoint_step
+from finetuning.comparison import Comparison, bootstrap_interval, compare_all, correlation_within_samples
 
 COVERAGE_NEEDED = 0.95  # of its answers a model must have a score of, to be ranked
 STOPPING_NEEDED = 0.95
@@ -45,7 +44,6 @@ WORDS = {
         "all equal": "{best} and {list} have the same score on every sample.",
         "detectable": "With {num} samples, nothing under about {detectable}{points} could be seen (with a probability of 80 %).",
         "more samples": "Answer more samples to tell them apart.",
-        "least training": "Answer more samples to tell them apart, or use {earliest}, which had the least training of them.",
         "one sample": "One sample shows nothing about a difference; answer more.",
         "and others": "{list} and {num} others, all of them further behind",
         "baseline": "Against {baseline}: {list}.",
@@ -88,7 +86,6 @@ WORDS = {
         "all equal": "{best}와(과) {list}: 모든 샘플에서 점수가 같습니다.",
         "detectable": "샘플 {num}개로는 약 {detectable}{points} 아래의 차이를 볼 수 없었습니다 (확률 80 % 기준).",
         "more samples": "구별하려면 더 많은 샘플에 답하게 하십시오.",
-        "least training": "구별하려면 더 많은 샘플에 답하게 하거나, 그중 가장 적게 훈련된 {earliest}을(를) 쓰십시오.",
         "one sample": "샘플 하나로는 차이에 대해 아무것도 알 수 없습니다. 더 많은 샘플에 답하게 하십시오.",
         "and others": "{list}, 그리고 더 뒤처진 {num}개",
         "baseline": "{baseline}과(와) 견주면: {list}.",
@@ -115,6 +112,7 @@ class Verdict:
         best: None where no model has an answer.
         comparisons: Of all pairs of the models that are ranked, on the samples that are reported.
         means: Of the models that are ranked, on the same samples.
+        intervals: 95 % intervals of these means.
         unranked: Coverage of the models that have too few judgements.
         num_left_out: Samples that not every ranked model has a score of.
         num_chosen_on: Samples that the best was chosen on, if they are not those that are reported.
@@ -127,6 +125,7 @@ class Verdict:
     baseline: str | None = None
     comparisons: list[Comparison] = field(default_factory=list)
     means: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     unranked: dict[str, float] = field(default_factory=dict)
     num_samples: int = 0
     num_left_out: int = 0
@@ -206,6 +205,7 @@ def decide(samples: pd.DataFrame, baseline: str = "base", holdout: float = 0.0) 
     verdict.num_samples = len(reported)
     verdict.baseline = baseline if baseline in reported.columns else None
     verdict.means = {str(name): float(mean) for name, mean in reported.mean().items()}
+    verdict.intervals = {name: bootstrap_interval(reported[name]) for name in verdict.means}
     verdict.comparisons = compare_all(reported)
     stopped = samples[(samples["model"] == verdict.best) & samples["id"].isin(reported.index)]["stopped"]
     verdict.stop_rate = float(stopped.mean())
@@ -271,9 +271,7 @@ class _Speaker:
                     num=verdict.num_samples, detectable=self._number(detectable), points=self.points
                 )
             )
-            earliest = min([best, *(c.other for c in close)], key=_training)
-            key = "least training" if earliest != best and _training(earliest) >= 0 else "more samples"
-            found.append(words[key].format(earliest=earliest))
+            found.append(words["more samples"])
         if best == verdict.baseline:
             found.append(words["worse than base"].format(baseline=best))
         elif verdict.baseline is not None:
@@ -319,8 +317,3 @@ class _Speaker:
 
     def _number(self, value: float) -> str:
         return f"{value:.{self.decimals}f}"
-
-
-def _training(name: str) -> int:
-    """Training step of a model, whose name may have the run's in front."""
-    return checkpoint_step(name.rpartition("/")[2])

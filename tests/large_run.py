@@ -4,7 +4,8 @@ import json
 import random
 from pathlib import Path
 
-from finetuning.judge import Evaluation, prediction_hash
+from finetuning.judge import Evaluation, pair_hash, prediction_hash
+from finetuning.results import read_info, read_rows
 from finetuning.runs import write_json
 
 ENGLISH = "the of a to and in that it is was for on with as his he be at by I this had not are but from or have".split()
@@ -41,7 +42,7 @@ def write_run(folder: Path, num_samples: int, models: list[str], attacks: list[s
         rows, evaluations = [], []
         columns = {name: [] for name in ("id", "rouge1", "rouge2", "rougeL", "chrf", "seq_rep_4", "length_ratio")}
         for i, sample in enumerate(samples):
-            quality = min(1.0, max(0.0, rng.gauss(0.3 + 0.1 * step, 0.15)))
+            quality = min(1.0, max(0.0, rng.gauss(0.3 + 0.6 / len(models) * step, 0.15)))
             row = {
                 **sample, "prediction": text(25, i), "num_prompt_tokens": 200, "num_new_tokens": rng.randint(20, 60),
                 "finish_reason": "length" if rng.random() < 0.1 else "stop", "removed_tokens": {}, "error": None,
@@ -71,3 +72,64 @@ def write_run(folder: Path, num_samples: int, models: list[str], attacks: list[s
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in its_rows))
             write_json(path.with_suffix(".json"), info)
     return folder
+
+
+JUDGES = ["strict", "kind"]
+
+
+def write_jsonl(path: Path, rows: list[dict], info: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(path.with_suffix(".json"), info)
+
+
+def add_all_kinds_of_rows(folder: Path, models: list[str]) -> None:
+    """Give a run all that a page may have to show: a sample without an answer, a judgement that failed, two judges as a jury,
+    two models side by side, where the judge prefers the one before the last to the last, and scores of people."""
+    rng = random.Random(1)
+    evaluations = folder / "qa_evaluation_results"
+    path = folder / "predictions" / f"{models[-1]}.jsonl"
+    rows, info = read_rows(path), read_info(path)
+    rows[0] |= {"prediction": None, "finish_reason": "error", "num_new_tokens": 0, "error": "the prompt is too long"}
+    info["metrics"]["per_sample"] = {name: values[1:] for name, values in info["metrics"]["per_sample"].items()}
+    write_jsonl(path, rows, info)
+    scores = {}
+    for model in models:
+        path = evaluations / f"{model}.jsonl"
+        rows, info = read_rows(path), read_info(path)
+        if model == models[-1]:
+            rows = rows[1:]
+            rows[0] |= {"status": "invalid", "evaluation": None, "error": "no JSON"}
+        write_jsonl(path, rows, {"identity": {**info["identity"], "judge_model": JUDGES}})
+        for judge, shift in zip(JUDGES, (-1, 1), strict=True):
+            of_judge = [dict(row) for row in rows]
+            for row in of_judge:
+                if row["evaluation"] is not None:
+                    row["evaluation"] = {
+                        name: {**judged, "score": min(10, max(1, judged["score"] + shift * rng.randint(0, 1)))}
+                        for name, judged in row["evaluation"].items()
+                    }
+            identity = {"identity": {**info["identity"], "judge_model": judge}}
+            write_jsonl(evaluations / "judges" / judge / f"{model}.jsonl", of_judge, identity)
+        scores[model] = {row["id"]: row for row in rows if row["status"] == "ok"}
+    first, second = models[-2:]
+    rows = []
+    for i, sample_id in enumerate(sorted(scores[first].keys() & scores[second].keys())):
+        hashes = [scores[model][sample_id]["prediction_hash"] for model in (first, second)]
+        votes = ("tie", "tie") if i % 9 == 8 else ("first", "first") if i % 9 == 7 else ("first", "second")
+        for order, better in zip(("AB", "BA"), votes, strict=True):
+            rows.append({
+                "id": sample_id, "order": order, "prediction_hash": pair_hash(*hashes), "status": "ok",
+                "evaluation": {"explanation": f"{better} says it all", "better": better}, "expected": None, "error": None,
+                "usage": None, "cost": None, "possible_cost": 0.0,
+            })  # fmt: skip
+    identity = {"identity": {"judge_model": "strict", "models": [first, second]}}
+    write_jsonl(evaluations / "pairs" / f"{first}--{second}.jsonl", rows, identity)
+    people = []
+    for model in models[-2:]:
+        for sample_id, row in list(scores[model].items())[:12]:
+            score = sum(judged["score"] for judged in row["evaluation"].values()) / len(row["evaluation"])
+            score = min(10, max(1, round(score + rng.gauss(0, 1))))
+            hashed = {"prediction_hash": row["prediction_hash"]}
+            people.append({"id": sample_id, "model": model, "measure": "overall", "score": score, **hashed})
+    write_json(evaluations / "human_agreement.json", {"labels": "labels.csv", "agreement": {}, "scores": people})

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from large_run import write_run
+from large_run import add_all_kinds_of_rows, write_run
 
 from finetuning.results import read_rows
 from finetuning.scores import ScoreArguments, main
@@ -58,8 +58,8 @@ def open_page(browser):
     """Opens a page, and fails if it asks for anything else than itself or if its script fails."""
     contexts = []
 
-    def open_one(run_dir, query="?lang=en", color_scheme="light"):
-        context = browser.new_context(color_scheme=color_scheme, viewport={"width": 1400, "height": 900})
+    def open_one(run_dir, query="?lang=en", color_scheme="light", width=1400):
+        context = browser.new_context(color_scheme=color_scheme, viewport={"width": width, "height": 900})
         page = context.new_page()
         page.requests, page.faults = [], []
         page.on("request", lambda request: page.requests.append(request.url))
@@ -95,6 +95,7 @@ def test_the_table_of_models_sorts(large_run, open_page):
             "#models-table tbody tr", f"rows => rows.map(row => Number(row.cells[{column}].dataset.value))"
         )
 
+    page.click("#scores summary")
     page.click("#models-table th button:text-is('ROUGE-1')")
     assert values() == sorted(values(), reverse=True) and len(values()) == 6
     assert page.get_attribute(f"#models-table th:nth-child({column + 1})", "aria-sort") == "descending"
@@ -216,13 +217,16 @@ def test_differences_to_the_reference_are_word_by_word(large_run, open_page):
 def test_the_page_speaks_korean_and_is_dark_where_asked(large_run, open_page):
     page = open_page(large_run, "?lang=ko", "dark")
     assert page.inner_text("#samples") == "샘플 나란히 보기" and "개 샘플" in count(page)
-    assert "순위는 심사 모델의 종합 점수 기준입니다" in page.inner_text("#verdict")
+    assert page.inner_text("h1:visible").startswith("checkpoint-500 사용")
+    page.click("#details summary")
+    assert "순위는 심사 모델의 종합 점수 기준입니다" in page.inner_text("#details")
     background = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(background) == "rgb(20, 23, 26)"
     page.click("#theme")
     assert page.evaluate(background) == "rgb(246, 247, 249)"
     page.click("#language")
-    assert "Ranked by the judge's overall score" in page.inner_text("#verdict")
+    assert page.inner_text("h1:visible").startswith("Use checkpoint-500")
+    assert "Ranked by the judge's overall score" in page.inner_text("#details")
 
 
 @needs_browser
@@ -271,6 +275,106 @@ def test_the_page_works_where_a_text_is_missing(tmp_path, open_page, column):
     page.click("#language")
     assert page.inner_text("#samples") == "샘플 나란히 보기"
     json.loads((run_dir / "scores" / "verdict.json").read_text(), parse_constant=pytest.fail)
+
+
+# --- All that a page may have to show, of thirty models -----------------------------------------------------------------
+
+THIRTY = ["base", *(f"checkpoint-{100 * i}" for i in range(1, 30))]
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    run_dir = write_run(tmp_path_factory.mktemp("full") / "run", 40, THIRTY)
+    add_all_kinds_of_rows(run_dir, THIRTY)
+    main(ScoreArguments(output_dir=[str(run_dir)]))
+    return run_dir
+
+
+@needs_browser
+def test_the_first_line_of_the_page_says_which_model_to_use(full_run, open_page):
+    page = open_page(full_run)
+    verdict = json.loads((full_run / "scores" / "verdict.json").read_text())
+    assert page.inner_text("body").split("\n")[0] == verdict["headline"][0]
+    assert f"Use {verdict['use']}" in verdict["headline"][0]
+    assert page.locator("#verdict p:visible").first.inner_text() == verdict["headline"][1]
+    assert page.locator("details.fold[open]").count() == 0 and page.locator(".plots.first img").count() == 2
+    page.click("#language")
+    assert page.inner_text("body").split("\n")[0] == verdict["headline_ko"][0]
+
+
+@needs_browser
+@pytest.mark.parametrize("width, color_scheme", [(390, "light"), (390, "dark"), (1400, "dark")])
+def test_the_page_of_thirty_models_fits_the_screen(full_run, open_page, width, color_scheme):
+    page = open_page(full_run, "?lang=ko", color_scheme, width)
+    page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true })")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    outside = (
+        "[...document.querySelectorAll('main *')].filter(node => !node.closest('.scroll') && "
+        "node.getBoundingClientRect().right > innerWidth + 1).length"
+    )
+    assert page.evaluate(outside) == 0
+    assert page.evaluate("getComputedStyle(document.querySelector('.plots img')).filter !== 'none'") == (
+        color_scheme == "dark"
+    )
+    page.click("#samples")
+    assert page.locator("article").first.locator(".answer").count() == 31
+
+
+@needs_browser
+def test_judges_and_people_are_on_the_page_and_in_its_samples(full_run, open_page):
+    page = open_page(full_run, "?lang=en#judges-and-people")
+    said = page.inner_text("#judges-and-people")
+    assert "Side by side, strict prefers checkpoint-2800 to checkpoint-2900" in said
+    assert "The scores are the means of a jury: kind, strict." in said and "People gave 24 scores" in said
+    assert page.locator("#pairs-table tbody tr").count() == 1 and page.locator("#jury-table tbody tr").count() == 60
+    assert page.locator("#people-table tbody tr").count() == 3
+    page.click("#jury-table th button:text-is('mean')")
+    means = page.eval_on_selector_all(
+        "#jury-table tbody tr", "rows => rows.map(row => Number(row.cells[3].dataset.value))"
+    )
+    assert means == sorted(means, reverse=True)
+    page.fill("#search", "the prompt is too long")
+    assert count(page) == "1 of 40 samples" and shown(page) == ["000000000000"]
+    page.fill("#search", "000000000004")
+    assert count(page) == "1 of 40 samples"
+    text = page.inner_text("article")
+    assert "side by side: checkpoint-2800 is preferred to checkpoint-2900" in text and "people: overall" in text
+    page.fill("#search", "")
+    page.select_option("#filter", "failed")
+    assert "000000000001" in (count(page) and shown(page))
+    page.select_option("#filter", "missing")
+    assert count(page) == "1 of 40 samples" and shown(page) == ["000000000000"]
+    page.select_option("#filter", "against")
+    scores = {
+        name: {row["id"]: row["evaluation"] for row in read_rows(full_run / "qa_evaluation_results" / f"{name}.jsonl")}
+        for name in THIRTY[-2:]
+    }
+    overall = {
+        name: {i: sum(c["score"] for c in judged.values()) for i, judged in its.items() if judged}
+        for name, its in scores.items()
+    }
+    pairs = read_rows(full_run / "qa_evaluation_results" / "pairs" / "checkpoint-2800--checkpoint-2900.jsonl")
+    second = {row["id"] for row in pairs if row["order"] == "BA" and row["evaluation"]["better"] == "second"}
+    expected = {i for i in second if overall["checkpoint-2800"][i] < overall["checkpoint-2900"][i]}
+    assert set(shown(page)) <= expected and count(page) == f"{len(expected)} of 40 samples"
+
+
+@needs_browser
+def test_models_are_chosen_with_the_keyboard(full_run, open_page):
+    page = open_page(full_run)
+    page.focus(".picker summary")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "no-models"
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert page.evaluate(outline) == "solid"
+    page.keyboard.press("Enter")
+    assert page.locator("article").first.locator(".answer").count() == 1  # the reference
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    answers = page.locator("article").first.locator(".answer h4 span:first-child, .answer.reference h4")
+    assert answers.all_inner_texts() == ["reference", "base"]
 
 
 def test_the_page_is_one_file_of_bearable_size(large_run):
