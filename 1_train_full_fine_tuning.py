@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback  # noqa: E402
 from trl import get_peft_config, get_quantization_config  # noqa: E402
 
 from finetuning.batches import RowPreparation  # noqa: E402
-from finetuning.chat import add_tokens, load_tokenizer  # noqa: E402
+from finetuning.chat import add_tokens, load_model_config, load_tokenizer  # noqa: E402
 from finetuning.data import load_training_rows, tokens_to_add  # noqa: E402
 from finetuning.hardware import bf16_available, choose_attention  # noqa: E402
 from finetuning.memory import MemoryPeak  # noqa: E402
@@ -88,6 +88,7 @@ def choose_model_settings(model_args: ModelArguments, training_args: TrainingArg
         dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
     settings = {
         "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
         "dtype": dtype,
         "attn_implementation": model_args.attn_implementation,
     }
@@ -123,10 +124,11 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     quiet_weight_bars()
     run = Path(training_args.output_dir)
     settings = choose_model_settings(model_args, training_args)
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    load_model_config(model_args.model_name_or_path, **source)  # refuses a model of another kind before it costs time
     train_rows, eval_rows, row_format = load_training_rows(script_args)
     chat_template = read_chat_template(training_args.chat_template_path)
     training_args.chat_template_path = None  # it is in the tokenizer from here on
-    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(model_args.model_name_or_path, chat_template, **source)
     set_special_tokens(tokenizer, training_args)
     new_ids = add_tokens(tokenizer, tokens_to_add(script_args))
@@ -185,7 +187,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         del settings["revision"]  # the adapter names that of its base
         model, peft_config = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **settings), None
     elif checkpoint is None and new_ids:
-        model = load_with_new_tokens(model, new_ids, training_args, settings)
+        model = load_with_new_tokens(model, new_ids, settings)
     else:
         training_args.model_init_kwargs = settings
     termination = SaveOnTermination()

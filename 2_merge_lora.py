@@ -25,10 +25,10 @@ from finetuning.quiet import quiet_libraries, quiet_weight_bars
 quiet_libraries()
 
 import torch  # noqa: E402
-from peft import AutoPeftModelForCausalLM, PeftConfig  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # noqa: E402
+from peft import AutoPeftModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
-from finetuning.chat import load_tokenizer  # noqa: E402
+from finetuning.chat import base_of, load_model_config, load_tokenizer  # noqa: E402
 from finetuning.data import load_test_samples  # noqa: E402
 from finetuning.inference import encode_prompts  # noqa: E402
 from finetuning.runs import find_models, find_run, last_checkpoint, read_run  # noqa: E402
@@ -84,13 +84,14 @@ def main(args: MergeArguments) -> None:
     if merged_dir.exists():
         raise InputError(f"{merged_dir} exists; delete it or choose another --merged_dir")
 
-    base_path = PeftConfig.from_pretrained(path).base_model_name_or_path
-    base_dtype = AutoConfig.from_pretrained(base_path).dtype or torch.float32
+    options = {"trust_remote_code": record["config"].get("trust_remote_code", False)}
+    base_path = base_of(path)
+    base_dtype = load_model_config(path, **options).dtype or torch.float32
     print(f"merging {path} into {base_path} ({str(base_dtype).removeprefix('torch.')})")
     if record["config"].get("load_in_4bit") or record["config"].get("load_in_8bit"):
         print("the adapter was trained on a quantised base; it is merged into, and compared on, the unquantised one")
-    tokenizer = load_tokenizer(path)
-    model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(path, **options)
+    model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
 
     # What the adapter answers, and its logits there.
     own_config = GenerationConfig.from_pretrained(path)
@@ -114,7 +115,7 @@ def main(args: MergeArguments) -> None:
         model.save_pretrained(partial_dir)
         tokenizer.save_pretrained(partial_dir)
         del model
-        merged = AutoModelForCausalLM.from_pretrained(partial_dir, dtype=torch.float32).eval()
+        merged = AutoModelForCausalLM.from_pretrained(partial_dir, dtype=torch.float32, **options).eval()
         difference = measure_difference(adapter_logits, logits_of(merged, sequences))
         num_same = sum(
             torch.equal(answer(merged, prompt, greedy), sequence)

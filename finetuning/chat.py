@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AddedToken,
     AutoConfig,
     AutoTokenizer,
@@ -64,34 +65,64 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
 
 def base_of(name_or_path: str) -> str:
     """The model under an adapter; any other model itself."""
+    return _source_of_base(name_or_path)[0]
+
+
+def _source_of_base(name_or_path: str, **kwargs) -> tuple[str, dict]:
+    """The model under an adapter and the arguments to load it with, as the adapter names its revision."""
     adapter = Path(name_or_path) / "adapter_config.json"
     if not adapter.is_file():
-        return name_or_path
-    base = read_json(adapter).get("base_model_name_or_path")
+        return name_or_path, kwargs
+    config = read_json(adapter)
+    base = config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise InputError(f"{adapter} names no base model (base_model_name_or_path); write there where it is")
-    return base
+    return base, {**kwargs, "revision": config.get("revision") or "main"}
+
+
+# classes of models that a causal language model can be loaded from only with a head that was never trained
+OTHER_HEADS = (
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
 
 
 def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
-    """The config of a model, or of the model under an adapter.
+    """The config of a causal language model, or of the one under an adapter.
 
     Raises:
-        InputError: There is no such model.
+        InputError: There is no such model, or it is of another kind.
     """
-    base = base_of(name_or_path)
+    base, kwargs = _source_of_base(name_or_path, **kwargs)
     check_model_files(base)
     try:
-        return AutoConfig.from_pretrained(base, **kwargs)
+        config = AutoConfig.from_pretrained(base, **kwargs)
     except (OSError, ValueError) as error:
         raise InputError(f"could not load the model {name_or_path}: {str(error).splitlines()[0]}") from error
+    kinds = config.architectures or []
+    if config.is_encoder_decoder:  # AutoModelForCausalLM would take the decoder of some alone, without a word
+        kind = "an encoder-decoder model"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
+        config, "auto_map", {}
+    ):
+        kind = f"a model of type {config.model_type}"
+    elif kinds and all(name.endswith(OTHER_HEADS) for name in kinds):
+        kind = f"a {', '.join(kinds)}"
+    else:
+        return config
+    raise InputError(
+        f"{name_or_path} is {kind}, and no causal language model, which these steps are for; name another model"
+    )
 
 
 def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:
     """The model's own generation config, else that of the model under it, else what its config says."""
-    # it would take any other keyword for one of its settings
-    revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
-    for source in dict.fromkeys((name_or_path, base_of(name_or_path))):
+    for source, options in ((name_or_path, kwargs), _source_of_base(name_or_path, **kwargs)):
+        # it would take any other keyword for one of its settings
+        revision = {"revision": options["revision"]} if "revision" in options else {}
         try:
             return GenerationConfig.from_pretrained(source, **revision)
         except OSError:

@@ -5,6 +5,8 @@ import sys
 import time
 from typing import NoReturn
 
+from finetuning.credentials import hide
+
 
 class InputError(ValueError):
     """A fault in what the user gave (a path, a file, a setting). Its text says what is wrong and what to do."""
@@ -21,5 +23,5 @@ def fail(message: str) -> NoReturn:
         # torchrun stops all ranks as soon as one has failed: the first one of this machine is given the time to speak,
         # and ends this wait with its own end. If it has nothing to say, the fault is of this rank alone.
         time.sleep(10)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {hide(message)}", file=sys.stderr, flush=True)
     sys.exit(2)

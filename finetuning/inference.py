@@ -122,6 +122,7 @@ def load_model(
     Raises:
         InputError: There is no such model, or it is no causal language model.
     """
+    load_model_config(name_or_path, **{key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs})
     attention, _ = choose_attention(None, dtype)
     settings = {"dtype": dtype, **kwargs}
     if attention != "sdpa":  # which is the library's own choice, where the model has it

@@ -23,14 +23,15 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
+from finetuning.credentials import MASK, hide, holds_secret, is_secret, mask_arguments, remember
 from finetuning.errors import fail, is_main_process
 from finetuning.renames import FSDP_CONFIG_KEYS, RENAMES, Change
 
-SECRET_KEYS = re.compile(r"(^|_)(token|api_?key|password|secret)$|^(hf|wandb|openai)_?(token|key)$")
-# what looks like a key of Hugging Face, OpenAI or another of the `sk-` kind, wherever it stands
-SECRET_VALUES = re.compile(r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_[A-Za-z0-9_]{20,})")
-WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # also the form of a commit, which is what a `..._revision` holds
-NOT_SECRET = re.compile(r"^(bos|eos|pad|unk|image)_token$|^max_")
+# variables that Python, its libraries or the launcher read when they start, which is before any YAML is read
+READ_AT_START = re.compile(
+    r"(HF|HUGGINGFACE|TRANSFORMERS|XDG|OMP|GOMP|KMP|MKL|OPENBLAS|NUMEXPR|PYTHON|LD|MPL|TORCHELASTIC|TORCHINDUCTOR|TRITON)[A-Z_]*"
+    r"|TORCH_LOGS|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|PATH|TMPDIR"
+)
 UNWRITABLE = re.compile("[\x00\ud800-\udfff]")  # no file and no tokenizer takes these
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break the line, or colour it
 # what YAML 1.1 reads as another number than the one that stands there: 010 is 8, and 1:30 is 90
@@ -93,34 +94,8 @@ class Problem:
 
     def __str__(self) -> str:
         parts = [self.source, self.key, self.text]
-        text = SECRET_VALUES.sub("***", ": ".join(part for part in parts if part))
+        text = hide(": ".join(part for part in parts if part))
         return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def is_secret(key: str) -> bool:
-    """Whether a value under this key is a credential, which belongs in no file.
-
-    >>> is_secret("hub_token"), is_secret("OPENAI_API_KEY"), is_secret("eos_token"), is_secret("max_new_tokens")
-    (True, True, False, False)
-    """
-    name = re.sub(r"[-.\s]", "_", key).lower()
-    return NOT_SECRET.search(name) is None and SECRET_KEYS.search(name) is not None
-
-
-def holds_secret(key: str, value) -> bool:
-    """Whether a value is a credential, by the name of its key or by its form, or holds one."""
-    if isinstance(value, dict):
-        return any(SECRET_VALUES.search(str(k)) or holds_secret(str(k), v) for k, v in value.items())
-    if isinstance(value, (list, set)):
-        return any(holds_secret(key, v) for v in value)
-    if value is None or value == "":
-        return False
-    commit = key.endswith("revision")
-    return (
-        is_secret(key)
-        or SECRET_VALUES.search(str(value)) is not None
-        or (not commit and WANDB_KEY.fullmatch(str(value)) is not None)
-    )
 
 
 def read_yaml(path: Path, problems: list[Problem], including: tuple[Path, ...] = ()) -> list[Setting]:
@@ -410,6 +385,10 @@ class Parser(TrlParser):
             action.required = False
         self._problems = problems
         namespace, unknown = self.parse_known_args(given)
+        for key in filter(is_secret, command_line & self.fields.keys()):
+            remember(getattr(namespace, key))
+        if args is None:  # loggers write the command line into their files
+            sys.argv[1:] = mask_arguments(sys.argv[1:])
         self.print_config = namespace.print_config == "true"
         for key in command_line & self.fields.keys():
             self.settings[key] = Setting(key, getattr(namespace, key), "command line")
@@ -539,6 +518,11 @@ class Parser(TrlParser):
                 problems.append(_no_secrets(setting.source, f"env.{name}"))
             elif not re.fullmatch(r"[A-Za-z_]\w*", str(name)) or not isinstance(value, (str, int, float)):
                 problems.append(Problem(setting.source, f"env.{name}", "needs a NAME and one value"))
+            elif READ_AT_START.fullmatch(str(name)):
+                text = (
+                    f"is read before this file is, so it would have no effect; export it before the command: {name}=..."
+                )
+                problems.append(Problem(setting.source, f"env.{name}", text))
             elif UNWRITABLE.search(str(value)):
                 problems.append(Problem(setting.source, f"env.{name}", "holds a NUL or half a character; delete it"))
             else:
@@ -599,7 +583,7 @@ class Parser(TrlParser):
             for field in dataclasses.fields(holder):
                 setting, value = self.settings.get(field.name), getattr(holder, field.name)
                 if is_secret(field.name) and setting is not None:
-                    rows.append((field.name, "***", setting.source))
+                    rows.append((field.name, MASK, setting.source))
                 elif field.name in hardware:
                     wanted = f"; {setting.source} says {_as_text(setting.value)}" if setting else ""
                     rows.append((field.name, _as_text(value), f"hardware: {hardware[field.name]}{wanted}"))

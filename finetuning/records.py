@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
+from finetuning.credentials import hide_all, without_secrets
 from finetuning.data import fingerprint_rows
 from finetuning.errors import InputError
-from finetuning.parsing import SECRET_VALUES
 from finetuning.runs import (
     EDA,
     INCOMPLETE,
@@ -40,32 +40,6 @@ MAY_CHANGE = {
     "preflight_only", "allow", "preview_rows", "do_eval",
     "bf16", "fp16", "tf32", "dataset_test_split", "dataset_num_proc", "dataset_name", "dataset_config", "dataset_train_split", "dataset_eval_split", "hub_token", "token",
 }  # fmt: skip
-SECRETS = ("token", "api_key", "password", "secret")
-
-
-def without_secrets(values: dict) -> dict:
-    """The values that are set, without those whose key names a secret."""
-    return {
-        key: value
-        for key, value in values.items()
-        if value is not None
-        and not (key.endswith(SECRETS) and isinstance(value, str) and not key.startswith(("eos", "pad")))
-    }
-
-
-def mask_secrets(arguments: list[str]) -> list[str]:
-    """Command-line arguments without the values of keys that name a secret.
-
-    >>> mask_secrets(["--hub_token", "hf_x", "--api_key=sk-x", "--seed", "1"])
-    ['--hub_token', '***', '--api_key=***', '--seed', '1']
-    """
-    masked = []
-    for argument in arguments:
-        if masked and masked[-1].startswith("--") and masked[-1].endswith(SECRETS):
-            argument = "***"
-        key, equals, _ = argument.partition("=")
-        masked.append(f"{key}=***" if equals and key.startswith("--") and key.endswith(SECRETS) else argument)
-    return masked
 
 
 def git_commit() -> str | None:
@@ -102,7 +76,7 @@ def build_record(config: dict, chat_template: str, train_rows: Dataset, eval_row
     batch_size = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * hardware["world_size"]
     splits = {"train": train_rows, "eval": eval_rows}
     return {
-        "command": [Path(sys.argv[0]).name, *mask_secrets(sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": now(),
         "finished": None,
         "config": without_secrets(config),
@@ -202,17 +176,8 @@ def delete_run(run: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def mask_values(content):
-    """The same content with every text that looks like a token or key masked."""
-    if isinstance(content, dict):
-        return {key: mask_values(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [mask_values(value) for value in content]
-    return SECRET_VALUES.sub("***", content) if isinstance(content, str) else content
-
-
 def save_record(run: Path, record: dict, **changes) -> dict:
-    record = mask_values({**record, **changes})
+    record = hide_all({**record, **changes})
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / RUN_FILE, record)
     return record

@@ -171,16 +171,14 @@ def embedding_names(name_or_path: str, revision: str, trust_remote_code: bool) -
     return [name.split(".")[-1] for name, module in model.named_modules() if any(module is e for e in embeddings)]
 
 
-def load_with_new_tokens(
-    name_or_path: str, new_ids: list[int], args: TrainingArguments, settings: dict
-) -> PreTrainedModel:
+def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) -> PreTrainedModel:
     """Load a model whose tokenizer has been given tokens; their embeddings start as the mean of all others.
 
     Args:
         new_ids: Their ids; embeddings are added where there are too few.
         settings: Keyword arguments of from_pretrained.
     """
-    settings = {"device_map": None, "trust_remote_code": args.trust_remote_code, **settings}
+    settings = {"device_map": None, **settings}
     model = create_model_from_path(name_or_path, **settings)
     known = model.get_input_embeddings().num_embeddings
     if max(new_ids) >= known:

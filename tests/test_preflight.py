@@ -615,22 +615,7 @@ def test_print_config_says_where_every_value_came_from(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_secrets_are_in_no_file_of_a_run(tmp_path):
+def test_a_secret_under_another_key_is_refused_and_not_printed(tmp_path):
     secret = "hf_" + "a" * 34
-    train(
-        tmp_path / "run",
-        "--hub_token",
-        secret,
-        "--max_steps",
-        1,
-        "--save_steps",
-        1,
-        HF_TOKEN=secret,
-        WANDB_API_KEY="f" * 40,
-    )
-    for file in (tmp_path / "run").rglob("*"):
-        if file.is_file():
-            assert secret.encode() not in file.read_bytes(), file
-            assert b"f" * 40 not in file.read_bytes(), file
     refused = train(tmp_path / "other", "--run_name", secret, check=False)
     assert refused.returncode == 2 and "run_name" in refused.stderr and secret not in refused.stderr + refused.stdout

@@ -14,9 +14,9 @@ import time
 import pytest
 import torch
 from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train
-from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, T5Config
+from transformers import BartConfig, BertConfig, GenerationConfig, MambaConfig, MambaForCausalLM, T5Config, ViTConfig
 
-from finetuning.chat import load_generation_config, load_tokenizer
+from finetuning.chat import _source_of_base, load_generation_config, load_tokenizer
 from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
 from finetuning.decoding import Decoder, SlotCache, why_not_exact
 from finetuning.errors import InputError
@@ -383,10 +383,32 @@ def test_the_weights_of_the_next_model_are_read_ahead(tmp_path):
     assert share_in_file_cache(weights) == 1
 
 
-def test_a_model_that_cannot_answer_is_one_line(tmp_path):
-    T5Config(d_model=8, num_layers=1, num_heads=1, vocab_size=32).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="could not load the model .*T5Config"):
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (T5Config(d_model=8, num_layers=1, num_heads=1, vocab_size=32), "an encoder-decoder model"),
+        (
+            BartConfig(d_model=8, vocab_size=32, architectures=["BartForConditionalGeneration"]),
+            "an encoder-decoder model",
+        ),
+        (BertConfig(hidden_size=8, vocab_size=32, architectures=["BertForMaskedLM"]), "a BertForMaskedLM"),
+        (ViTConfig(hidden_size=8), "a model of type vit"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_model_of_another_kind_is_refused_by_its_config(tmp_path, config, said):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"is {said}, and no causal language model"):
         load_model(str(tmp_path), torch.float32)
+
+
+def test_the_base_of_an_adapter_is_looked_up_at_the_revision_that_it_names(tmp_path):
+    adapter = {"base_model_name_or_path": "org/model", "revision": "v2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    assert _source_of_base(str(tmp_path), trust_remote_code=True) == (
+        "org/model",
+        {"trust_remote_code": True, "revision": "v2"},
+    )
 
 
 @pytest.mark.parametrize("quantised", ["load_in_8bit", "load_in_4bit"])

@@ -80,9 +80,20 @@ def test_output_is_for_people(fsdp_run):
 
 def test_single_process_and_ddp_have_the_losses_of_fsdp(fsdp_run, tmp_path):
     """One process takes the batch of both ranks. It logs to W&B as well, where nobody is logged in."""
-    result = train(tmp_path / "single", "--per_device_train_batch_size", 4, "--report_to", "wandb", WANDB_API_KEY="")
+    given = ("--hub_token", "my-own-hub-secret")
+    known = {
+        "MY_API_KEY": "a-key-of-my-own",
+        "OPENAI_API_KEY": "sk-" + "x9" * 20,
+        "HF_TOKEN": "a-token-of-another-form",
+    }
+    arguments = ["--per_device_train_batch_size", 4, "--report_to", "wandb", *given]
+    result = train(tmp_path / "single", *arguments, WANDB_API_KEY="", **known)
     assert "wandb: nobody is logged in" in result.stdout
     assert list((tmp_path / "single" / "wandb").glob("offline-run-*"))
+    written = b"".join(file.read_bytes() for file in (tmp_path / "single").rglob("*") if file.is_file())
+    everything = written + (result.stdout + result.stderr).encode()
+    assert b"--report_to" in everything  # the command line is there
+    assert [secret for secret in ("my-own-hub-secret", *known.values()) if secret.encode() in everything] == []
     train(tmp_path / "ddp", "--fsdp", "false", num_processes=2, **FSDP)
     kinds = [json.loads((tmp_path / n / "run.json").read_text())["parallelism"]["kind"] for n in ("single", "ddp")]
     assert kinds == ["single process", "ddp"]

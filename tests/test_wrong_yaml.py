@@ -20,7 +20,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from finetuning.configs import OTHER_STEPS, POSITIVE, RANGES, ModelArguments, ScriptArguments, find_faults
-from finetuning.parsing import Parser, is_secret
+from finetuning.credentials import is_secret
+from finetuning.parsing import Parser
 from finetuning.renames import RENAMES
 from finetuning.training import TrainingArguments
 
