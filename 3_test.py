@@ -54,6 +54,7 @@ from finetuning.inference import (  # noqa: E402
     hash_text,
     ignored_settings,
     load_model,
+    loading_options,
     read_ahead,
     why_not_vllm,
 )
@@ -102,9 +103,7 @@ def main(args: TestArguments) -> None:
 
     for name, path in models.items():
         in_run = name == BASE or Path(path).parent == run  # another model has a chat template of its own
-        options = {"trust_remote_code": record["config"].get("trust_remote_code", False)}
-        if name == BASE:
-            options["revision"] = record["config"].get("model_revision", "main")
+        options = loading_options(record["config"], name, in_run, args.trust_remote_code)
         tokenizer = load_tokenizer(path, record["chat_template"] if in_run else None, **options)
         own_config = load_generation_config(path, **options)
         generation_config, sources = build_generation_config(args, tokenizer, own_config, engine_name)

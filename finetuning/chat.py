@@ -41,8 +41,7 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     except (
         Exception
     ) as error:  # the library raises many kinds, the plain one among them, for files that are none of its
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"could not load the tokenizer of {name_or_path}: {reason}") from error
+        raise InputError(f"could not load the tokenizer of {name_or_path}: {describe_failure(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{name_or_path}: the tokenizer has no eos_token, so no answer could ever end; use a tokenizer that has one"
@@ -61,6 +60,13 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
         tokenizer.pad_token = tokenizer.eos_token  # masked by position, never by its id, so the end stays trained
     tokenizer.padding_side = "left"  # generation continues from the last token, which must not be padding
     return tokenizer
+
+
+def describe_failure(error: Exception) -> str:
+    """One line on why a model or a tokenizer could not be loaded."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own; read that code, and let it run with --trust_remote_code true"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def base_of(name_or_path: str) -> str:
@@ -101,7 +107,7 @@ def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(base, **kwargs)
     except (OSError, ValueError) as error:
-        raise InputError(f"could not load the model {name_or_path}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"could not load the model {name_or_path}: {describe_failure(error)}") from error
     kinds = config.architectures or []
     if config.is_encoder_decoder:  # AutoModelForCausalLM would take the decoder of some alone, without a word
         kind = "an encoder-decoder model"

@@ -352,8 +352,8 @@ class TestArguments(RunArguments):
     model_name: str = field(
         default="all",
         metadata={
-            "help": "What answers: a checkpoint's name, `base`, a path, a Hub id, a glob such as 'checkpoint-*', or "
-            "`all`, which is the base model and every checkpoint."
+            "help": "What answers: a checkpoint or another folder of the run that holds a model, `base`, a path, a Hub id, a "
+            "glob such as 'checkpoint-*', or `all`, which is the base model and every such folder."
         },
     )
     num_samples: int = field(
@@ -387,6 +387,13 @@ class TestArguments(RunArguments):
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the weights to 8 bits (bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the weights to 4 bits (bitsandbytes, nf4)."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run code that comes with models of others. That of the run's own base and checkpoints is run if training "
+            "did so."
+        },
+    )
     device_map: str | None = field(
         default=None,
         metadata={

@@ -34,6 +34,7 @@ from finetuning.chat import (
     base_of,
     control_token_ids,
     decode_answer,
+    describe_failure,
     end_token_ids,
     fit_to_template,
     load_generation_config,
@@ -44,7 +45,7 @@ from finetuning.decoding import Decoder, seed_of, why_not_exact
 from finetuning.errors import InputError
 from finetuning.hardware import choose_attention
 from finetuning.memory import available_memory
-from finetuning.runs import read_json
+from finetuning.runs import BASE, read_json
 
 OWN_KEYS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty")
 SAMPLING_KEYS = ("temperature", "top_p", "top_k")
@@ -52,6 +53,22 @@ PLAIN_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 MOST_SLOTS = 128
 SLOTS_WITHOUT_HEADS = 16  # of models whose memory cannot be told from their heads
 READ_AT_ONCE = 1 << 24  # bytes
+
+
+def loading_options(config: dict, name: str, in_run: bool, trust_remote_code: bool) -> dict:
+    """Keywords of from_pretrained for a model; says so where code that comes with the model may be run.
+
+    Args:
+        config: Of training, whose trust in code is in its base model and in what it made of that, and in no other model.
+        in_run: Whether the model is the base or in the run's folder.
+    """
+    as_in_training = in_run and config.get("trust_remote_code", False)
+    trusted = trust_remote_code or as_in_training
+    if trusted:
+        source = "as in training" if as_in_training else "--trust_remote_code true"
+        print(f"{name}: code that comes with the model may be run (trust_remote_code, {source})")
+    revision = {"revision": config.get("model_revision", "main")} if name == BASE else {}
+    return {"trust_remote_code": trusted, **revision}
 
 
 def fingerprint_model(name_or_path: str) -> str:
@@ -148,7 +165,7 @@ def load_model(
         else:
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **settings)
     except (OSError, ValueError) as error:  # there is none, or it is no causal language model
-        raise InputError(f"could not load the model {name_or_path}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"could not load the model {name_or_path}: {describe_failure(error)}") from error
     if load_in_4bit:
         for (
             module

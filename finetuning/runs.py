@@ -3,7 +3,7 @@ A run is one folder. What stands where in it, how the steps find it, and its rec
 
     run.json                                what was run, written by step 1 and read by all that follow
     preflight.json  eda/*.png               what was found in the data before training
-    checkpoint-148/                         complete: from_pretrained needs nothing else
+    checkpoint-148/                         complete: from_pretrained needs nothing else; may be renamed
     predictions/<checkpoint>.jsonl .json    written by step 3
     qa_evaluation_results/<checkpoint>.jsonl .json    written by step 4
     report.html                             written by step 5
@@ -32,6 +32,7 @@ EVALUATIONS = "qa_evaluation_results"
 HUMAN_AGREEMENT_FILE = "human_agreement.json"  # among the evaluations: scores of people, and how far the judge agrees
 INCOMPLETE = "INCOMPLETE"  # stands in a checkpoint's folder while it is written
 BASE = "base"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
 def to_json(content, **options) -> str:
@@ -117,29 +118,54 @@ def last_checkpoint(run: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
+def list_models(run: Path) -> list[Path]:
+    """Folders of the run that hold a complete model: its checkpoints, then those of other names, in their order.
+
+    Raises:
+        InputError: One has a name that means something else.
+    """
+    others = sorted(f for f in run.iterdir() if f.suffix != ".partial" and is_model(f) and checkpoint_step(f.name) < 1)
+    for folder in others:
+        if folder.name in (BASE, "all"):
+            raise InputError(f"{folder} has a name that --model_name keeps for something else; rename it")
+    return list_checkpoints(run) + [f for f in others if not (f / INCOMPLETE).exists()]
+
+
+def is_model(folder: str | Path) -> bool:
+    """Whether a folder holds a model, or an adapter."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "adapter_config.json"))
+
+
 def find_models(run: Path, model_name: str) -> dict[str, str]:
     """Names and paths (or Hub ids) of the models that `model_name` means, in the order of their training steps.
 
     Args:
-        model_name: A checkpoint of the run, `base`, `all` (base and every checkpoint), a glob over the checkpoints,
-            the path of a model, or a Hub id.
+        model_name: A folder of the run that holds a model, `base`, `all` (base and every such folder), a glob over the
+            folders, the path of a model, or a Hub id.
+
+    Raises:
+        InputError: There is no such model in the run, and it is no Hub id.
     """
-    checkpoints = {f.name: str(f) for f in list_checkpoints(run)}
-    models = {BASE: read_run(run)["config"]["model_name_or_path"], **checkpoints}
+    folders = {f.name: str(f) for f in list_models(run)}
+    models = {BASE: read_run(run)["config"]["model_name_or_path"], **folders}
     if model_name == "all":
         return models
     if model_name in models:
         return {model_name: models[model_name]}
-    matching = {name: path for name, path in checkpoints.items() if fnmatch.fnmatchcase(name, model_name)}
+    matching = {name: path for name, path in folders.items() if fnmatch.fnmatchcase(name, model_name)}
     if matching:
         return matching
-    if (Path(model_name) / "config.json").is_file() or (Path(model_name) / "adapter_config.json").is_file():
-        path = Path(model_name)
-        inside = path.resolve().parent == run.resolve()  # another run's checkpoint-148 is not this one's
-        return {path.name if inside else f"{path.resolve().parent.name}--{path.name}": model_name}
-    if checkpoint_step(model_name) > 0 or any(c in model_name for c in "*?[") or Path(model_name).exists():
-        raise InputError(f"no model `{model_name}`; {run} has {', '.join(models)}")
-    return {model_name.replace("/", "--"): model_name}
+    if is_model(model_name):
+        path = Path(model_name).resolve()
+        if path.parent != run.resolve():  # another run's checkpoint-148 is not this one's
+            return {f"{path.parent.name}--{path.name}": model_name}
+        if path.name in folders:
+            return {path.name: folders[path.name]}
+    elif HUB_ID.fullmatch(model_name) and checkpoint_step(Path(model_name).name) < 1 and not os.path.exists(model_name):
+        return {model_name.replace("/", "--"): model_name}
+    raise InputError(
+        f"no model `{model_name}`; {run} has {', '.join(models)}. Others are named by their path, or as owner/name on the Hub"
+    )
 
 
 def names_of_files(folder: Path, model_name: str) -> list[str]:

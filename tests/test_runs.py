@@ -10,12 +10,20 @@ from finetuning.runs import find_models, find_run, last_checkpoint, list_checkpo
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "outputs" / "first"
-    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-10-merged", "checkpoint-12", "notes"):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-10-merged", "checkpoint-12"):
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").touch()
         if "merged" not in name:
             (folder / name / "trainer_state.json").touch()
-    (folder / "checkpoint-12" / "INCOMPLETE").touch()
+    for name in ("collator_checkpoint-148", "unfinished", "checkpoint-9-merged.partial"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").touch()
+    (folder / "collator_checkpoint-148" / "trainer_state.json").touch()  # but training does not go on from there
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").touch()
+    (folder / "notes").mkdir()
+    for name in ("checkpoint-12", "unfinished"):
+        (folder / name / "INCOMPLETE").touch()
     write_json(folder / "run.json", {"config": {"model_name_or_path": "demo/model"}})
     (folder.parent / "other" / "checkpoint-9").mkdir(parents=True)
     (folder.parent / "other" / "checkpoint-9" / "config.json").touch()
@@ -30,23 +38,38 @@ def test_only_complete_checkpoints_count_by_their_step(run):
 @pytest.mark.parametrize(
     "model_name, names",
     [
-        ("all", ["base", "checkpoint-9", "checkpoint-10", "checkpoint-10-merged"]),
+        (
+            "all",
+            ["base", "checkpoint-9", "checkpoint-10", "checkpoint-10-merged", "adapter", "collator_checkpoint-148"],
+        ),
         ("base", ["base"]),
         ("checkpoint-9", ["checkpoint-9"]),
         ("checkpoint-1*", ["checkpoint-10", "checkpoint-10-merged"]),
         ("{run}/checkpoint-9", ["checkpoint-9"]),
         ("{run}/../other/checkpoint-9", ["other--checkpoint-9"]),
         ("Qwen/Qwen3-0.6B", ["Qwen--Qwen3-0.6B"]),
+        ("collator_checkpoint-148", ["collator_checkpoint-148"]),
+        ("*_checkpoint-148", ["collator_checkpoint-148"]),
     ],
 )
 def test_model_name_means(run, model_name, names):
     assert list(find_models(run, model_name.format(run=run))) == names
 
 
-@pytest.mark.parametrize("model_name", ["checkpoint-11", "checkpoint-12", "checkpoint-7*", "."])
+@pytest.mark.parametrize(
+    "model_name",
+    ["checkpoint-11", "checkpoint-12", "{run}/checkpoint-12", "checkpoint-7*", ".", "collator_checkpoint-149", "notes"]
+    + ["other/checkpoint-9", "outputs/run/best", "x" * 300, "owner/" + "x" * 300, "a\nb/c", "a\0b/c", "한국어/모델"],
+)
 def test_a_missing_model_is_an_error_that_lists_what_there_is(run, model_name):
     with pytest.raises(InputError, match="has base, checkpoint-9, checkpoint-10"):
-        find_models(run, model_name)
+        find_models(run, model_name.format(run=run))
+
+
+def test_a_folder_must_not_have_the_name_of_the_base_model(run):
+    (run / "collator_checkpoint-148").rename(run / "base")
+    with pytest.raises(InputError, match="base has a name that --model_name keeps for something else; rename it"):
+        find_models(run, "all")
 
 
 def test_the_newest_run_is_found_and_named(run, monkeypatch, capsys):

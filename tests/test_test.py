@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train
 from transformers import BartConfig, BertConfig, GenerationConfig, MambaConfig, MambaForCausalLM, T5Config, ViTConfig
 
-from finetuning.chat import _source_of_base, load_generation_config, load_tokenizer
+from finetuning.chat import _source_of_base, load_generation_config, load_model_config, load_tokenizer
 from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
 from finetuning.decoding import Decoder, SlotCache, why_not_exact
 from finetuning.errors import InputError
@@ -30,10 +31,11 @@ from finetuning.inference import (
     fingerprint_model,
     ignored_settings,
     load_model,
+    loading_options,
     read_ahead,
 )
 from finetuning.results import read_rows
-from finetuning.runs import write_json
+from finetuning.runs import read_json, write_json
 
 DEMO = str(ROOT / "demo/model")
 
@@ -409,6 +411,31 @@ def test_the_base_of_an_adapter_is_looked_up_at_the_revision_that_it_names(tmp_p
         "org/model",
         {"trust_remote_code": True, "revision": "v2"},
     )
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_model_config, lambda path, **options: load_model(path, torch.float32, **options)])  # fmt: skip
+def test_code_that_comes_with_a_model_of_others_runs_only_where_it_is_asked_for(tmp_path, monkeypatch, capsys, load):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.path", sys.path.copy())  # which the library appends to
+    ran, model = tmp_path / "ran", shutil.copytree(DEMO, tmp_path / "model")
+    (model / "odd.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ValueError('it has run')")
+    for file, changes in (
+        ("config.json", {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Tokenizer", None]}}),
+    ):
+        write_json(model / file, read_json(model / file) | changes)
+    config = {"trust_remote_code": True}
+    with pytest.raises(InputError, match="code of its own; read that code, and let it run with --trust_remote_code"):
+        load(str(model), **loading_options(config, "other--model", in_run=False, trust_remote_code=False))
+    assert capsys.readouterr().out == "" and not ran.exists()
+    with pytest.raises(InputError, match="it has run"):
+        load(str(model), **loading_options(config, "checkpoint-5", in_run=True, trust_remote_code=False))
+    assert (
+        "checkpoint-5: code that comes with the model may be run (trust_remote_code, as in training)"
+        in capsys.readouterr().out
+    )
+    assert loading_options({}, "other--model", in_run=False, trust_remote_code=True)["trust_remote_code"]
+    assert not loading_options({}, "base", in_run=True, trust_remote_code=False)["trust_remote_code"]
 
 
 @pytest.mark.parametrize("quantised", ["load_in_8bit", "load_in_4bit"])
