@@ -33,6 +33,7 @@ from trl import get_peft_config, get_quantization_config  # noqa: E402
 
 from finetuning.batches import RowPreparation  # noqa: E402
 from finetuning.chat import add_tokens, load_model_config, load_tokenizer  # noqa: E402
+from finetuning.checkpoints import check_resumable  # noqa: E402
 from finetuning.data import load_training_rows, tokens_to_add  # noqa: E402
 from finetuning.hardware import bf16_available, choose_attention  # noqa: E402
 from finetuning.memory import MemoryPeak  # noqa: E402
@@ -179,6 +180,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
 
     # The weights come from the model, or from the checkpoint to go on from; both load in the same way.
     if checkpoint is not None:
+        on_main_process(lambda: check_resumable(checkpoint))
         say(f"going on from {checkpoint}")
     prepare_wandb(training_args, say)
     memory = MemoryPeak(training_args.device)

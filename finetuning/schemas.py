@@ -107,6 +107,18 @@ def _check_evaluation(row: dict) -> dict:
     return row
 
 
+class LogEntry(Object):
+    num_tokens: NotRequired[Number]
+
+
+class TrainerState(Object):
+    """trainer_state.json of a checkpoint, as far as training goes on from it."""
+
+    global_step: Annotated[int, Field(ge=1)]
+    log_history: list[LogEntry]
+
+
+TRAINER_STATE = TypeAdapter(TrainerState)
 PREDICTION = TypeAdapter(Annotated[PredictionRow, AfterValidator(_check_prediction)])
 EVALUATION = TypeAdapter(Annotated[EvaluationRow, AfterValidator(_check_evaluation)])
 COMPARISON = TypeAdapter(Annotated[ComparisonRow, AfterValidator(_check_evaluation)])

@@ -32,12 +32,16 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from finetuning.chat import end_token_ids
+from finetuning.checkpoints import (
+    OPTIMIZER_FOLDER,
+    SCHEDULER_FILE,
+    load_distributed,
+    named_file,
+)
 from finetuning.errors import InputError, is_main_process
 from finetuning.hardware import accelerator_available, bf16_available, env_flag, tf32_available
 from finetuning.records import delete_run, save_record
 from finetuning.runs import INCOMPLETE, RUN_FILE
-
-OPTIMIZER_FOLDER = "optimizer"
 
 # trl projects only the positions that have a label onto the vocabulary where it has Triton, and all positions elsewhere, so
 # that compilers see constant shapes. Nothing is compiled on a CPU, and most positions are of the question: skip them there too.
@@ -270,7 +274,7 @@ class ResumableSFTTrainer(SFTTrainer):
         with quiet_checkpointing():
             dcp.save({"optimizer": state}, checkpoint_id=os.path.join(output_dir, OPTIMIZER_FOLDER))
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Nothing to do: step 1 built the model from the checkpoint's own weights."""
@@ -278,22 +282,24 @@ class ResumableSFTTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        folder = os.path.join(checkpoint, OPTIMIZER_FOLDER)
-        if not os.path.isdir(folder):
-            raise InputError(
-                f"{checkpoint} has no optimizer state (saved with save_only_model?), training cannot go on from it"
-            )
+        folder, scheduler = (Path(checkpoint, name) for name in (OPTIMIZER_FOLDER, SCHEDULER_FILE))
         # the optimizer itself, not accelerate's wrapper, whose fp16 scaler has no scale before the first step
         optimizer = self.optimizer.optimizer
         state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, optimizer)}
-        with quiet_checkpointing():
-            dcp.load(state, checkpoint_id=folder)
-        set_optimizer_state_dict(self.model_wrapped, optimizer, state["optimizer"])
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
-        log_history = json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]
+        with quiet_checkpointing(), named_file(folder, Path(checkpoint)):
+            load_distributed(state, folder)
+            set_optimizer_state_dict(self.model_wrapped, optimizer, state["optimizer"])
+        with named_file(scheduler, Path(checkpoint)):
+            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
         self._total_train_tokens = self._logged_tokens = max(
-            (entry.get("num_tokens", 0) for entry in log_history), default=0
+            (entry.get("num_tokens", 0) for entry in self.state.log_history), default=0
         )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            name = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
+            with named_file(Path(checkpoint, name), Path(checkpoint)):
+                super()._load_rng_state(checkpoint)
 
 
 def without_tied_copies(model: PreTrainedModel, state_dict: dict) -> dict:

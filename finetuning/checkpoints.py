@@ -1,0 +1,167 @@
+"""
+A checkpoint's files besides the weights: read without running code that somebody has put into them, and a damaged one is
+named before a model is loaded.
+
+torch reads the optimizer's state with plain pickle (2.13: the index `.metadata`, and each setting that is no tensor). A
+pickle can run any command, so what such a file may name is listed here.
+"""
+
+import contextlib
+import pathlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from transformers.trainer_pt_utils import safe_globals
+
+from finetuning.errors import InputError
+from finetuning.model_files import check_model_files
+from finetuning.runs import checkpoint_step, read_json
+from finetuning.schemas import TRAINER_STATE
+
+OPTIMIZER_FOLDER = "optimizer"
+METADATA_FILE = ".metadata"
+TRAINER_STATE_FILE = "trainer_state.json"
+SCHEDULER_FILE = "scheduler.pt"
+
+# Everything that torch's index of an optimizer state is made of, but the dtypes, which are constants of torch.
+METADATA_GLOBALS = {
+    **{
+        (dcp_metadata.__name__, name): getattr(dcp_metadata, name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    (_StorageInfo.__module__, _StorageInfo.__name__): _StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    # where the checkpoint was saved; Python 3.13 has another name for the module
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads the index of an optimizer state, and nothing that names anything else."""
+
+    def find_class(self, module: str, name: str):
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) not in METADATA_GLOBALS:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of an optimizer state")
+        return METADATA_GLOBALS[module, name]
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader, with an unpickler that runs no code."""
+
+    def read_metadata(self, rank: int | None = None) -> Metadata:
+        path = Path(self.path) / (METADATA_FILE if rank is None else f"__{rank}{METADATA_FILE}")
+        with path.open("rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("no index of an optimizer state")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """torch's planner, which lets nothing but numbers and text stand where no tensor is expected."""
+
+    def load_bytes(self, read_item, value) -> None:
+        setting = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], setting)
+
+
+def load_distributed(state: dict, folder: Path) -> None:
+    """Fill `state` in place from a folder in torch's distributed format, each rank with its own share."""
+    dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
+
+
+@contextlib.contextmanager
+def named_file(path: Path, checkpoint: Path) -> Iterator[None]:
+    """End in one line that names `path` where reading it or using what it holds fails.
+
+    What damaged or crafted content makes the libraries raise has no end; whatever it is, the file cannot be used.
+
+    Raises:
+        InputError: In place of any other error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or holds code"
+        raise InputError(
+            f"{path} cannot be used ({reason}); copy it again, or delete {checkpoint} to go on from the one before it"
+        ) from error
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Look at everything that training reads of a checkpoint, before a model is loaded.
+
+    Raises:
+        InputError: A file is missing, cut off, or holds what it should not; names it.
+    """
+    optimizer = checkpoint / OPTIMIZER_FOLDER
+    if not optimizer.is_dir():
+        raise InputError(
+            f"{checkpoint} has no optimizer state (saved with save_only_model?), training cannot go on from it"
+        )
+    remedy = f"copy it again, or delete {checkpoint} to go on from the one before it"
+    with named_file(checkpoint / TRAINER_STATE_FILE, checkpoint):
+        state = read_json(checkpoint / TRAINER_STATE_FILE, TRAINER_STATE, remedy)
+    if checkpoint_step(checkpoint.name) not in (-1, state["global_step"]):
+        raise InputError(f"{checkpoint / TRAINER_STATE_FILE} is of step {state['global_step']}; {remedy}")
+    if not weight_files(checkpoint):
+        raise InputError(f"{checkpoint} holds no weights ({checkpoint / weights_name(checkpoint)}); {remedy}")
+    try:
+        check_model_files(str(checkpoint))
+    except InputError as error:
+        raise InputError(f"{error}, or delete {checkpoint} to go on from the one before it") from None
+    pickles = (
+        SCHEDULER_FILE,
+        *(path.name for pattern in ("rng_state*.pth", "scaler.pt") for path in checkpoint.glob(pattern)),
+    )
+    for name in sorted(pickles):
+        with named_file(checkpoint / name, checkpoint), safe_globals():
+            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    with named_file(optimizer / METADATA_FILE, checkpoint):
+        ends: dict[str, int] = {}  # of what each rank has written
+        for part in SafeReader(optimizer).read_metadata().storage_data.values():
+            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in sorted(ends.items()):
+        with named_file(optimizer / name, checkpoint):
+            size = (optimizer / name).stat().st_size
+            if size < end:
+                raise ValueError(f"cut off, {size:,} of {end:,} bytes")
+
+
+def weights_name(checkpoint: Path) -> str:
+    """Name of the file with the weights where they are not spread over several."""
+    return "adapter_model.safetensors" if (checkpoint / "adapter_config.json").is_file() else "model.safetensors"
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files with the checkpoint's weights: one, or one for each shard."""
+    return sorted(checkpoint.glob(weights_name(checkpoint).replace(".", "*.")))
