@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from finetuning.headline import Headline
 from finetuning.tables import JUDGED, MEASURES, ROUGE_COLUMNS, describe_measure, measures_in
+from finetuning.verdict import WORDS as VERDICT_WORDS
 from finetuning.verdict import Verdict
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -26,6 +27,20 @@ HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++", "oo"]
 MOST_POINTS = 3000  # of a scatter plot, which would only be darker with more
 MOST_COLORS = len(COLORS)  # models that can be told apart in one picture
 LONGEST_NAME = 32  # letters of a model's name beside an axis
+WORDS = {  # of the pictures that the page shows first
+    "en": {
+        "means": "{measure}: mean of {num} samples with its 95 % interval",
+        "gains": "difference to {against}, hollow where not shown",
+        "better": "to the right: better",
+        "not ranked": "not ranked",
+    },
+    "ko": {
+        "means": "{measure}: 샘플 {num}개의 평균과 95 % 구간",
+        "gains": "{against}과(와)의 차이 (빈 점: 차이가 있다고 할 수 없음)",
+        "better": "오른쪽: 더 나음",
+        "not ranked": "순위에 없음",
+    },
+}
 KOREAN_FONT = (
     Path(*importlib.util.find_spec("koreanize_matplotlib").submodule_search_locations) / "fonts/NanumGothic.ttf"
 )
@@ -75,16 +90,18 @@ def _rows_of_models(names: list[str], title: str, x_label: str, use: str | None)
     return figure, axes
 
 
-def plot_means(verdict: Verdict, headline: Headline) -> Figure | None:
+def plot_means(verdict: Verdict, headline: Headline, language: str = "en") -> Figure | None:
     """The mean of each model with its interval, by training step; None where nothing is ranked."""
     if not verdict.means:
         return None
     names = [*verdict.means, *verdict.unranked]
-    title, _ = describe_measure(verdict.measure)
-    title = f"{title}, mean of {verdict.num_samples} samples with its 95 % interval"
+    words = WORDS[language]
+    title = words["means"].format(measure=VERDICT_WORDS[language][verdict.measure], num=verdict.num_samples)
     figure, axes = _rows_of_models(names, title, "", headline.use)
     for i in range(len(verdict.means), len(names)):
-        axes.text(0.01, i, "not ranked", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="#57616b")
+        axes.text(
+            0.01, i, words["not ranked"], transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="#57616b"
+        )
     for i, (name, mean) in enumerate(verdict.means.items()):
         low, high = verdict.intervals[name]
         color = COLORS[1] if name == headline.use else COLORS[0]
@@ -93,7 +110,7 @@ def plot_means(verdict: Verdict, headline: Headline) -> Figure | None:
     return figure
 
 
-def plot_gains(verdict: Verdict, headline: Headline) -> Figure | None:
+def plot_gains(verdict: Verdict, headline: Headline, language: str = "en") -> Figure | None:
     """Difference of each ranked model to the baseline, or to the one to use where there is none; None without others.
 
     Differences that the samples do not show have hollow points.
@@ -102,8 +119,9 @@ def plot_gains(verdict: Verdict, headline: Headline) -> Figure | None:
     if against is None or len(verdict.means) < 2:
         return None
     differences = {c.other: c.turned() for c in verdict.against(against)}
-    title = f"difference to {_shorten(against)}, hollow where not shown"
-    figure, axes = _rows_of_models(list(verdict.means), title, "to the right: better", headline.use)
+    words = WORDS[language]
+    title = words["gains"].format(against=_shorten(against))
+    figure, axes = _rows_of_models(list(verdict.means), title, words["better"], headline.use)
     axes.axvline(0, color="#444444", linewidth=1)
     for i, name in enumerate(verdict.means):
         if name == against:

@@ -216,7 +216,10 @@ def write_report(
     """
     named, verdict = name_runs(runs), headline.verdict
     models, criteria = [str(name) for name in summary.index], criteria_of(samples)
-    first_plots = [plot_means(verdict, headline), plot_gains(verdict, headline)]
+    first_plots = {
+        language: [plot_means(verdict, headline, language), plot_gains(verdict, headline, language)]
+        for language in ("en", "ko")
+    }
     plots = [
         plot_measures(summary), plot_differences(samples, verdict), plot_criteria(summary), plot_lengths(samples, headline),
         plot_training(load_training_logs(runs)),
@@ -256,7 +259,9 @@ def write_report(
         ],
         comparisons=build_comparisons(verdict),
         opinion_tables=build_opinions(opinions),
-        first_plots=[_to_svg(plot) for plot in first_plots if plot is not None],
+        first_plots={
+            language: [_to_svg(plot) for plot in both if plot is not None] for language, both in first_plots.items()
+        },
         plots=[_to_svg(plot) for plot in plots if plot is not None],
         preflights={name: found for name, run in named.items() if (found := read_preflight(run)) is not None},
         lengths=[_to_data_uri(plot) for run in runs for plot in sorted((run / EDA).glob("*.png"))],

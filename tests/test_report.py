@@ -297,7 +297,7 @@ def test_the_first_line_of_the_page_says_which_model_to_use(full_run, open_page)
     assert page.inner_text("body").split("\n")[0] == verdict["headline"][0]
     assert f"Use {verdict['use']}" in verdict["headline"][0]
     assert page.locator("#verdict p:visible").first.inner_text() == verdict["headline"][1]
-    assert page.locator("details.fold[open]").count() == 0 and page.locator(".plots.first img").count() == 2
+    assert page.locator("details.fold[open]").count() == 0 and page.locator(".plots.first img:visible").count() == 2
     page.click("#language")
     assert page.inner_text("body").split("\n")[0] == verdict["headline_ko"][0]
 
@@ -318,6 +318,17 @@ def test_the_page_of_thirty_models_fits_the_screen(full_run, open_page, width, c
     )
     page.click("#samples")
     assert page.locator("article").first.locator(".answer").count() == 31
+
+
+@needs_browser
+def test_long_and_odd_names_of_models_fit_the_screen(tmp_path, open_page):
+    models = ["base", "$\\frac$", "x" * 200]
+    run_dir = write_run(tmp_path / "run", 6, models)
+    add_all_kinds_of_rows(run_dir, models)
+    main(ScoreArguments(output_dir=[str(run_dir)]))
+    page = open_page(run_dir, width=390)
+    page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true })")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390 and len(shown(page)) == 6
 
 
 @needs_browser
