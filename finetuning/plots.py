@@ -83,7 +83,8 @@ def _rows_of_models(names: list[str], title: str, x_label: str, use: str | None)
     axes = figure.subplots()
     axes.set_yticks(range(len(names)), [_shorten(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    _style(axes, title, x_label)
+    _style(axes, "", x_label)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")  # over the names, too, which may be long
     axes.grid(axis="y", visible=False)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_color(COLORS[1] if name == use else "black")
