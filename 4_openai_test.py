@@ -50,7 +50,7 @@ from finetuning.judge import (
     load_rubric,
     pairs_to_judge,
 )
-from finetuning.judge_batches import BatchClient, BatchJudge, check_pending, open_batches, under_way
+from finetuning.judge_batches import BatchJudge, check_pending, clear_batches, under_way
 from finetuning.judge_client import (
     Budget,
     Judge,
@@ -184,7 +184,7 @@ def check_identities(run: Path, jobs: list[Job], args: JudgeArguments) -> None:
     if not args.overwrite:
         for job in jobs:
             check_identity(job.path, job.identity)
-            check_pending(job)
+            check_pending(job, args)
         for path, its_jobs in its_juries.items():
             identity = identity_of_jury(its_jobs)
             if path.with_suffix(".json").is_file():
@@ -199,12 +199,6 @@ def check_identities(run: Path, jobs: list[Job], args: JudgeArguments) -> None:
             path = run / EVALUATIONS / f"{name}.jsonl"
             if path not in written:
                 check_identity(path, identity, "All models are judged in the same way (--model_name all)")
-    if args.mode == "live" and not args.overwrite and not args.dry_run:
-        for job in jobs:
-            if open_batches(job.path):
-                raise InputError(
-                    f"a batch is under way for {job.name}; go on with it (--mode batch), or give it up with --overwrite true"
-                )
 
 
 def make_plans(jobs: list[Job], args: JudgeArguments) -> dict[str, Plan]:
@@ -338,16 +332,13 @@ def main(args: JudgeArguments) -> None:
         for file in files:
             file.keep_latest(item_key)  # a kill may have left a failed row beside its success
         budget = Budget(args.max_cost, sum(cost_of(iterate_rows(file.path)) for file in files))
+        clear_batches(jobs, args)
         try:
             if args.mode == "batch":
                 with OpenAI(**client_settings(args)) as client:
-                    give_up_batches(client, jobs, args)
                     prices = {model: plan.price for model, plan in plans.items()}
                     budget.exhausted = not BatchJudge(client, jobs, files, prices, args).run()
             elif num_missing:
-                if args.overwrite:
-                    with OpenAI(**client_settings(args)) as client:
-                        give_up_batches(client, jobs, args)
                 stopped = asyncio.run(judge_live(jobs, files, plans, budget, args))
         finally:
             report(run, jobs, files, human, args)
@@ -366,14 +357,6 @@ def main(args: JudgeArguments) -> None:
     if num_failed > 0:
         print(f"{num_failed} answers have no score and count in no mean; {again} tries them again")
     print(f"Written to {run / EVALUATIONS}. Next: 5_score_notebook.ipynb, or make report")
-
-
-def give_up_batches(client: OpenAI, jobs: list[Job], args: JudgeArguments) -> None:
-    """With --overwrite, what batches are judging is not wanted any more."""
-    if args.overwrite:
-        for job in jobs:
-            for batch in open_batches(job.path):
-                BatchClient(client, 0).give_up(batch)
 
 
 def read_labels(jobs: list[Job], args: JudgeArguments) -> list[HumanScore]:

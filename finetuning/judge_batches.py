@@ -9,7 +9,9 @@ A batch belongs to one file of rows, whatever else a start is asked to judge. Be
     batches/<model>.<key>.output.jsonl    the replies, until their rows are written
 
 A kill at any moment loses nothing and submits nothing twice: a batch carries its key as metadata, by which a start that
-does not know whether it was submitted finds it at the endpoint. Imports without torch.
+does not know whether it was submitted finds it at the endpoint. A batch counts from its submission, as nothing is paid
+for before: one that was only written, or that the endpoint refused, is dropped by the next start, in either mode, and
+its file at the endpoint is deleted where that can be done. Imports without torch.
 """
 
 import contextlib
@@ -23,9 +25,9 @@ from pathlib import Path
 import httpx2
 from openai import (
     APIConnectionError,
+    APIStatusError,
     AuthenticationError,
     InternalServerError,
-    NotFoundError,
     OpenAI,
     OpenAIError,
     PermissionDeniedError,
@@ -41,6 +43,7 @@ from finetuning.judge_client import (
     Budget,
     add_usage,
     build_request,
+    client_settings,
     cost_of,
     describe_error,
     failure,
@@ -53,6 +56,7 @@ from finetuning.judge_client import (
 from finetuning.prices import Price
 from finetuning.results import RowFile, iterate_rows
 from finetuning.runs import read_json, write_json
+from finetuning.schemas import BATCH
 
 BATCHES = "batches"  # folder
 ENDPOINT = "/v1/chat/completions"
@@ -62,13 +66,20 @@ MOST_REQUESTS = 50_000  # in one batch, and bytes of its file
 MOST_BYTES = 100_000_000
 WAITS = (0, 2, 10)  # seconds before a submission is looked for and tried again
 CLOCKS_APART = 3600.0  # seconds, at most, of this machine and the endpoint
+ABSENT = (404, 405, 501)  # statuses of what an endpoint does not have
+UNSENT = ("written",)
+OPEN = ("uploaded", "submitted", "downloaded")
 ENDED = ("completed", "expired", "cancelled")  # with replies to whatever was done until then
 NUM_ATTEMPTS = 2  # for replies that were cut off or do not fit
 
 
 @dataclass
 class PendingBatch:
-    """One batch and how far it is: written, uploaded, submitted, downloaded, collected, failed or given up."""
+    """One batch and how far it is.
+
+    It is written, uploaded (and may be submitted, which a kill or a lost answer leaves open), submitted, downloaded and
+    collected; or it has failed, or was given up.
+    """
 
     path: Path
     state: dict
@@ -100,19 +111,34 @@ class PendingBatch:
             path.unlink(missing_ok=True)
 
     def read_items(self) -> dict[str, dict]:
-        """What names the row of each request, by custom id."""
-        return {line["custom_id"]: line["row"] for line in iterate_rows(self.items)}
+        """What names the row of each request, by custom id.
+
+        Raises:
+            InputError: Some are missing, so that replies would be nobody's.
+        """
+        items = {line["custom_id"]: line["row"] for line in iterate_rows(self.items)}
+        if len(items) != self.state["num_requests"]:
+            raise InputError(
+                f"{self.items} names {len(items)} of the {self.state['num_requests']} requests of its batch; take it "
+                f"from a copy, or delete {self.path}: its answers are judged again"
+            )
+        return items
 
 
-def open_batches(rows: Path) -> list[PendingBatch]:
-    """The batches of a file of rows that are not done with, in the order in which they were made."""
+def _batches(rows: Path, statuses: tuple[str, ...]) -> list[PendingBatch]:
+    """The batches of a file of rows that are so far, in the order in which they were made."""
+    remedy = "take it from a copy, or delete it: the answers of its batch are judged again"
     found = [
-        PendingBatch(path, read_json(path))
+        PendingBatch(path, read_json(path, BATCH, remedy))
         for path in (rows.parent / BATCHES).glob("*.json")
         if path.stem.rpartition(".")[0] == rows.stem
     ]
-    found = [batch for batch in found if batch.state["status"] in ("written", "uploaded", "submitted", "downloaded")]
-    return sorted(found, key=lambda batch: batch.state["created"])
+    return sorted((b for b in found if b.state["status"] in statuses), key=lambda batch: batch.state["created"])
+
+
+def open_batches(rows: Path) -> list[PendingBatch]:
+    """The batches of a file of rows that the endpoint may be at work on, or whose replies are not rows yet."""
+    return _batches(rows, OPEN)
 
 
 def under_way(rows: Path) -> set[tuple[str, str]]:
@@ -122,11 +148,21 @@ def under_way(rows: Path) -> set[tuple[str, str]]:
     }
 
 
-def check_pending(job: Job) -> None:
-    """Refuse to go on where a batch under way is made under another identity, whose rows would not belong here.
+def clear_batches(jobs: list[Job], args: JudgeArguments) -> None:
+    """Drop the batches that were never submitted and, with `overwrite`, give up those under way."""
+    unsent = [batch for job in jobs for batch in _batches(job.path, UNSENT)]
+    unwanted = [batch for job in jobs for batch in open_batches(job.path)] if args.overwrite else []
+    if unsent or unwanted:
+        with OpenAI(**client_settings(args)) as client:
+            for batch in unsent + unwanted:
+                BatchClient(client, 0).give_up(batch)
+
+
+def check_pending(job: Job, args: JudgeArguments) -> None:
+    """Refuse to go on beside a batch under way whose rows would not belong here, or would be paid for twice.
 
     Raises:
-        InputError: Says which field differs.
+        InputError: It was made under another identity (says which field differs), or this start is a live one.
     """
     identity = json.loads(json.dumps(job.identity))
     for batch in open_batches(job.path):
@@ -138,11 +174,14 @@ def check_pending(job: Job) -> None:
                 f"a batch is under way for {job.name} under other conditions: {what}. Collect it under those "
                 "(--mode batch), or give it up with --overwrite true"
             )
+        if args.mode == "live" and not args.dry_run:
+            raise InputError(
+                f"a batch is under way for {job.name}; go on with it (--mode batch), or give it up and judge all again "
+                f"(--overwrite true). If its endpoint has lost it, delete {batch.path}: only its answers are judged again"
+            )
 
 
-def write_batches(
-    job: Job, requests: Iterable[tuple[Item, dict, float]], endpoint: str, attempt: int
-) -> Iterator[PendingBatch]:
+def write_batches(job: Job, requests: Iterable[tuple[Item, dict, float]], attempt: int) -> Iterator[PendingBatch]:
     """Write requests into as few files as the API takes.
 
     Args:
@@ -174,8 +213,8 @@ def write_batches(
                 request = next(waiting, None)
         # only now is it a batch: what a kill leaves before this is never sent
         batch.record(
-            status="written", identity=job.identity, endpoint=endpoint, attempt=attempt, num_requests=num_requests,
-            most_cost=sum_most, created=time.time(),
+            status="written", identity=job.identity, attempt=attempt, num_requests=num_requests, most_cost=sum_most,
+            created=time.time(),
         )  # fmt: skip
         yield batch
 
@@ -191,51 +230,67 @@ class BatchClient:
         return show_url(str(self.client.base_url))
 
     def submit(self, batch: PendingBatch) -> None:
-        """Bring a batch to the endpoint, from wherever a kill has left it.
+        """Bring a batch to the endpoint, or find it there if a kill has left that open.
 
         Raises:
             InputError: The endpoint refuses it.
         """
-        with _explained(self.client):
-            if batch.state["status"] == "written":
+        with self._explained(batch):
+            found = None
+            if batch.state["status"] == "uploaded":
+                found = self._find(batch)
+            else:
                 with batch.requests.open("rb") as file:
                     uploaded = self.client.files.create(file=(f"{batch.key}.jsonl", file), purpose="batch")
-                batch.record(status="uploaded", input_file_id=uploaded.id)
-            if batch.state["status"] == "uploaded":
-                found = self._find(batch) or self._create(batch)
-                batch.record(status="submitted", batch_id=found.id)
-                print(f"batch {found.id}: submitted with {batch.state['num_requests']:,} requests", flush=True)
+                batch.record(status="uploaded", input_file_id=uploaded.id, endpoint=self.endpoint)
+            found = found or self._create(batch)
+            batch.record(status="submitted", batch_id=found)
+            print(f"batch {found}: submitted with {batch.state['num_requests']:,} requests", flush=True)
 
-    def _create(self, batch: PendingBatch) -> Batch:
-        """Submit once: where the answer is lost, the batch is looked for before it is tried again."""
+    def _create(self, batch: PendingBatch) -> str:
+        """Submit once: where the answer is lost, the batch is looked for before it is tried again. Gives its id."""
         for i, wait in enumerate(WAITS):
             time.sleep(wait)
             if i and (found := self._find(batch)) is not None:
                 return found
             try:
                 # the client would try again by itself, and have two of them
-                return self.client.with_options(max_retries=0).batches.create(
+                created = self.client.with_options(max_retries=0).batches.create(
                     input_file_id=batch.state["input_file_id"],
                     endpoint=ENDPOINT,
                     completion_window=WINDOW,
                     metadata={"key": batch.key},
                 )
-            except (APIConnectionError, InternalServerError):
+                return created.id
+            except (OpenAIError, AttributeError) as error:  # a proxy's page has no id
+                if not _may_have_arrived(error):
+                    self.delete_files(batch)
+                    batch.record(status="written")
+                    raise
                 if wait == WAITS[-1]:
                     raise
         raise AssertionError("the last try returns or raises")
 
-    def _find(self, batch: PendingBatch) -> Batch | None:
-        """The batch at the endpoint, if it was submitted."""
+    def _find(self, batch: PendingBatch) -> str | None:
+        """The id of the batch at the endpoint, if it was submitted."""
+        self._check_endpoint(batch)
         for found in self.client.batches.list(limit=100):  # the newest first
             if found.metadata is not None and found.metadata.get("key") == batch.key:
-                return found
+                return found.id
             if 0 < (found.created_at or 0) < batch.state["created"] - CLOCKS_APART:
                 return None
         return None
 
+    def _check_endpoint(self, batch: PendingBatch) -> None:
+        if batch.state["endpoint"] != self.endpoint:
+            raise InputError(
+                f"a batch is under way at {batch.state['endpoint']}, and this start asks {self.endpoint}; set --base_url "
+                f"to go on with it, or give it up by deleting {batch.path}"
+            )
+
     def look(self, batch: PendingBatch) -> Batch:
-        with _explained(self.client):
+        self._check_endpoint(batch)
+        with self._explained(batch):
             return self.client.batches.retrieve(batch.state["batch_id"])
 
     def wait(self, batch: PendingBatch) -> Batch:
@@ -260,12 +315,13 @@ class BatchClient:
             InputError: The endpoint could not read the batch at all.
         """
         if found.status == "failed":
+            self.delete_files(batch)
             batch.finish("failed")
             reasons = [error.message for error in (found.errors.data if found.errors is not None else None) or []]
             reason = hide_key("; ".join(map(str, reasons[:3]))) or "no reason"
             raise InputError(f"batch {found.id} was refused, and nothing was judged: {reason}")
         partial = batch.output.with_suffix(".partial")
-        with _explained(self.client), partial.open("wb") as file:
+        with self._explained(batch), partial.open("wb") as file:
             for file_id in (found.output_file_id, found.error_file_id):
                 if file_id is not None:
                     with self.client.files.with_streaming_response.content(file_id) as response:
@@ -276,45 +332,66 @@ class BatchClient:
         batch.record(status="downloaded", ended=found.status, files=[found.output_file_id, found.error_file_id])
 
     def delete_files(self, batch: PendingBatch) -> None:
-        """Leave no questions and answers at the endpoint."""
+        """Leave no questions and answers at the endpoint, as far as it can be asked now."""
+        if batch.state.get("endpoint") != self.endpoint:
+            return
+        client = self.client.with_options(max_retries=0)
         for file_id in (batch.state.get("input_file_id"), *batch.state.get("files", [])):
             if file_id is not None:
                 with contextlib.suppress(OpenAIError, ValueError):  # they expire by themselves, too
-                    self.client.files.delete(file_id)
+                    client.files.delete(file_id)
 
     def give_up(self, batch: PendingBatch) -> None:
-        """Cancel a batch whose rows nobody wants any more."""
-        if "batch_id" in batch.state:
-            with contextlib.suppress(OpenAIError, ValueError):  # it may have ended
-                self.client.batches.cancel(batch.state["batch_id"])
+        """Cancel a batch whose rows nobody wants any more, or drop one that was never submitted."""
+        if batch.state["status"] in UNSENT:
+            self.delete_files(batch)
+            print(f"batch {batch.key}: was never submitted, so it costs nothing and is dropped")
+        else:
+            if "batch_id" in batch.state:
+                with contextlib.suppress(OpenAIError, ValueError):  # it may have ended
+                    self.client.batches.cancel(batch.state["batch_id"])
+            print(f"batch {batch.state.get('batch_id', batch.key)}: given up; what it has done until now is paid for")
         batch.finish("given up")
-        print(f"batch {batch.state.get('batch_id', batch.key)}: given up; what it has done until now is paid for")
+
+    @contextlib.contextmanager
+    def _explained(self, batch: PendingBatch) -> Iterator[None]:
+        """Errors of the client become one line that says what to do."""
+        try:
+            yield
+        except (AuthenticationError, PermissionDeniedError) as error:
+            raise InputError(
+                f"the judge's endpoint refuses the key (status {error.status_code}); check OPENAI_API_KEY"
+            ) from error
+        except httpx2.HTTPError as error:  # in the middle of a download
+            raise InputError(
+                f"the connection to {self.endpoint} broke: {error}. Nothing is lost; the same command goes on"
+            ) from error
+        except InputError:
+            raise
+        except (OpenAIError, AttributeError, TypeError, ValueError) as error:
+            unsent = batch.state["status"] in UNSENT
+            if isinstance(error, APIStatusError) and error.status_code in ABSENT:
+                if unsent:
+                    text = f"{self.endpoint} has no Batch API ({describe_error(error)}); use --mode live"
+                else:
+                    name = batch.state.get("batch_id", batch.key)
+                    text = (
+                        f"{self.endpoint} does not know the batch {name} ({describe_error(error)}): it has expired, or "
+                        f"belongs to another key. Where it is lost, delete {batch.path}: its answers are judged again"
+                    )
+            else:
+                text = (
+                    f"the Batch API at {self.endpoint} cannot be used now: {describe_error(error)}. Nothing is lost; the "
+                    f"same command goes on{', and --mode live needs no Batch API' if unsent else ''}"
+                )
+            raise InputError(text) from error
 
 
-@contextlib.contextmanager
-def _explained(client: OpenAI) -> Iterator[None]:
-    """Errors of the client become one line that says what to do."""
-    url = show_url(str(client.base_url))
-    try:
-        yield
-    except (AuthenticationError, PermissionDeniedError) as error:
-        raise InputError(
-            f"the judge's endpoint refuses the key (status {error.status_code}); check OPENAI_API_KEY"
-        ) from error
-    except NotFoundError as error:
-        raise InputError(
-            f"{url} has no Batch API, or has lost the batch ({describe_error(error)}); use --mode live"
-        ) from error
-    except InputError:
-        raise
-    except httpx2.HTTPError as error:  # in the middle of a download
-        raise InputError(
-            f"the connection to {url} broke: {error}. Nothing is lost; the same command goes on"
-        ) from error
-    except (OpenAIError, AttributeError, TypeError, ValueError) as error:  # a proxy's page has no id
-        raise InputError(
-            f"the Batch API at {url} cannot be used now: {describe_error(error)}. Nothing is lost; the same command goes on"
-        ) from error
+def _may_have_arrived(error: Exception) -> bool:
+    """Whether what was asked for may have been done, although the answer is an error."""
+    return isinstance(error, APIConnectionError) or (
+        isinstance(error, InternalServerError) and error.status_code not in ABSENT
+    )
 
 
 def read_reply(line: dict, form: Form, price: Price | None, expected: bool) -> dict:
@@ -357,10 +434,11 @@ class BatchJudge:
         enough = True
         for attempt in range(1, NUM_ATTEMPTS + 1):
             if not self.args.collect:
-                enough = self._write(api, attempt, unread) and enough
-                for job in self.jobs:
-                    for batch in open_batches(job.path):
-                        api.submit(batch)
+                doubtful = [b for job in self.jobs for b in open_batches(job.path) if b.state["status"] == "uploaded"]
+                written, could_pay = self._write(attempt, unread)
+                enough = could_pay and enough
+                for batch in doubtful + written:
+                    api.submit(batch)
             unread = set()
             for job, file in zip(self.jobs, self.files, strict=True):
                 for batch in open_batches(job.path):
@@ -379,14 +457,16 @@ class BatchJudge:
                 break
         return enough
 
-    def _write(self, api: BatchClient, attempt: int, unread: set[tuple[Path, str]]) -> bool:
-        """Write batches of what is missing, or of what cannot be read; whether the budget was enough for all of it."""
+    def _write(self, attempt: int, unread: set[tuple[Path, str]]) -> tuple[list[PendingBatch], bool]:
+        """Batches of what is missing, or of what cannot be read; and whether the budget was enough for all of it."""
         budget = Budget(self.args.max_cost, sum(spent_on(job.path) for job in self.jobs))
+        written = []
         for job in self.jobs:
             requests = self._requests(job, budget, attempt, {key for path, key in unread if path == job.path})
-            for batch in write_batches(job, requests, api.endpoint, attempt):
+            for batch in write_batches(job, requests, attempt):
                 print(f"batch {batch.key}: {batch.state['num_requests']:,} requests about {job.name} written")
-        return not budget.exhausted
+                written.append(batch)
+        return written, not budget.exhausted
 
     def _requests(self, job: Job, budget: Budget, attempt: int, unread: set[str]) -> Iterator[tuple[Item, dict, float]]:
         max_tokens, price, waiting = attempt * self.args.max_tokens, self.prices[job.judge_model], under_way(job.path)

@@ -199,6 +199,18 @@ class Info(Object):
     identity: dict[str, Any]
 
 
+class Batch(Object):
+    """How far a batch of requests is."""
+
+    status: Text
+    identity: dict
+    attempt: int
+    num_requests: int
+    most_cost: float
+    created: float
+
+
+BATCH = TypeAdapter(Batch)
 INFO, PREDICTION_INFO, EVALUATION_INFO = TypeAdapter(Info), TypeAdapter(PredictionInfo), TypeAdapter(EvaluationInfo)
 JUDGES_INFO, COMPARISON_INFO = TypeAdapter(JudgesInfo), TypeAdapter(ComparisonInfo)
 HUMAN_AGREEMENT = TypeAdapter(HumanAgreement)

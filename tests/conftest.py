@@ -54,6 +54,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         signal.alarm(140)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         os.environ.update(environment)
         output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)

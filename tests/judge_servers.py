@@ -152,7 +152,7 @@ class StubBatches(StubJudge):
         if parts[-1] == "batches":
             return {"object": "list", "data": list(self.batches.values()), "has_more": False}
         if parts[-2] == "batches":
-            return self.look_at(self.batches[parts[-1]])
+            return self.look_at(self.batches[parts[-1]]) if parts[-1] in self.batches else None
         if parts[-1] == "content":
             return self.files[parts[-2]].decode()
         return super().get(path)
@@ -201,7 +201,8 @@ def serve(stub: StubJudge):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send(200, {}, stub.get(self.path))
+            found = stub.get(self.path)
+            self.send(*(200, {}, found) if found is not None else (404, {}, {"error": {"message": "no such thing"}}))
 
         def do_POST(self):
             reply = stub.post(self.path, self.rfile.read(int(self.headers["Content-Length"])))

@@ -10,8 +10,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import end_step, make_run, run_step, start_step, wait_until
 from judge_servers import StubBatches, StubJudge, evaluation, serve
+from openai import OpenAI
 
+from finetuning.configs import JudgeArguments
+from finetuning.errors import InputError
 from finetuning.judge import Evaluation
+from finetuning.judge_batches import BatchClient, check_pending, open_batches, spent_on, under_way, write_batches
 from finetuning.results import read_rows
 from finetuning.tables import load_samples
 
@@ -322,14 +326,105 @@ def test_a_jury_and_a_comparison_go_in_batches_too(run_dir):
     assert {row["evaluation"]["clarity"]["score"] for row in evaluations(run_dir)} == {6}
 
 
-def test_an_endpoint_without_batches_is_named(run_dir):
-    class None404(StubJudge):
-        def post(self, path, body):
-            return 404, {}, {"error": {"message": "no such path"}}
+PAGE = (200, {"Content-Type": "text/html"}, "<html>log in</html>")
 
-    with serve(None404(evaluation(6))) as url:
-        result = judge(run_dir, url, check=False)
-    assert result.returncode == 2 and "has no Batch API" in result.printed and "--mode live" in result.printed
+
+class WithoutBatches(StubBatches):
+    """Judges live, and answers what is asked of the Batch API with `refusal`, at a path that ends in `where`."""
+
+    where, refusal = "/files", None
+
+    def post(self, path, body):
+        return self.refusal if path.endswith(self.where) else super().post(path, body)
+
+
+def test_a_batch_that_was_never_submitted_does_not_stand_in_the_way_of_live_judging(run_dir):
+    refusals = {
+        (404, "no such path"): "has no Batch API",
+        (405, "<html>not allowed</html>"): "has no Batch API",
+        (501, "not implemented"): "has no Batch API",
+        PAGE[::2]: "needs no Batch API",
+    }
+    models = ["--model_name", "checkpoint-10"]
+    with serve(stub := WithoutBatches(evaluation(6))) as url:
+        for (status, text), said in refusals.items():
+            stub.refusal = (status, {"Content-Type": "text/html"}, text)
+            result = judge(run_dir, url, *models, check=False)
+            assert result.returncode == 2 and said in result.printed and "--mode live" in result.printed
+        refused = judge(run_dir, "http://127.0.0.1:9/v1", *models, check=False)
+        assert refused.returncode == 2 and "Connection refused" in refused.printed
+        stub.where, stub.refusal = "/batches", (404, {}, {"error": {"message": "no such path"}})
+        result = judge(run_dir, url, *models, check=False)
+        assert result.returncode == 2 and "has no Batch API" in result.printed and stub.deleted == ["file-0"]
+        live = ["--output_dir", run_dir, "--judge_model", "m", *models]
+        status, printed = run_step(STEP, run_dir.with_name("printed"), *live, OPENAI_API_KEY="x", OPENAI_BASE_URL=url)
+        assert status == 0 and "never submitted" in printed and "under way" not in printed
+    assert len(stub.requests) == 6 and {row["status"] for row in evaluations(run_dir)} == {"ok"}
+    assert {state["status"] for state in states(run_dir)} == {"given up"}
+
+
+def test_a_batch_that_was_never_submitted_is_written_anew_under_the_limit_of_this_start(run_dir):
+    with serve(stub := WithoutBatches(evaluation(6))) as url:
+        stub.refusal = (404, {}, "no")
+        judge(run_dir, url, "--judge_language", "ko", check=False)
+        stub.where = "/nowhere"
+        assert "judged 2 of 2" in judge(run_dir, url, "--model_name", "checkpoint-10", "--limit", "2").printed
+    assert len(stub.requests) == 2
+
+
+@pytest.fixture
+def pending(tmp_path):
+    """A batch of one request that is written, and the job that it is of."""
+    identity = {"judge_model": "m"}
+    job = SimpleNamespace(name="base", path=tmp_path / "base.jsonl", identity=identity)
+    item = SimpleNamespace(row={"id": "sample0000", "prediction_hash": "0"})
+    (batch,) = write_batches(job, [(item, {"model": "m"}, 0.01)], attempt=1)
+    return batch, job
+
+
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [("hang up", "uploaded"), ((502, {}, "bad gateway"), "uploaded"), ((405, {}, "no"), "written"), (PAGE, "written"),
+     ((400, {}, {"error": {"message": "no"}}), "written")],
+    ids=str,
+)  # fmt: skip
+def test_a_submission_counts_unless_it_was_surely_refused(pending, monkeypatch, reply, status):
+    monkeypatch.setattr("finetuning.judge_batches.WAITS", (0, 0))
+    batch, job = pending
+    stub = WithoutBatches(evaluation(6))
+    stub.where, stub.refusal = "/batches", reply
+    with serve(stub) as url, OpenAI(base_url=url, api_key="x", max_retries=0) as client, pytest.raises(InputError):
+        BatchClient(client, 0).submit(batch)
+    assert batch.state["status"] == status
+    assert len(under_way(job.path)) == (status == "uploaded") and spent_on(job.path) == 0.01 * (status == "uploaded")
+    live = JudgeArguments(mode="live")
+    if status == "uploaded":
+        with pytest.raises(InputError, match="a batch is under way for base; go on with it"):
+            check_pending(job, live)
+    else:
+        check_pending(job, live)
+
+
+def test_a_batch_that_is_lost_or_damaged_is_named_with_the_way_out(pending):
+    batch, job = pending
+    with serve(StubBatches(evaluation(6))) as url, OpenAI(base_url=url, api_key="x", max_retries=0) as client:
+        api = BatchClient(client, 0)
+        api.submit(batch)
+        with (
+            serve(StubBatches(evaluation(6))) as other,
+            pytest.raises(InputError, match=f"under way at {url}.*{other}"),
+        ):
+            BatchClient(client.with_options(base_url=other), 0).look(batch)
+        batch.record(batch_id="batch-7")
+        with pytest.raises(InputError, match=f"does not know the batch batch-7 .*delete {batch.path}: its answers"):
+            api.look(batch)
+    batch.items.unlink()
+    with pytest.raises(InputError, match=f"names 0 of the 1 requests.*delete {batch.path}"):
+        under_way(job.path)
+    for text in ('{"status": "subm', "{}", '{"status": "submitted"}'):
+        batch.path.write_text(text)
+        with pytest.raises(InputError, match=f"{batch.path}.*or delete it: the answers of its batch are judged again"):
+            open_batches(job.path)
 
 
 def test_criteria_of_a_batch_are_those_of_the_rubric(run_dir, tmp_path):
