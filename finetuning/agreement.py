@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 
 import krippendorff
 import numpy as np
+import pandas as pd
 import scipy.stats
 
 NUM_RESAMPLES = 2000
+FEWEST_RANKED = 5  # answers, under which a rank correlation says nothing
 
 
 @dataclass
@@ -38,13 +40,48 @@ def rank_correlation(first: Iterable[float], second: Iterable[float]) -> Estimat
     """Spearman's correlation, its interval by Fisher's z with the variance of Bonett and Wright (2000)."""
     first, second = np.asarray(list(first), float), np.asarray(list(second), float)
     n = len(first)
-    if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+    if n < FEWEST_RANKED or np.ptp(first) == 0 or np.ptp(second) == 0:
         return Estimate(math.nan, math.nan, math.nan, n)
     rho = float(scipy.stats.spearmanr(first, second).statistic)
-    if n < 5 or abs(rho) >= 1 - 1e-12:
+    if abs(rho) >= 1 - 1e-12:
         return Estimate(rho, math.nan, math.nan, n)
     half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (n - 3))
     return Estimate(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half), n)
+
+
+def correlation_within_models(first: pd.DataFrame, second: pd.DataFrame, num_resamples: int = 500) -> Estimate:
+    """How far two scores rank the answers of a model alike: Spearman's correlation within each model, their mean.
+
+    Each model counts with the number of its answers. Over the answers of all models together, scores would correlate as
+    soon as both prefer the same model. Answers to the same sample are not independent, so whole samples are resampled
+    (percentile bootstrap).
+
+    Args:
+        first, second: One row a sample, one column a model; NaN where there is no score.
+    """
+    first, second = (table.to_numpy(dtype=float) for table in (first, second))
+    known = ~(np.isnan(first) | np.isnan(second))
+    first, second = (np.where(known, table, np.nan)[known.any(axis=1)] for table in (first, second))
+    num_samples, num_answers = len(first), int(known.sum())
+    if num_samples < FEWEST_RANKED:
+        return Estimate(math.nan, math.nan, math.nan, num_answers)
+    rng = np.random.default_rng(0)
+    drawn = (rng.integers(num_samples, size=num_samples) for _ in range(num_resamples))
+    values = np.array([_mean_spearman(first[rows], second[rows]) for rows in drawn])
+    low, high = np.nanquantile(values, [0.025, 0.975]) if not np.isnan(values).all() else (math.nan, math.nan)
+    return Estimate(_mean_spearman(first, second), float(low), float(high), num_answers)
+
+
+def _mean_spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean over the columns of Spearman's correlation, by their numbers of values; constant columns have none."""
+    total, weights = 0.0, 0
+    for x, y in zip(first.T, second.T, strict=True):
+        x, y = x[~np.isnan(x)], y[~np.isnan(y)]
+        if len(x) >= FEWEST_RANKED and np.ptp(x) > 0 and np.ptp(y) > 0:
+            x, y = scipy.stats.rankdata(x), scipy.stats.rankdata(y)
+            total += len(x) * np.corrcoef(x, y)[0, 1]
+            weights += len(x)
+    return total / weights if weights else math.nan
 
 
 def weighted_kappa(first: np.ndarray, second: np.ndarray) -> float:

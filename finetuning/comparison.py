@@ -15,6 +15,7 @@ import scipy.stats
 
 NUM_RESAMPLES = 2000
 NUM_FLIPS = 9999
+LEVEL = 0.05  # a difference is shown where its p is under it
 POWER = 0.8
 
 
@@ -60,7 +61,8 @@ def share_interval(values) -> tuple[float, float]:
 def randomisation_p(differences, num_flips: int = NUM_FLIPS) -> float:
     """Two-sided p of paired differences by approximate randomisation (Noreen 1989): their signs are flipped at random.
 
-    (1 + flips with a mean at least as far from 0) / (1 + flips); 1 where all differences are 0 or there are none.
+    (1 + flips with a mean at least as far from 0) / (1 + flips); 1 where all differences are 0 or there are none. Where
+    there are no more ways to flip them than that, each way is taken once, and p is exact (Fisher 1935).
     """
     differences = np.asarray(differences, dtype=float)
     nonzero = differences[differences != 0].astype(np.float32)
@@ -69,6 +71,9 @@ def randomisation_p(differences, num_flips: int = NUM_FLIPS) -> float:
     rng = np.random.default_rng(0)
     observed, extreme = abs(float(nonzero.sum(dtype=np.float64))), 0
     tolerance = 1e-5 * float(np.abs(nonzero).sum())  # sums of the same numbers in float32
+    if 2 ** len(nonzero) <= num_flips:
+        ways = np.arange(2 ** len(nonzero))[:, None] >> np.arange(len(nonzero)) & 1
+        return float((np.abs((2 * ways - 1).astype(np.float32) @ nonzero) >= observed - tolerance).mean())
     for start in range(0, num_flips, 1000):
         shape = (min(1000, num_flips - start), len(nonzero))
         signs = rng.integers(0, 2, size=shape, dtype=np.int8) * np.int8(2) - np.int8(1)
@@ -85,13 +90,23 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
+def fewest_samples(num_comparisons: int = 1) -> int:
+    """The fewest samples with which any difference can be shown, however large it is.
+
+    If all n differences have the same sign, flipping signs gives p = 2 ** (1 - n), and Holm multiplies the smallest p by
+    the number of comparisons: 6 samples are needed for one comparison, 7 for three.
+    """
+    return math.floor(1 + math.log2(num_comparisons / LEVEL)) + 1
+
+
 def detectable_difference(differences, num_comparisons: int = 1) -> float:
     """Smallest true mean difference that so many samples show with a probability of 80 %, among so many comparisons.
 
-    From the spread of the differences, at the level that Holm asks of the clearest one. NaN for fewer than two samples.
+    From the spread of the differences, at the level that Holm asks of the clearest one. NaN where the differences have
+    no spread to take it from, and for fewer samples than can show anything.
     """
     differences = np.asarray(differences, dtype=float)
-    if len(differences) < 2:
+    if len(differences) < fewest_samples(num_comparisons) or np.ptp(differences) == 0:
         return math.nan
     quantiles = scipy.stats.norm.ppf(1 - 0.025 / num_comparisons) + scipy.stats.norm.ppf(POWER)
     return float(quantiles * np.std(differences, ddof=1) / math.sqrt(len(differences)))
@@ -105,7 +120,7 @@ class Comparison:
         difference: Mean of better - other, with its 95 % interval.
         p: Of approximate randomisation, adjusted for the number of all comparisons that were made (Holm).
         wins, ties, losses: Samples on which `better` has the higher, the same or the lower score.
-        detectable: The smallest difference that so many samples show with a probability of 80 %.
+        detectable: The smallest difference that so many samples show with a probability of 80 %; NaN where that is unknown.
     """
 
     better: str
@@ -122,7 +137,7 @@ class Comparison:
 
     @property
     def is_clear(self) -> bool:
-        return self.difference > 0 and self.p < 0.05
+        return self.difference > 0 and self.p < LEVEL
 
     def turned(self) -> "Comparison":
         """The same, seen from the other model."""
@@ -162,29 +177,3 @@ def compare_all(scores: pd.DataFrame) -> list[Comparison]:
             pairs, differences, adjusted, map(bootstrap_interval, differences), strict=True
         )
     ]
-
-
-def correlation_within_samples(
-    ids: list[str], first: list[float], second: list[float], num_resamples: int = 500
-) -> tuple[float, float, float]:
-    """Spearman's correlation of two scores of the same answers, with its 95 % interval.
-
-    Answers to the same sample are not independent, so whole samples are resampled (percentile bootstrap).
-    """
-    first, second = np.asarray(first, float), np.asarray(second, float)
-    known = ~(np.isnan(first) | np.isnan(second))
-    first, second, ids = first[known], second[known], np.asarray(ids)[known]
-    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return math.nan, math.nan, math.nan
-    value = float(scipy.stats.spearmanr(first, second).statistic)
-    groups = pd.Series(range(len(ids))).groupby(ids).apply(np.array).to_list()
-    if len(groups) < 5:
-        return value, math.nan, math.nan
-    rng = np.random.default_rng(0)
-    values = []
-    for _ in range(num_resamples):
-        rows = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
-        if np.ptp(first[rows]) > 0 and np.ptp(second[rows]) > 0:
-            values.append(scipy.stats.spearmanr(first[rows], second[rows]).statistic)
-    low, high = np.quantile(values, [0.025, 0.975]) if values else (math.nan, math.nan)
-    return value, float(low), float(high)

@@ -335,7 +335,7 @@ def format_comparisons(verdict: Verdict) -> pd.DataFrame:
                 "difference": f"{c.difference:.{decimals}f} [{c.low:.{decimals}f}, {c.high:.{decimals}f}]",
                 "p (Holm)": f"{c.p:.4f}",
                 "better, equal, worse": f"{c.wins}, {c.ties}, {c.losses}",
-                "detectable": f"{c.detectable:.{decimals}f}",
+                "detectable": "-" if math.isnan(c.detectable) else f"{c.detectable:.{decimals}f}",
                 "shown": "yes" if c.is_clear else "no",
             }
         )

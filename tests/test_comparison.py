@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import scipy.stats
 
+from finetuning.agreement import correlation_within_models, rank_correlation
 from finetuning.comparison import (
     bootstrap_interval,
     compare_all,
-    correlation_within_samples,
     detectable_difference,
+    fewest_samples,
     holm,
     randomisation_p,
     share_interval,
@@ -141,16 +142,41 @@ def test_comparisons_are_paired_and_counted():
     assert first.difference == pytest.approx(0.5) and (first.low, first.high) == bootstrap_interval([0, 1, -1, 2])
     turned = first.turned()
     assert (turned.better, turned.wins, turned.losses, turned.difference, turned.low) == ("b", 1, 2, -0.5, -first.high)
-    assert not first.is_clear and third.detectable == detectable_difference(scores["b"], 3)
+    assert not first.is_clear and math.isnan(third.detectable)  # of four samples
 
 
 def test_a_correlation_resamples_whole_samples():
-    """Two answers a sample that are copies of each other: the interval is that of the samples, not of the answers."""
-    x = RNG.normal(size=60)
-    y = x + RNG.normal(size=60)
-    ids = [str(i) for i in range(60)]
-    single = correlation_within_samples(ids, x, y)
-    doubled = correlation_within_samples(ids * 2, [*x, *x], [*y, *y])
-    assert single[0] == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
-    assert doubled == pytest.approx(single, abs=0.02)
-    assert all(map(math.isnan, correlation_within_samples(ids, x, [1.0] * 60)))
+    """Two models whose answers are copies of each other: the interval is that of the samples, not of the answers."""
+    x = pd.DataFrame({"a": RNG.normal(size=60)})
+    y = x + RNG.normal(size=(60, 1))
+    single, doubled = correlation_within_models(x, y), correlation_within_models(x[["a", "a"]], y[["a", "a"]])
+    assert single.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    assert (doubled.value, doubled.low, doubled.high) == pytest.approx((single.value, single.low, single.high))
+    assert (single.num_samples, doubled.num_samples) == (60, 120)
+    assert math.isnan(correlation_within_models(x, x * 0).value)
+
+
+def test_a_difference_between_models_is_no_correlation_within_them():
+    judge = pd.DataFrame({"base": RNG.normal(3, 1, 300), "checkpoint-1": RNG.normal(8, 1, 300)})
+    rouge = pd.DataFrame({"base": RNG.normal(0.2, 0.1, 300), "checkpoint-1": RNG.normal(0.7, 0.1, 300)})
+    pooled = scipy.stats.spearmanr(judge.melt()["value"], rouge.melt()["value"]).statistic
+    found = correlation_within_models(judge, rouge)
+    assert pooled > 0.7 and abs(found.value) < 0.1 and found.low < 0 < found.high
+
+
+def test_a_correlation_of_few_answers_is_none():
+    scores = pd.DataFrame({"a": [1.0, 2, 3, 4, *[math.nan] * 6]})
+    assert math.isnan(correlation_within_models(scores, scores).value)
+    assert math.isnan(rank_correlation(range(4), range(4)).value)
+    assert rank_correlation(range(5), range(5)).value == pytest.approx(1)
+
+
+@pytest.mark.parametrize("num_comparisons, num_samples", [(1, 6), (3, 7), (15, 10)])
+def test_so_few_samples_can_show_nothing(num_comparisons, num_samples):
+    """All differences have the same sign: the smallest p that flipping signs can give, under Holm's correction."""
+    assert fewest_samples(num_comparisons) == num_samples
+    for number, shown in ((num_samples - 1, False), (num_samples, True)):
+        p = randomisation_p([0.455] * number)
+        assert p == 2 ** (1 - number) and (holm([p] * num_comparisons)[0] < 0.05) == shown
+    assert math.isnan(detectable_difference(RNG.normal(size=num_samples - 1), num_comparisons))
+    assert math.isnan(detectable_difference([0.455] * 50))

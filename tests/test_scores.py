@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from finetuning.judges_and_people import load_opinions
 from finetuning.results import RowFile, read_rows
 from finetuning.scores import ScoreArguments, main
 from finetuning.tables import format_comparisons, format_table, load_runs, load_samples, summarize
-from finetuning.verdict import choose_measure, decide, is_held_out
+from finetuning.verdict import choose_measure, decide, find_lacking, is_held_out
 
 CRITERIA = list(Evaluation.model_fields)
 GOOD = [f"#Person1# asks question number {i} about the old house" for i in range(20)]
@@ -115,7 +116,7 @@ def test_the_judge_decides_where_all_are_judged(run_dir):
 
 def test_models_are_ranked_on_the_samples_that_all_have(tmp_path):
     run_dir = make_run(tmp_path / "run", {"checkpoint-9": FAIR, "checkpoint-10": GOOD[:5]})
-    expected = "Compared on the 5 samples that every model has a score of; 15 others are left out."
+    expected = "Compared on the 5 samples that every ranked model has a score of; 15 others are left out."
     assert expected in verdict_of(run_dir).sentences
 
 
@@ -128,7 +129,7 @@ def test_prompts_without_an_answer_do_not_lower_the_coverage(tmp_path):
 def test_every_model_is_compared_with_the_baseline(run_dir):
     verdict = verdict_of(run_dir, baseline="checkpoint-9")
     assert {(c.better, c.other) for c in verdict.against("checkpoint-9")} == {("checkpoint-9", "base"), ("checkpoint-9", "checkpoint-10")}  # fmt: skip
-    assert any(s.startswith("Against checkpoint-9: base is worse by") for s in verdict.sentences)
+    assert any(s.startswith("Against checkpoint-9: base is worse (difference -0.") for s in verdict.sentences)
     table = format_comparisons(verdict)
     assert len(table) == 3 and table["shown"].tolist() == ["yes", "yes", "yes"]
 
@@ -157,14 +158,131 @@ def test_equal_answers_are_said_to_be_equal(tmp_path):
     assert any("have the same score on every sample" in sentence for sentence in verdict.sentences)
 
 
-def test_rouge_and_the_judge_are_correlated_over_all_answers(run_dir):
+def test_rouge_and_the_judge_are_correlated_within_models(run_dir):
     for name, scores in (("base", [1] * 20), ("checkpoint-9", [4, 8, 8] * 6 + [4, 8]), ("checkpoint-10", [9] * 20)):
         add_evaluations(run_dir, name, scores)
     verdict = verdict_of(run_dir)
     samples = load_samples(run_dir)
-    expected = scipy.stats.spearmanr(samples["rouge1"], samples["overall"]).statistic
-    assert verdict.agreement[0] == pytest.approx(expected) and verdict.agreement[1] < expected <= verdict.agreement[2]
-    assert any(f"agree with a rank correlation of {expected:.2f}" in sentence for sentence in verdict.sentences)
+    its = samples[samples["model"] == "checkpoint-9"]  # all answers of the others have the same score
+    expected = scipy.stats.spearmanr(its["rouge1"], its["overall"]).statistic
+    assert verdict.agreement.value == pytest.approx(expected)
+    found = next(sentence for sentence in verdict.sentences if "Within each model" in sentence)
+    assert f"a rank correlation of {expected:.2f}" in found and "60 answers" in found
+
+
+# --- Each sentence is true --------------------------------------------------------------------------------------------
+
+
+def sentences(models, baseline="base", holdout=0.0, **columns):
+    """What is said of these scores (ROUGE-1, or the columns given), one list a model; None is no answer."""
+    rows = [
+        {
+            "model": model, "id": f"sample{i:04d}", "finish_reason": "error" if value is None else "stop", "rouge1": value,
+            "chrf": value, "stopped": 1.0, "overall": math.nan, "status": None,
+        }
+        | {name: values[model][i] for name, values in columns.items()}
+        for model, its_values in models.items()
+        for i, value in enumerate(its_values)
+    ]  # fmt: skip
+    samples = pd.DataFrame(rows).astype({"rouge1": float, "chrf": float, "overall": float})
+    verdict = decide(samples, baseline, holdout)
+    assert len(verdict.say("ko")) == len(verdict.say("en"))
+    for sentence in (*verdict.say("en"), *verdict.say("ko")):
+        assert "nan" not in sentence and "{" not in sentence and not re.search(r"\b1 samples", sentence)
+    return verdict, " ".join(verdict.sentences)
+
+
+def test_a_chosen_model_that_is_worse_on_the_held_out_samples_is_said_to_be():
+    held_out = [is_held_out(f"sample{i:04d}", 0.5) for i in range(60)]
+    base = [0.2 + i / 500 if held else 0.9 for i, held in enumerate(held_out)]
+    checkpoint = [0.6 if held else 0.5 for held in held_out]
+    verdict, text = sentences({"base": base, "checkpoint-9": checkpoint}, holdout=0.5)
+    assert verdict.best == "base" and re.search(r"base is worse than checkpoint-9 \(difference -0\.3\d\d; 95 %", text)
+    assert "do not show" not in text and "No other model" not in text and "no checkpoint" not in text.lower()
+
+
+def test_a_model_with_few_answers_does_not_shrink_the_comparison_of_the_others():
+    models = {"base": [0.1] * 50, "checkpoint-1": [0.8] * 50, "checkpoint-2": [0.9] * 2}
+    verdict, text = sentences(models)
+    assert (
+        verdict.best == "checkpoint-1" and verdict.num_samples == 50 and list(verdict.means) == ["base", "checkpoint-1"]
+    )
+    assert "checkpoint-2 is shown but not ranked: it has a score of only 4% of the samples" in text
+
+
+@pytest.mark.parametrize(
+    "counts, lacking",
+    [
+        ([50, 50, 50, 2], [3]), ([50, 50, 2, 2], [2, 3]), ([20, 20, 10, 10], []), ([50, 2], []), ([50, 0], [1]), ([50, 50, 40], []),
+        ([50] * 9 + [39], [9]), ([50] * 9 + [41], []), ([7], []), ([0, 0], []),
+    ],
+)  # fmt: skip
+def test_models_are_ranked_where_that_leaves_enough_samples(counts, lacking):
+    scores = pd.DataFrame({i: [1.0] * count + [math.nan] * (50 - count) for i, count in enumerate(counts)})
+    assert list(find_lacking(scores)) == lacking
+
+
+def test_five_samples_are_said_to_show_nothing():
+    for num, expected in ((1, "(1)"), (2, "(2)"), (5, "(5)")):
+        verdict, text = sentences({"base": [0.1] * num, "checkpoint-1": [0.555] * num})
+        assert (
+            f"So few samples {expected} cannot show a difference, however large: at least 6 are needed for 2 models"
+            in text
+        )
+        assert "could be seen" not in text and verdict.best == "checkpoint-1"
+    assert "checkpoint-1 is better than base by 0.455" in sentences({"base": [0.1] * 6, "checkpoint-1": [0.555] * 6})[1]
+
+
+def test_equal_means_are_said_to_be_equal():
+    _, text = sentences({"base": [0.1, 0.3] * 10, "checkpoint-1": [0.3, 0.1] * 10, "checkpoint-2": [0.1] * 19 + [0.2]})
+    assert "base has the same mean as checkpoint-1 (difference" in text and "highest" not in text
+    assert "No other model has a higher mean than base." in text
+
+
+@pytest.mark.parametrize(
+    "rouge, chrf, status, expected",
+    [
+        (math.nan, 0.5, None, ["Ranked by chrF, since nothing was judged.", "no reference has a word in it; chrF"]),
+        (math.nan, math.nan, None, ["no reference has a text", "let step 4 judge"]),
+        (0.5, 0.5, "refusal", ["since no judgement gave a score"]),
+    ],
+    ids=["no words", "no text", "all refused"],
+)
+def test_why_nothing_better_could_be_measured_is_said(rouge, chrf, status, expected):
+    models = {"base": [0.1] * 8, "checkpoint-1": [0.2] * 8}
+    columns = {name: dict.fromkeys(models, [value] * 8) for name, value in (("rouge1", rouge), ("chrf", chrf), ("status", status))}  # fmt: skip
+    _, text = sentences(models, **columns)
+    assert all(part in text for part in expected) and "same samples with each" not in text
+
+
+def test_samples_without_a_measure_and_models_without_an_answer_are_counted():
+    models = {
+        "base": [0.1] * 8 + [math.nan] * 2,
+        "checkpoint-1": [0.2] * 8 + [math.nan] * 2,
+        "checkpoint-2": [None] * 10,
+    }
+    _, text = sentences(models)
+    assert "2 samples have no ROUGE-1, as their references have no word in them; they are left out" in text
+    assert "checkpoint-2 is shown but not ranked: it has a score of only 0%" in text
+    assert "No model has an answer" in sentences({"base": [None] * 3})[1]
+
+
+def test_samples_that_are_too_few_to_be_held_out_are_said_to_be():
+    _, text = sentences({"base": [0.1], "checkpoint-1": [0.2]}, holdout=0.5)
+    assert "No samples were held out, as 1 sample cannot be split so" in text and "--holdout 0.5" not in text
+
+
+@pytest.mark.parametrize("reference", ["👍🎉", "   "])
+def test_references_that_rouge_cannot_read_have_a_report(run_dir, reference, capsys):
+    from finetuning.metrics import score_predictions
+
+    for path in (run_dir / "predictions").glob("*.jsonl"):
+        rows = [{**row, "references": [reference]} for row in read_rows(path)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        info = json.loads(path.with_suffix(".json").read_text())
+        path.with_suffix(".json").write_text(json.dumps({**info, "metrics": score_predictions(rows)}))
+    main(ScoreArguments(output_dir=[str(run_dir)]))
+    assert ("chrF" if reference.strip() else "no reference has a text") in capsys.readouterr().out
 
 
 # --- In two lines -----------------------------------------------------------------------------------------------------
