@@ -30,7 +30,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 from openai import AsyncOpenAI, OpenAI
 from tqdm import tqdm
@@ -72,7 +71,7 @@ from finetuning.prices import (
     measure_tokens_per_byte,
 )
 from finetuning.results import RowFile, check_identity, iterate_rows, read_info
-from finetuning.runs import EVALUATIONS, PREDICTIONS, find_run, names_of_files
+from finetuning.runs import EVALUATIONS, PREDICTIONS, file_name, find_run, names_of_files, shorten
 from finetuning.schemas import PREDICTION
 
 CONCURRENCY = 8
@@ -110,10 +109,12 @@ def build_jobs(run: Path, args: JudgeArguments) -> list[Job]:
 def build_comparison(run: Path, args: JudgeArguments, form: Form) -> Job:
     """The comparison of two models."""
     paths = [run / PREDICTIONS / f"{name}.jsonl" for name in args.compare]
-    for name, path in zip(args.compare, paths, strict=True):
-        if not path.is_file():
-            answered = ", ".join(names_of_files(run / PREDICTIONS, "all")) or "none"
-            raise InputError(f"compare: no predictions of `{name}` in {run / PREDICTIONS}, but of {answered}")
+    answered = names_of_files(run / PREDICTIONS, "all")
+    for name in args.compare:
+        if name not in answered:
+            raise InputError(
+                f"compare: no predictions of `{name}` in {run / PREDICTIONS}, but of {', '.join(answered) or 'none'}"
+            )
 
     ids = first_ids(paths, args.limit)
 
@@ -123,7 +124,7 @@ def build_comparison(run: Path, args: JudgeArguments, form: Form) -> Job:
 
     return Job(
         " against ".join(args.compare),
-        run / EVALUATIONS / "pairs" / f"{'--'.join(args.compare)}.jsonl",
+        run / EVALUATIONS / "pairs" / f"{shorten('--'.join(args.compare))}.jsonl",
         args.judge_model,
         form,
         {**identity_of(args.judge_model, form, args), "models": args.compare},
@@ -134,13 +135,6 @@ def build_comparison(run: Path, args: JudgeArguments, form: Form) -> Job:
 
 def judges_of(args: JudgeArguments) -> list[str]:
     return [args.judge_model] if args.judges is None else list(dict.fromkeys(split_names(args.judges)))
-
-
-def file_name(judge_model: str) -> str:
-    """A name that is a folder's, and no other judge's."""
-    if judge_model in (".", ".."):
-        raise InputError(f"judges: {judge_model} is no name of a judge")
-    return quote(judge_model, safe=" ")
 
 
 def identity_of(judge_model: str, form: Form, args: JudgeArguments) -> dict:

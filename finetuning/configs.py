@@ -180,6 +180,9 @@ CONTRADICTIONS = (
      "compare gives no scores to hold against those of human; leave one of them out"),
     (("compare", "expected_scores"), lambda compare, expected: compare is not None and expected,
      "compare gives no scores, so expected_scores has no effect; leave one of them out"),
+    (("judges", "judge_language"), lambda judges, _: judges is not None
+     and len({name.lower() for name in split_names(judges)}) < len(set(split_names(judges))),
+     "judges: two of the names differ in capitals only, and some file systems would give them one folder"),
     (("judges", "judge_language"), lambda judges, _: judges is not None and len(set(split_names(judges))) < 2,
      "judges: a jury has two or more different judges; for one, use judge_model"),
     (("mode", "collect"), lambda mode, collect: mode == "live" and collect,

@@ -12,11 +12,13 @@ Imports without torch.
 """
 
 import fnmatch
+import hashlib
 import json
 import math
 import os
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
@@ -32,6 +34,7 @@ EVALUATIONS = "qa_evaluation_results"
 HUMAN_AGREEMENT_FILE = "human_agreement.json"  # among the evaluations: scores of people, and how far the judge agrees
 INCOMPLETE = "INCOMPLETE"  # stands in a checkpoint's folder while it is written
 BASE = "base"
+LONGEST_NAME = 220  # bytes; file systems take 255, endings included
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
@@ -71,6 +74,26 @@ def read_json(path: Path, schema: TypeAdapter = ANY_OBJECT, remedy: str = "make 
     except (ValueError, RecursionError):  # no text, or nested without end
         raise InputError(f"{path} is no JSON; {remedy}") from None
     return check(content, schema, str(path), remedy)
+
+
+def shorten(name: str) -> str:
+    """The name itself, or where no file could have it, its beginning and a hash of all of it."""
+    data = name.encode()
+    if len(data) <= LONGEST_NAME:
+        return name
+    return f"{data[:120].decode(errors='ignore')}%-{hashlib.sha256(data).hexdigest()[:16]}"  # no quoted name holds %-
+
+
+def file_name(name: str) -> str:
+    """The name of a file or folder for a model or judge of any name, and for no other one.
+
+    >>> file_name("gpt-5.4-mini"), file_name("Qwen/Qwen3-32B"), file_name("..")
+    ('gpt-5.4-mini', 'Qwen%2FQwen3-32B', '.%2E')
+    """
+    quoted = quote(name, safe=" ")
+    if quoted.endswith((".", " ")):  # the folder itself, the one above, or what Windows leaves out
+        quoted = f"{quoted[:-1]}%{ord(quoted[-1]):02X}"
+    return shorten(quoted)
 
 
 def find_run(output_dir: str | None) -> Path:

@@ -859,7 +859,8 @@ def test_a_server_without_probabilities_is_said_so(run_dir):
         (["--compare", "base", "checkpoint-99"], "no predictions of `checkpoint-99`"),
         (["--compare", "base", "checkpoint-10", "--judges", "a,b"], "compare asks one judge"),
         (["--judges", "a"], "a jury has two or more"),
-        (["--judges", "..,a"], ".. is no name of a judge"),
+        (["--judges", "gpt,GPT"], "differ in capitals only"),
+        (["--compare", "../predictions/base", "checkpoint-10"], "no predictions of `../predictions/base`"),
         (["--compare", "base", "checkpoint-10", "--model_name", "base"], "compare names the models itself"),
         (
             ["--collect", "true", "--mode", "batch", "--max_cost", "1", "--prices", "PRICES"],

@@ -4,7 +4,7 @@ import pytest
 
 from finetuning import runs
 from finetuning.errors import InputError
-from finetuning.runs import find_models, find_run, last_checkpoint, list_checkpoints, write_json
+from finetuning.runs import file_name, find_models, find_run, last_checkpoint, list_checkpoints, write_json
 
 
 @pytest.fixture
@@ -87,3 +87,25 @@ def test_no_run_says_what_to_do(tmp_path, monkeypatch):
     for output_dir in (None, "outputs/none"):
         with pytest.raises(InputError, match="run 1_train_full_fine_tuning.py first"):
             find_run(output_dir)
+
+
+def test_every_name_of_a_judge_is_a_folder_of_its_own(tmp_path):
+    names = [
+        "gpt-5.4-mini",
+        "Qwen/Qwen3-32B",
+        "Qwen%2FQwen3-32B",
+        ".",
+        "..",
+        "a",
+        "a.",
+        "a ",
+        "심판" * 20,
+        "심판" * 20 + "a",
+    ]
+    names += ["x" * 300, "x" * 301]
+    for name in names:
+        (tmp_path / file_name(name)).mkdir()
+        (tmp_path / file_name(name) / f"{file_name(name)}.0123456789ab.items.jsonl").touch()
+    folders = {folder.name for folder in tmp_path.iterdir()}
+    assert len(folders) == len(names) and not any(name.endswith((".", " ")) for name in folders)
+    assert {"gpt-5.4-mini", "Qwen%2FQwen3-32B"} < folders
