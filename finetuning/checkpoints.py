@@ -1,6 +1,6 @@
 """
-A checkpoint's files besides the weights: read without running code that somebody has put into them, and a damaged one is
-named before a model is loaded.
+The files of a checkpoint: whether its weights are all there, and everything else read without running code that somebody
+has put into it. What is damaged is named before a model is loaded.
 
 torch reads the optimizer's state with plain pickle (2.13: the index `.metadata`, and each setting that is no tensor). A
 pickle can run any command, so what such a file may name is listed here.
@@ -9,22 +9,26 @@ pickle can run any command, so what such a file may name is listed here.
 import contextlib
 import pathlib
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from peft import PeftModel, get_peft_model_state_dict
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import safe_globals
 
 from finetuning.errors import InputError
-from finetuning.model_files import check_model_files
-from finetuning.runs import checkpoint_step, read_json
+from finetuning.model_files import check_model_files, read_header
+from finetuning.runs import INCOMPLETE, checkpoint_step, list_checkpoints, read_json
 from finetuning.schemas import TRAINER_STATE
 
 OPTIMIZER_FOLDER = "optimizer"
@@ -165,3 +169,56 @@ def weights_name(checkpoint: Path) -> str:
 def weight_files(checkpoint: Path) -> list[Path]:
     """The files with the checkpoint's weights: one, or one for each shard."""
     return sorted(checkpoint.glob(weights_name(checkpoint).replace(".", "*.")))
+
+
+def without_tied_copies(model: PreTrainedModel, state_dict: dict) -> dict:
+    """Leave out of a gathered state dict the names that are tied to another one.
+
+    `save_pretrained` finds tied weights by their storage, which gathering has duplicated.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in state_dict.items() if name not in tied}
+
+
+def saved_shapes(model: PreTrainedModel | PeftModel) -> dict[str, list[int]]:
+    """Names and shapes of the tensors that a checkpoint of the model must hold, without gathering what is sharded."""
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    if isinstance(model, PeftModel):
+        tensors = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+    else:
+        ignored = model._keys_to_ignore_on_save or ()
+        tensors = {name: tensor for name, tensor in without_tied_copies(model, tensors).items() if name not in ignored}
+        tensors = revert_weight_conversion(
+            model, tensors
+        )  # some models are saved under other names than they compute with
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_weights(checkpoint: Path, shapes: dict[str, list[int]]) -> None:
+    """Look whether the files of a checkpoint hold every tensor.
+
+    Raises:
+        InputError: They do not; names what is missing.
+    """
+    check_model_files(str(checkpoint))
+    saved = {
+        name: tensor["shape"] for path in weight_files(checkpoint) for name, tensor in read_header(path)[1].items()
+    }
+    missing = [name for name, shape in shapes.items() if saved.get(name) != shape]
+    if missing or not shapes:
+        raise InputError(
+            f"{checkpoint} lacks {len(missing)} of the {len(shapes)} tensors of the model ({', '.join(missing[:3])}); "
+            "it stays marked as incomplete, and the same command goes on from the one before it"
+        )
+
+
+def delete_older_checkpoints(run: Path, save_total_limit: int | None) -> None:
+    """Delete what of the run's own checkpoints is older than the newest `save_total_limit`; what was merged is left."""
+    saved = [folder for folder in list_checkpoints(run) if (folder / TRAINER_STATE_FILE).is_file()]
+    for folder in saved[:-save_total_limit] if save_total_limit else []:
+        (folder / INCOMPLETE).touch()  # whoever is killed while deleting leaves no half of a checkpoint
+        shutil.rmtree(folder)

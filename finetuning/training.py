@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ import trl.trainer.utils
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -35,14 +37,19 @@ from finetuning.chat import end_token_ids
 from finetuning.checkpoints import (
     OPTIMIZER_FOLDER,
     SCHEDULER_FILE,
+    check_weights,
+    delete_older_checkpoints,
     load_distributed,
     named_file,
+    saved_shapes,
+    without_tied_copies,
 )
 from finetuning.errors import InputError, is_main_process
 from finetuning.hardware import accelerator_available, bf16_available, env_flag, tf32_available
 from finetuning.records import delete_run, save_record
-from finetuning.runs import INCOMPLETE, RUN_FILE
+from finetuning.runs import INCOMPLETE, RUN_FILE, list_checkpoints
 
+assert hasattr(trl.trainer.utils, "_use_triton"), "trl has renamed _use_triton, which is replaced here"
 # trl projects only the positions that have a label onto the vocabulary where it has Triton, and all positions elsewhere, so
 # that compilers see constant shapes. Nothing is compiled on a CPU, and most positions are of the question: skip them there too.
 trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
@@ -119,6 +126,12 @@ class TrainingArguments(SFTConfig):
                 self.fsdp_config = {}
             if isinstance(self.fsdp_config, str):
                 self.fsdp_config = read_fsdp_config(self.fsdp_config)
+            for key in ("state_dict_type", "fsdp_state_dict_type"):
+                asked = str(self.fsdp_config.pop(key, "FULL_STATE_DICT"))
+                if asked.upper() != "FULL_STATE_DICT":
+                    self.hardware_choices["fsdp_state_dict_type"] = (
+                        f"FULL_STATE_DICT and not {asked}, as the steps that follow read whole weights"
+                    )
             # transformers takes its own default over the variable
             self.fsdp_config.setdefault("cpu_ram_efficient_loading", env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING"))
             if self.use_cpu and self.fsdp_config.pop("cpu_offload", False):
@@ -247,10 +260,29 @@ class ResumableSFTTrainer(SFTTrainer):
             checkpoint.mkdir(parents=True)
             (checkpoint / INCOMPLETE).touch()
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            (checkpoint / INCOMPLETE).unlink()
+        # older checkpoints go only when this one has been seen to be complete
+        save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        with failing_together(checkpoint):
+            super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = save_total_limit
+        on_main_process(lambda: self._complete(checkpoint))
+
+    def _complete(self, checkpoint: Path) -> None:
+        check_weights(checkpoint, saved_shapes(self.accelerator.unwrap_model(self.model)))
+        (checkpoint / INCOMPLETE).unlink()
+        delete_older_checkpoints(checkpoint.parent, self.args.save_total_limit)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with failing_together(Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
+    def train(self, *args, **kwargs):
+        """Train; what was trained last is saved, also where a checkpoint from another folder leaves nothing to train."""
+        output = super().train(*args, **kwargs)
+        last = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not on_main_process(lambda: last in list_checkpoints(last.parent)):
+            self._save_checkpoint(self.model, trial=None)
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         unwrapped = self.accelerator.unwrap_model(self.model)
@@ -302,13 +334,31 @@ class ResumableSFTTrainer(SFTTrainer):
                 super()._load_rng_state(checkpoint)
 
 
-def without_tied_copies(model: PreTrainedModel, state_dict: dict) -> dict:
-    """Leave out of a gathered state dict the names that are tied to another one.
+@contextlib.contextmanager
+def failing_together(folder: Path) -> Iterator[None]:
+    """End all ranks in one line where one of them cannot write (a full disk, mostly), so that none waits for it.
 
-    `save_pretrained` finds tied weights by their storage, which gathering has duplicated.
+    Raises:
+        InputError: A rank could not write into the folder.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return {name: tensor for name, tensor in state_dict.items() if name not in tied}
+    problem = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        # torch's writer has no error of its own
+        if not isinstance(cause, (OSError, SafetensorError)) and "inline_container" not in str(cause):
+            raise
+        problem = str(cause).strip().splitlines()[0]
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise InputError(
+            f"{folder} could not be saved ({next(filter(None, problems))}); make room on the disk, or keep fewer "
+            "checkpoints with save_total_limit: the same command goes on from the checkpoint before it"
+        )
 
 
 @contextlib.contextmanager

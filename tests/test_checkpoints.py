@@ -1,17 +1,58 @@
 """What a checkpoint holds besides its weights, and what is said where it is damaged, or made to do harm."""
 
+import inspect
 import json
 import os
 import pickle
+import re
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, SMALL, TRAIN, run_step
+import torch.distributed.checkpoint as dcp
+import trl.trainer.utils
+from conftest import CONFIG, ROOT, SMALL, TRAIN, run_step
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from trl import SFTTrainer
 
-from finetuning.checkpoints import SafeReader, check_resumable
+import finetuning.training
+from finetuning.checkpoints import SafeReader, check_resumable, check_weights, delete_older_checkpoints, saved_shapes
 from finetuning.errors import InputError
+from finetuning.training import ResumableSFTTrainer, failing_together
+
+OVERRIDDEN = {  # private methods of the libraries, and the parameters that ours take
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_rng_state": ["self", "checkpoint"],
+    "_save": ["self", "output_dir", "state_dict"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_save_optimizer_and_scheduler": ["self", "output_dir"],
+}
+
+
+def test_every_private_method_that_is_overridden_is_still_there():
+    """A method that a library has renamed would leave ours behind without a word."""
+    ours = {name for name, value in vars(ResumableSFTTrainer).items() if callable(value) and name.startswith("_")}
+    assert ours - {"__init__", "_complete"} == OVERRIDDEN.keys()
+    for name, parameters in OVERRIDDEN.items():
+        assert list(inspect.signature(getattr(SFTTrainer, name)).parameters) == parameters, name
+        assert list(inspect.signature(getattr(ResumableSFTTrainer, name)).parameters) == parameters, name
+    assert "_prepare_dataset" in vars(SFTTrainer), "batches.RowPreparation calls it"
+    assert list(inspect.signature(DefaultLoadPlanner.load_bytes).parameters) == ["self", "read_item", "value"]
+    assert "read_metadata" in vars(FileSystemReader)
+
+
+def test_a_renamed_name_of_trl_fails_loudly(monkeypatch):
+    source = inspect.getsource(finetuning.training).split("@dataclass")[0]
+    exec(source, {})
+    monkeypatch.delattr(trl.trainer.utils, "_use_triton")
+    with pytest.raises(AssertionError, match="has renamed _use_triton"):
+        exec(source, {})
 
 
 class Payload:
@@ -106,3 +147,75 @@ def test_going_on_from_a_checkpoint_runs_no_code_in_it(copy_of_run, tmp_path, na
     assert status == 2 and "Traceback" not in printed, printed
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert str(checkpoint / "optimizer") in line and f"delete {checkpoint}" in line
+
+
+def build_model(kind: str):
+    """A tiny model: with tied embeddings, one that is saved under other names than it computes with, or an adapter."""
+    if kind == "mixture of experts":
+        sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
+        return MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2))
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "demo/model")
+    if kind == "adapter":
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+        return get_peft_model(model, config)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["tied", "mixture of experts", "adapter"])
+def test_a_checkpoint_is_complete_only_with_every_tensor(tmp_path, kind):
+    model = build_model(kind)
+    options = {} if kind == "adapter" else {"max_shard_size": "600KB" if kind == "tied" else "1KB"}
+    model.save_pretrained(tmp_path, **options)
+    shapes = saved_shapes(model)
+    check_weights(tmp_path, shapes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert sum(len(load_file(file)) for file in files) == len(shapes)
+    assert len(files) > 1 or kind == "adapter"
+    tensors = load_file(files[0])
+    name = next(iter(tensors))
+    for changed in (
+        {**tensors, name: tensors[name][:1]},
+        {other: tensors[other] for other in tensors if other != name},
+    ):
+        save_file(changed, files[0])
+        with pytest.raises(InputError, match=re.escape(f"lacks 1 of the {len(shapes)} tensors of the model ({name})")):
+            check_weights(tmp_path, shapes)
+    for file in files:
+        file.unlink()
+    with pytest.raises(InputError):
+        check_weights(tmp_path, shapes)
+
+
+def test_a_full_disk_ends_saving_in_one_line(tmp_path):
+    """A limit on the size of files stands in for the disk; each writer meets it in its own way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = {"weight": torch.zeros(100_000)}
+    writers = [
+        lambda: save_file(tensors, tmp_path / "model.safetensors"),
+        lambda: torch.save(tensors, tmp_path / "scheduler.pt"),
+        lambda: dcp.save(tensors, checkpoint_id=tmp_path / "optimizer"),
+        lambda: (tmp_path / "trainer_state.json").write_text("x" * 400_000),
+    ]
+    for write in writers:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with (
+                pytest.raises(InputError, match="could not be saved .* make room") as error,
+                failing_together(tmp_path),
+            ):
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(error.value)
+
+
+def test_older_checkpoints_make_room_only_for_complete_ones(tmp_path):
+    for step in (5, 10, 15):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-5-merged").mkdir()
+    (tmp_path / "checkpoint-15" / "INCOMPLETE").touch()
+    delete_older_checkpoints(tmp_path, None)
+    delete_older_checkpoints(tmp_path, 1)
+    left = ["checkpoint-10", "checkpoint-15", "checkpoint-5-merged"]
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == left

@@ -188,9 +188,13 @@ def test_what_a_run_starts_from_is_not_deleted_nor_mixed(copy_of_run):
     assert (copy_of_run / "checkpoint-10" / "model.safetensors").is_file()
 
 
-def test_ranks_agree_on_who_loads_the_weights(tmp_path, fsdp_run):
-    """Whatever the YAML says against the environment, no rank may start from empty weights."""
-    settings = ["--fsdp_config", '{"cpu_ram_efficient_loading": false}']
-    train(tmp_path / "run", *settings, "--max_steps", 3, "--save_steps", 3, "--lr_scheduler_type", "constant",
-          num_processes=2, **FSDP)  # fmt: skip
+def test_ranks_agree_on_who_loads_the_weights_and_save_all_of_them(tmp_path, fsdp_run):
+    """Whatever the YAML says against the environment, no rank may start from empty weights, nor leave any out."""
+    settings = ["--fsdp_config", '{"cpu_ram_efficient_loading": false, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}']
+    result = train(tmp_path / "run", *settings, "--max_steps", 3, "--save_steps", 1, "--save_total_limit", 1,
+          "--lr_scheduler_type", "constant", num_processes=2, FSDP_STATE_DICT_TYPE="LOCAL_STATE_DICT", **FSDP)  # fmt: skip
+    assert "fsdp_state_dict_type: FULL_STATE_DICT and not SHARDED_STATE_DICT" in result.stdout
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert not (checkpoint / "INCOMPLETE").exists()
+    assert AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)[1]["missing_keys"] == set()
     assert read_losses(tmp_path / "run")[1] == pytest.approx(read_losses(fsdp_run)[1], abs=1e-4)
