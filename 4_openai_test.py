@@ -23,16 +23,13 @@ Without a key it says so and ends with status 0, since all other steps work with
 """
 
 import asyncio
-import collections
 import contextlib
 import heapq
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from openai import AsyncOpenAI, OpenAI
-from tqdm import tqdm
+from openai import OpenAI
 
 from finetuning.configs import JudgeArguments, run_step, split_names
 from finetuning.errors import InputError
@@ -50,31 +47,11 @@ from finetuning.judge import (
     pairs_to_judge,
 )
 from finetuning.judge_batches import BatchJudge, check_pending, clear_batches, under_way
-from finetuning.judge_client import (
-    Budget,
-    Judge,
-    RateControl,
-    add_usage,
-    client_settings,
-    cost_of,
-    endpoint_of,
-    has_key,
-    prompt_bytes,
-    show_url,
-)
-from finetuning.prices import (
-    COUNTED_PROMPTS,
-    TOKENS_PER_CRITERION,
-    Plan,
-    find_token_counter,
-    load_price,
-    measure_tokens_per_byte,
-)
+from finetuning.judge_client import Budget, client_settings, cost_of, endpoint_of, has_key
+from finetuning.judge_work import Work, make_plans
 from finetuning.results import RowFile, check_identity, iterate_rows, read_info
 from finetuning.runs import EVALUATIONS, PREDICTIONS, file_name, find_run, names_of_files, shorten
 from finetuning.schemas import PREDICTION
-
-CONCURRENCY = 8
 
 
 def build_jobs(run: Path, args: JudgeArguments) -> list[Job]:
@@ -195,107 +172,14 @@ def check_identities(run: Path, jobs: list[Job], args: JudgeArguments) -> None:
                 check_identity(path, identity, "All models are judged in the same way (--model_name all)")
 
 
-def make_plans(jobs: list[Job], args: JudgeArguments) -> dict[str, Plan]:
-    """What is to be sent to each judge, and what it costs."""
-    plans = {}
-    for judge_model in judges_of(args):
-        price = load_price(args.prices, judge_model)
-        if args.max_cost is not None and price is None:
-            raise InputError(f"max_cost needs the price of `{judge_model}`, which the price table lacks; see --prices")
-        num_requests = num_bytes = 0
-        counted = []
-        for job in jobs:
-            if job.judge_model != judge_model:
-                continue
-            waiting = under_way(job.path) if args.mode == "batch" and not args.overwrite else set()
-            for item in job.missing(args.retry_failed, args.overwrite):
-                if (item.key, item.row["prediction_hash"]) in waiting:
-                    continue
-                num_requests += 1
-                num_bytes += prompt_bytes(item, job.form)
-                if len(counted) < COUNTED_PROMPTS:
-                    counted.append(job.form.instructions + item.data)
-        count, how = find_token_counter(judge_model) if counted else (len, "")
-        plans[judge_model] = Plan(
-            model=judge_model,
-            num_requests=num_requests,
-            prompt_bytes=num_bytes,
-            tokens_per_byte=measure_tokens_per_byte(count, counted),
-            completion_tokens=TOKENS_PER_CRITERION * (1 if args.compare else len(jobs[0].form.criteria)),
-            max_tokens=args.max_tokens,
-            how_counted=how,
-            price=price,
-        )
-    return plans
-
-
-def show_prompt(jobs: list[Job], args: JudgeArguments) -> None:
+def show_prompt(work: Work) -> None:
     """Print one full prompt, of the first answer that would be sent."""
-    for job in jobs:
-        for item in job.missing(args.retry_failed, args.overwrite):
-            print(f"\nthe first request, about {item.row['id']} of {job.name}:")
-            for message in job.form.build_messages(item):
-                print(f"\n--- {message['role']}\n{message['content']}")
-            return
+    for job, item in work.requests():
+        print(f"\nthe first request, about {item.row['id']} of {job.name}:")
+        for message in job.form.build_messages(item):
+            print(f"\n--- {message['role']}\n{message['content']}")
+        return
     print("nothing is missing, so nothing would be sent")
-
-
-async def judge_live(
-    jobs: list[Job], files: list[RowFile], plans: dict[str, Plan], budget: Budget, args: JudgeArguments
-) -> bool:
-    """Judge request by request, until all is judged, the budget is used up or Ctrl-C stops it; whether that did."""
-    stop = stop_on_interrupt()
-    rate = RateControl(
-        args.concurrency or CONCURRENCY, args.requests_per_minute, args.tokens_per_minute, stop, budget
-    )  # fmt: skip
-    async with AsyncOpenAI(**client_settings(args), http_client=rate.open_http_client()) as client:
-        judges = {
-            model: Judge(client, model, args, rate, budget, plan.price, plan.tokens_per_byte, plan.completion_tokens)
-            for model, plan in plans.items()
-        }
-        for job, file in zip(jobs, files, strict=True):
-            judge = judges[job.judge_model]
-            judge.has_replied |= any(row["status"] == "ok" for row in iterate_rows(file.path))
-        for job, file in zip(jobs, files, strict=True):
-            try:
-                await judge_job(judges[job.judge_model], job, file, args)
-            finally:
-                file.keep_latest(item_key)
-            if stop.is_set() or budget.exhausted:
-                break
-    return stop.is_set()
-
-
-async def judge_job(judge: Judge, job: Job, file: RowFile, args: JudgeArguments) -> None:
-    """Judge what is missing of one model's answers."""
-    num_items = sum(1 for _ in job.items())
-    wanted = {item.key for item in job.missing(args.retry_failed)}
-    # what was paid for about the same samples before: failures, and answers that have changed since
-    earlier = {item_key(row): row for row in iterate_rows(file.path) if item_key(row) in wanted}
-    counts = collections.Counter()
-    spent = 0.0
-    with tqdm(total=num_items, initial=num_items - len(wanted), desc=job.name, unit="answer") as progress:
-        async for row in judge.judge_all(job.missing(args.retry_failed), job.form):
-            spent += row["cost"] or 0.0
-            before = earlier.pop(item_key(row), None)
-            file.append(row if before is None else add_usage(row, before))
-            counts[row["status"]] += 1
-            money = {"spent": f"${spent:.4f}"} if judge.price is not None else {}
-            progress.set_postfix({**counts, **money, "at_once": int(judge.rate.limit)}, refresh=False)
-            progress.update()
-
-
-def stop_on_interrupt() -> asyncio.Event:
-    """Set by the first Ctrl-C, which waits for what is in flight, as it is paid for; the second one ends at once."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def interrupted() -> None:
-        print("\nwaiting for the requests in flight; Ctrl-C again drops them", file=sys.stderr)
-        loop.remove_signal_handler(signal.SIGINT)
-        stop.set()
-
-    loop.add_signal_handler(signal.SIGINT, interrupted)
-    return stop
 
 
 def main(args: JudgeArguments) -> None:
@@ -303,16 +187,22 @@ def main(args: JudgeArguments) -> None:
     jobs = build_jobs(run, args)
     check_identities(run, jobs, args)
     human = read_labels(jobs, args)
-    plans = make_plans(jobs, args)
+    in_batches = {job.path: under_way(job.path) for job in jobs} if args.mode == "batch" and not args.overwrite else {}
+    work = Work(jobs, args.retry_failed, args.overwrite, in_batches)
+    plans = make_plans(work, judges_of(args), args)
     num_missing = sum(plan.num_requests for plan in plans.values())
     num_waiting = 0 if args.overwrite else sum(len(under_way(job.path)) for job in jobs)
-    print(f"judge: {', '.join(plans)} at {show_url(endpoint_of(args))}")
+    print(f"judge: {', '.join(plans)} at {endpoint_of(args)}")
+    if work.num_shared:
+        print(f"{work.num_shared} answers are another model's, word for word: judged once, with a row for each model")
+    if work.num_certain:
+        print(f"{work.num_certain // 2} pairs hold the same answer twice: a tie, which no judge is asked about")
     if num_waiting:
         print(f"{num_waiting} requests are under way in batches")
     if num_missing and not args.collect:
         print("\n".join(plan.describe() for plan in plans.values()))
     if args.dry_run:
-        show_prompt(jobs, args)
+        show_prompt(work)
         return
     if (num_missing or num_waiting) and not has_key(args):
         print(
@@ -320,26 +210,32 @@ def main(args: JudgeArguments) -> None:
             "start this step again; all other steps work without it."
         )
         return
-    stopped = False
+    stopped_by, finished = None, set()
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(RowFile(job.path, job.identity, args.overwrite)) for job in jobs]
         for file in files:
             file.keep_latest(item_key)  # a kill may have left a failed row beside its success
+        work.write_known(files)
         budget = Budget(args.max_cost, sum(cost_of(iterate_rows(file.path)) for file in files))
         clear_batches(jobs, args)
         try:
             if args.mode == "batch":
                 with OpenAI(**client_settings(args)) as client:
                     prices = {model: plan.price for model, plan in plans.items()}
-                    budget.exhausted = not BatchJudge(client, jobs, files, prices, args).run()
+                    budget.exhausted = not BatchJudge(client, jobs, work, files, prices, args).run()
+                    Work(jobs, args.retry_failed).write_known(files)  # of what batches have judged for one of several
             elif num_missing:
-                stopped = asyncio.run(judge_live(jobs, files, plans, budget, args))
+                from finetuning.judge_live import LiveJudging  # takes half a second
+
+                live = LiveJudging(work, files, plans, budget, args)
+                finished = live.finished
+                stopped_by = asyncio.run(live.run())
         finally:
-            report(run, jobs, files, human, args)
+            report(run, jobs, files, finished, human, args)
     again = "the same command without --overwrite" if args.overwrite else "the same command"
-    if stopped:
+    if stopped_by is not None:
         print(f"stopped; {again} goes on from here", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + stopped_by)
     if budget.exhausted:
         print(f"--max_cost {args.max_cost}: nothing more was sent, as the next request could have passed it")
     num_waiting = sum(len(under_way(job.path)) for job in jobs)
@@ -375,15 +271,22 @@ def read_labels(jobs: list[Job], args: JudgeArguments) -> list[HumanScore]:
     return labels
 
 
-def report(run: Path, jobs: list[Job], files: list[RowFile], human: list[HumanScore], args: JudgeArguments) -> None:
-    """Say what the rows amount to, and write it beside them."""
+def report(
+    run: Path, jobs: list[Job], files: list[RowFile], finished: set[Path], human: list[HumanScore], args: JudgeArguments
+) -> None:
+    """Say what the rows amount to, and write it beside them, where that has not been done already."""
     from finetuning.judge_summary import combine_jury, compare_with_people, summarize  # takes half a second
 
     for job, file in zip(jobs, files, strict=True):
-        print(summarize(job, file, args.limit))
+        if job.path not in finished:
+            file.keep_latest(item_key)
+            print(summarize(job, file, args.limit))
     its_juries = juries(run, jobs, args)
     for path, its_jobs in its_juries.items():
         print(combine_jury(path, its_jobs))
+    one_model = {model: judges for path in its_juries for model, judges in read_info(path)["one_model"].items()}
+    for model, judges in one_model.items():
+        print(f"warning: {' and '.join(judges)} all replied as {model}: one model asked several times is no jury")
     if human:
         names = list(dict.fromkeys(job.path.stem for job in jobs))
         answers = {(job.path.stem, item.row["id"]): item.row["prediction_hash"] for job in jobs for item in job.items()}

@@ -64,6 +64,8 @@ class Preference(BaseModel):
     better: Literal["first", "second", "tie"] = Field(description="The better answer, or tie if neither is.")
 
 
+TIE = {"explanation": "Both answers are the same.", "better": "tie"}  # without asking
+
 # Columns that tables of samples have anyway (finetuning/tables.py), which a criterion would overwrite
 RESERVED = frozenset(
     "model step id messages references prediction num_prompt_tokens num_new_tokens finish_reason removed_tokens error "
@@ -300,11 +302,13 @@ class Item:
         row: What names it in its evaluation row: id, prediction_hash and, of a pair, order.
         material: What the judge is given.
         mask: What removes personal data from a text, if it is to be removed before it is sent.
+        certain: The evaluation, if it needs no judge.
     """
 
     row: dict
     material: dict
     mask: Callable[[str], str] | None = None
+    certain: dict | None = None
 
     @property
     def key(self) -> str:
@@ -332,18 +336,19 @@ def answers_to_judge(predictions: Iterator[dict], mask: Callable[[str], str] | N
 def pairs_to_judge(
     predictions: Iterator[dict], others: dict[str, dict], mask: Callable[[str], str] | None
 ) -> Iterator[Item]:
-    """Each sample that both models have answered, twice: in either order."""
+    """Each sample that both models have answered, twice: in either order. The same answer twice is a tie without a judge."""
     for row in predictions:
         other = others.get(row["id"])
         if row["finish_reason"] == "error" or other is None or other["finish_reason"] == "error":
             continue
+        certain = TIE if row["prediction"] == other["prediction"] else None
         pair = pair_hash(prediction_hash(row), prediction_hash(other))
         for order, first, second in (("AB", row, other), ("BA", other, row)):
             material = {
                 "task": _task(row), "references": row["references"],
                 "first": first["prediction"], "second": second["prediction"],
             }  # fmt: skip
-            yield Item({"id": row["id"], "order": order, "prediction_hash": pair}, material, mask)
+            yield Item({"id": row["id"], "order": order, "prediction_hash": pair}, material, mask, certain)
 
 
 def _task(row: dict) -> list[dict]:

@@ -37,6 +37,7 @@ from openai.types.chat import ChatCompletion
 from tqdm import tqdm
 
 from finetuning.configs import JudgeArguments
+from finetuning.endpoint import describe_error, hide, show_url
 from finetuning.errors import InputError
 from finetuning.judge import Form, Item, Job, item_key
 from finetuning.judge_client import (
@@ -45,14 +46,12 @@ from finetuning.judge_client import (
     build_request,
     client_settings,
     cost_of,
-    describe_error,
     failure,
-    hide_key,
     most_cost,
     prompt_bytes,
     read_completion,
-    show_url,
 )
+from finetuning.judge_work import Work
 from finetuning.prices import Price
 from finetuning.results import RowFile, iterate_rows
 from finetuning.runs import read_json, write_json
@@ -318,7 +317,7 @@ class BatchClient:
             self.delete_files(batch)
             batch.finish("failed")
             reasons = [error.message for error in (found.errors.data if found.errors is not None else None) or []]
-            reason = hide_key("; ".join(map(str, reasons[:3]))) or "no reason"
+            reason = hide("; ".join(map(str, reasons[:3]))) or "no reason"
             raise InputError(f"batch {found.id} was refused, and nothing was judged: {reason}")
         partial = batch.output.with_suffix(".partial")
         with self._explained(batch), partial.open("wb") as file:
@@ -413,12 +412,14 @@ class BatchJudge:
     """Judges jobs in batches.
 
     Args:
+        work: What of them is to be asked.
         files: Where the rows of each job go.
         prices: Of each judge.
     """
 
     client: OpenAI
     jobs: list[Job]
+    work: Work
     files: list[RowFile]
     prices: dict[str, Price | None]
     args: JudgeArguments
@@ -472,6 +473,8 @@ class BatchJudge:
         max_tokens, price, waiting = attempt * self.args.max_tokens, self.prices[job.judge_model], under_way(job.path)
         for item in job.missing(self.args.retry_failed or attempt > 1):
             if (item.key, item.row["prediction_hash"]) in waiting or (attempt > 1 and item.key not in unread):
+                continue
+            if not self.work.is_asked(job, item):
                 continue
             most = 0.0
             if price is not None:

@@ -26,6 +26,7 @@ from finetuning.runs import HUMAN_AGREEMENT_FILE, write_json
 def summarize(job: Job, file: RowFile, limit: int | None) -> str:
     """Record coverage, tokens and cost of all rows beside them, and say them in a line."""
     statuses, usage, costs, possible_cost = Counter(), Counter(), [], 0.0
+    replied_as, num_shared = set(), 0
     scores, lengths, expected, first_error = array("d"), array("d"), array("d"), None
     current = {item.key: (item.row["prediction_hash"], len(item.material.get("answer", ""))) for item in job.items()}
     for row in iterate_rows(file.path):
@@ -36,6 +37,8 @@ def summarize(job: Job, file: RowFile, limit: int | None) -> str:
         if answer != row["prediction_hash"]:
             continue
         statuses[row["status"]] += 1
+        num_shared += "shared_with" in row
+        replied_as |= {row.get("replied_as")} - {None}
         if row["status"] == "error":
             first_error = first_error or row["error"]
         if row["status"] == "ok" and job.compares is None:
@@ -50,6 +53,8 @@ def summarize(job: Job, file: RowFile, limit: int | None) -> str:
         "usage": dict(usage),
         "cost": sum(costs) if costs else None,
         "possible_cost": possible_cost,
+        "num_shared": num_shared,  # paid for in the rows of other models that gave the same answers
+        "replied_as": sorted(replied_as),
         "limit": limit,  # what was judged beyond it, on an earlier start, is not counted here
     }
     line = f"{job.name}: judged {statuses['ok']} of {len(current)}"
@@ -65,6 +70,7 @@ def summarize(job: Job, file: RowFile, limit: int | None) -> str:
         )
     line += f", {usage['prompt_tokens'] + usage['completion_tokens']:,} tokens"
     line += f", ${sum(costs):.6g}" if costs else ""
+    line += f", {num_shared} shared with another model" if num_shared else ""
     failed = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "ok")
     line += f"; failed: {failed}" if failed else ""
     line += f" ({first_error})" if first_error else ""
@@ -78,7 +84,10 @@ def summarize(job: Job, file: RowFile, limit: int | None) -> str:
 
 def _summarize_pairs(job: Job, file: RowFile, info: dict) -> str:
     """Who won, and how often the judge looked at the place rather than at the answer."""
-    current = {item.key: item.row["prediction_hash"] for item in job.items()}
+    current, same = {}, set()
+    for item in job.items():
+        current[item.key] = item.row["prediction_hash"]
+        same |= set() if item.certain is None else {item.row["id"]}
     replies: dict[str, dict[str, str]] = defaultdict(dict)
     for row in iterate_rows(file.path):
         if row["status"] == "ok" and current.get(item_key(row)) == row["prediction_hash"]:
@@ -93,9 +102,15 @@ def _summarize_pairs(job: Job, file: RowFile, info: dict) -> str:
         line += f"; sign test p = {counts.p:.3g}"
     if counts.first_place == counts.first_place:  # not nan
         line += f"\n  {counts.first_place:.0%} of the preferences were for the answer that stood first"
+    num_same = len(same & {sample for sample, orders in replies.items() if len(orders) == 2})
+    info["num_same"] = num_same
+    if num_same:
+        line += f"\n  in {num_same} of them both gave the same answer, a tie that no judge was asked about"
+    if num_same == counts.num_pairs:
+        return line
     return line + (
-        f"\n  flip rate {counts.flips / counts.num_pairs:.0%}: so often the other answer was preferred once their order changed, "
-        "which is a tie"
+        f"\n  flip rate {counts.flips / (counts.num_pairs - num_same):.0%}: so often the other answer was preferred once "
+        "their order changed, which is a tie"
     )
 
 
@@ -126,8 +141,22 @@ def combine_jury(path: Path, jobs: list[Job]) -> str:
             num_predictions=num_items,
             coverage=num_ok / num_items if num_items else None,
             jury=agreement.to_json() if agreement is not None else None,
+            one_model=find_one_model(rows),
         )
     return f"{path.stem}: {agreement or 'no answer was scored by all of the jury'}"
+
+
+def find_one_model(rows: dict[str, dict[str, dict]]) -> dict[str, list[str]]:
+    """Models that have replied as several judges, by the name in their replies, and those judges.
+
+    Args:
+        rows: Of each judge.
+    """
+    judges = defaultdict(set)
+    for judge, its_rows in rows.items():
+        for row in its_rows.values():
+            judges[row.get("replied_as")].add(judge)
+    return {model: sorted(names) for model, names in judges.items() if model is not None and len(names) > 1}
 
 
 def _mean_row(item: Item, found: dict[str, dict]) -> dict:

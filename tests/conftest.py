@@ -76,7 +76,7 @@ os._exit(0)  # an ordinary end takes seconds to free what was imported
 def script_server(script: str) -> subprocess.Popen:
     """A process that has imported what a step imports, and forks to run it; it ends with the tests."""
     # what a script imports only once it needs it
-    late = {"3_test.py": ["finetuning.rouge"], "4_openai_test.py": ["finetuning.judge_summary"]}
+    late = {"3_test.py": ["finetuning.rouge"], "4_openai_test.py": ["finetuning.judge_live"]}
     arguments = [sys.executable, "-c", SERVER, script, *late.get(script, [])]
     server = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)

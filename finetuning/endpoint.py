@@ -1,0 +1,174 @@
+"""
+An endpoint that speaks the OpenAI API: its address and key, one attempt at a request, and what is said of one that failed.
+
+The client's own retries are off: an attempt that is hidden in them can be neither counted nor timed nor stopped. Whoever
+sends requests tries again by a loop of its own, as often and as late as `seconds_to_wait` says. Imports without torch.
+"""
+
+import asyncio
+import base64
+import contextlib
+import os
+import random
+import re
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from urllib.parse import unquote, urlsplit
+
+import httpx2
+from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI
+
+from finetuning.errors import InputError
+
+OPENAI_URL = "https://api.openai.com/v1"
+LONGEST_WAIT = 600.0  # seconds of a Retry-After that are worth waiting for
+LONGEST_BACKOFF = 8.0  # seconds between two attempts where the endpoint names none
+SHORTEST_KEY, SHORTEST_PASSWORD = 8, 4  # shorter ones are placeholders ("none", "x"), and parts of ordinary words
+_secrets: set[str] = set()  # keys and passwords that this process has used
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where requests go.
+
+    Args:
+        url: As in http://localhost:8000/v1.
+        timeout: Seconds that an attempt may take, from the connection to the last byte of its reply.
+        named_by: The setting that the address comes from.
+
+    Raises:
+        InputError: The address is none, or no key looks like the one that is set.
+    """
+
+    url: str
+    timeout: float
+    named_by: str = "base_url"
+
+    def __post_init__(self):
+        try:
+            parts = urlsplit(self.url)
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            valid = False
+        if not valid or not self.url.isprintable():
+            raise InputError(
+                f"{self.named_by}: {show_url(self.url)} is no address; write it as http://localhost:8000/v1"
+            )
+        if len(parts.password or "") >= SHORTEST_PASSWORD:
+            user, password = unquote(parts.username or ""), unquote(parts.password)
+            header = base64.b64encode(f"{user}:{password}".encode()).decode()  # as it is sent
+            _secrets.update((parts.password, password, header))
+        read_key()
+
+    def __str__(self) -> str:
+        return show_url(self.url)
+
+    def open_client(self) -> AsyncOpenAI:
+        """A client that makes each attempt once, and leaves its time to `attempt`."""
+        return AsyncOpenAI(base_url=self.url, api_key=read_key() or "none", max_retries=0, timeout=None)
+
+    async def attempt(self, request: Awaitable):
+        """What a request gives.
+
+        Raises:
+            TimeoutError: Its last byte has not come in time; the client's own limit is between two bytes.
+        """
+        async with asyncio.timeout(self.timeout):
+            return await request
+
+    def describe(self, error: Exception) -> str:
+        """One line that says what became of an attempt."""
+        if isinstance(error, (TimeoutError, APITimeoutError)):
+            return f"no reply within {self.timeout:g} s (--timeout)"
+        return describe_error(error)
+
+
+def read_key() -> str:
+    """The key of the environment, without the line break that a file may have left at its end; empty if there is none.
+
+    Raises:
+        InputError: No key looks like this.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if re.search(r"[^!-~]|[\"'`\\]", key):
+        raise InputError("OPENAI_API_KEY holds spaces, line breaks, quotes or characters that no key has; set it again")
+    if len(key) >= SHORTEST_KEY:
+        _secrets.add(key)
+    return key
+
+
+def show_url(url: str) -> str:
+    """An address without the password that may stand in it."""
+    head, separator, rest = url.partition("//")
+    return f"{head}{separator}***@{rest.rpartition('@')[2]}" if "@" in rest else url
+
+
+def hide(text: str) -> str:
+    """A text in which neither the key nor a password of an address can be read."""
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def hide_all(node):
+    """The same for every text in lists and dicts."""
+    if isinstance(node, str):
+        return hide(node)
+    if isinstance(node, list):
+        return [hide_all(item) for item in node]
+    if isinstance(node, dict):
+        return {key: hide_all(value) for key, value in node.items()}
+    return node
+
+
+def describe_error(error: Exception) -> str:
+    """One line that names the fault, without what must not be read."""
+    if isinstance(error, APIStatusError):
+        message = f"{type(error).__name__}: {hide(' '.join(str(error.message).split()))[:300]}"
+    elif isinstance(error, APITimeoutError):
+        message = "no reply in time"
+    elif isinstance(error, APIConnectionError):
+        cause = error.__cause__ or error
+        message = f"{type(error).__name__}: {str(cause) or type(cause).__name__}".splitlines()[0]
+    else:
+        message = f"{type(error).__name__}: the reply is not JSON"
+    return hide(message)
+
+
+def never_arrived(error: Exception) -> bool:
+    """Whether an attempt failed before there was a connection to send it over."""
+    return isinstance(error.__cause__, httpx2.ConnectError)
+
+
+def seconds_to_wait(error: Exception, num_attempts: int) -> float | None:
+    """Seconds before a request is worth another attempt; None where it would fail in the same way.
+
+    Args:
+        num_attempts: Those that have failed.
+    """
+    if isinstance(error, APIStatusError):
+        word = error.response.headers.get("x-should-retry")
+        again = error.status_code in (408, 409, 429) or error.status_code >= 500
+        if word == "false" or (not again and word != "true"):
+            return None
+        wait = read_retry_after(error.response.headers)
+        if wait > 0:
+            return wait if wait <= LONGEST_WAIT else None
+    elif not isinstance(error, (TimeoutError, APIConnectionError)):
+        return None
+    # shorter by up to a quarter, so that those that failed together do not come together again
+    return min(0.5 * 2 ** (num_attempts - 1), LONGEST_BACKOFF) * (1 - random.random() / 4)
+
+
+def read_retry_after(headers) -> float:
+    """Seconds to wait, as milliseconds, seconds or a date say it; 0 where nothing does."""
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, float(headers.get("retry-after-ms")) / 1000)
+    text = headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(text))
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0
