@@ -6,6 +6,7 @@ for the replies that it cannot give.
 import contextlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -86,7 +87,8 @@ class StubJudge:
     """Answers each request with the next of `replies`, the last one for ever, and remembers what it was sent.
 
     A reply is an evaluation's JSON text, or (status, headers, body), or a dict that updates the choice, or "hang up", or
-    a function of the request that gives one of these.
+    "drip" (a byte now and then, for ever), or "echo" (a 400 that repeats the headers), or a function of the request that
+    gives one of these.
     """
 
     def __init__(self, *replies):
@@ -108,7 +110,9 @@ class StubJudge:
     def post(self, path: str, body: bytes):
         """(status, headers, body), or "hang up", for a POST."""
         reply = self.next_reply(json.loads(body))
-        return reply if isinstance(reply, tuple) or reply == "hang up" else (200, {}, completion(reply))
+        return (
+            reply if isinstance(reply, tuple) or reply in ("hang up", "drip", "echo") else (200, {}, completion(reply))
+        )
 
 
 class StubBatches(StubJudge):
@@ -206,6 +210,17 @@ def serve(stub: StubJudge):
 
         def do_POST(self):
             reply = stub.post(self.path, self.rfile.read(int(self.headers["Content-Length"])))
+            if reply == "echo":
+                reply = 400, {}, {"error": {"message": f"cannot read {dict(self.headers)}"}}
+            if reply == "drip":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                with contextlib.suppress(OSError):  # until the client has had enough
+                    for _ in range(1000):
+                        self.wfile.write(b" ")
+                        time.sleep(0.1)
+                return
             if reply == "hang up":
                 self.send_response(200)
                 self.send_header("Content-Length", "1000")

@@ -1,6 +1,7 @@
 """Step 4 against a real OpenAI-compatible server, and against a stub for what that cannot do."""
 
 import asyncio
+import base64
 import email.utils
 import json
 import math
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -157,6 +159,110 @@ def test_an_interrupt_keeps_what_is_in_flight(run_dir):
         and "Traceback" not in printed
     )
     assert len(evaluations(run_dir)) == len(stub.requests) == 3
+
+
+def start_judging(run_dir, url: str, *args) -> int:
+    """Start step 4 about one answer, without waiting for it; gives the process id."""
+    arguments = ["--output_dir", run_dir, "--judge_model", "m", "--model_name", "checkpoint-10", "--limit", "1", *args]
+    environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+    return start_step("4_openai_test.py", run_dir.with_name("printed"), *arguments, **environment)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_stopped_between_two_attempts_is_not_sent_again_and_counts_with_what_it_may_have_cost(
+    run_dir, prices, number
+):
+    with serve(stub := StubJudge("hang up")) as url:
+        judge(run_dir, url, "--limit", "1", "--model_name", "checkpoint-10", "--max_retries", "0", "--prices", prices)
+        (once,) = evaluations(run_dir)
+        process = start_judging(run_dir, url, "--max_retries", "8", "--prices", prices, "--overwrite", "true")
+        wait_until(lambda: len(stub.requests) == 4)  # the next attempt is more than a second away
+        os.kill(process, number)
+        assert end_step("4_openai_test.py") == 128 + number
+    (row,) = evaluations(run_dir)
+    assert len(stub.requests) == 4 and row["error"].endswith("stopped before it was asked again")
+    assert row["possible_cost"] == pytest.approx(3 * once["possible_cost"]) and once["possible_cost"] > 0
+
+
+def test_a_second_interrupt_ends_at_once_and_says_what_it_may_have_cost(run_dir, prices):
+    with serve(stub := StubJudge("drip")) as url:
+        process = start_judging(run_dir, url, "--prices", prices)
+        wait_until(lambda: stub.requests)
+        os.kill(process, signal.SIGINT)
+        wait_until(lambda: "waiting for the 1 requests in flight" in run_dir.with_name("printed").read_text())
+        interrupted = time.monotonic()
+        os.kill(process, signal.SIGINT)
+        assert end_step("4_openai_test.py") == 130 and time.monotonic() - interrupted < 10
+    (row,) = evaluations(run_dir)
+    assert row["error"] == "given up before its reply came" and row["possible_cost"] > 0
+
+
+def test_an_attempt_has_a_deadline_however_slowly_its_reply_comes(run_dir):
+    with serve(StubJudge("drip")) as url:
+        judge(run_dir, url, "--model_name", "checkpoint-10", "--timeout", "0.4", "--max_retries", "0")
+    assert {row["error"] for row in evaluations(run_dir)} == {"no reply within 0.4 s (--timeout)"}
+
+
+def test_many_models_are_judged_as_fast_as_one(tmp_path):
+    run_dir = make_run(tmp_path / "run", {f"checkpoint-{n}": [f"answer {n}{i}" for i in "abc"] for n in range(1, 11)})
+    in_flight, seen = set(), []
+
+    class Slow(StubJudge):
+        def post(self, path, body):
+            with self.lock:
+                in_flight.add(body)
+                seen.append(len(in_flight))
+            time.sleep(0.3)
+            with self.lock:
+                in_flight.discard(body)
+            return super().post(path, body)
+
+    with serve(Slow(evaluation(6))) as url:
+        judge(run_dir, url, "--concurrency", "30")
+    assert seen[:2] == [1, 1] and max(seen) >= 6  # the first goes alone; then models wait for no other one
+    assert [len(evaluations(run_dir, f"checkpoint-{n}")) for n in range(1, 11)] == [3] * 10
+
+
+def test_a_model_is_done_with_as_soon_as_its_last_reply_is_in(run_dir):
+    def reply(request):
+        assert "asks question" not in request["messages"][1]["content"].split('"answer"')[1] or released.wait(30)
+        return evaluation(6)
+
+    released = threading.Event()
+    with serve(StubJudge(reply)) as url:
+        arguments = ["--output_dir", run_dir, "--judge_model", "m"]
+        environment = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": url}
+        start_step("4_openai_test.py", run_dir.with_name("printed"), *arguments, **environment)
+        info = run_dir / "qa_evaluation_results" / "base.json"
+        wait_until(lambda: info.is_file() and json.loads(info.read_text()).get("coverage") == 1)
+        assert evaluations(run_dir) == []
+        released.set()
+        assert end_step("4_openai_test.py") == 0
+    assert run_dir.with_name("printed").read_text().count("base: judged 3 of 3") == 1
+
+
+def test_the_same_answer_is_judged_once_whichever_models_gave_it(tmp_path, prices):
+    answers = [f"answer {i}" for i in range(6)]
+    run_dir = make_run(tmp_path / "run", {"base": answers, "checkpoint-10": [*answers[:4], "other", "another"]})
+    arguments = ["--prices", prices, "--concurrency", "4"]
+    with serve(stub := StubJudge(*[evaluation(score) for score in range(1, 9)])) as url:
+        printed = judge(run_dir, url, *arguments, "--dry_run", "true").printed
+        assert "4 answers are another model's, word for word" in printed and "plan for m: 8 requests" in printed
+        printed = judge(run_dir, url, *arguments).printed
+        assert len(stub.requests) == 8 and f"cost of these evaluations: ${8 * COST:.6g}" in printed
+        assert "judged 6 of 6" in printed and "4 shared with another model" in printed
+        mine, theirs = ({row["id"]: row for row in evaluations(run_dir, name)} for name in ("base", "checkpoint-10"))
+        shared = [row for row in theirs.values() if row.get("shared_with") == "base"]
+        assert len(shared) == 4 and {(row["cost"], row["usage"]) for row in shared} == {(0, None)}
+        assert all(row["evaluation"] == mine[row["id"]]["evaluation"] for row in shared)
+        # a model that is judged later has what stands under the same identity
+        predictions = run_dir / "predictions"
+        for suffix in (".jsonl", ".json"):
+            shutil.copy(predictions / f"base{suffix}", predictions / f"checkpoint-20{suffix}")
+        printed = judge(run_dir, url, *arguments, "--model_name", "checkpoint-20", key="").printed
+    assert len(stub.requests) == 8 and "checkpoint-20: judged 6 of 6" in printed
+    assert {row["shared_with"] for row in evaluations(run_dir, "checkpoint-20")} <= {"base", "checkpoint-10"}
+    assert load_samples(run_dir)["cost"].sum() == pytest.approx(8 * COST)
 
 
 def test_rate_limits_are_waited_out(run_dir):
@@ -479,6 +585,21 @@ def test_a_server_that_takes_no_schema_is_found_out_at_the_first_request(run_dir
     assert {row["status"] for row in evaluations(run_dir)} == {"ok"}
 
 
+def test_all_that_left_with_a_schema_is_sent_again_without_it(run_dir):
+    """The first reply fits; then those in flight are refused together."""
+    together = threading.Barrier(6, timeout=20)
+
+    def refuse(request):
+        if "response_format" not in request:
+            return evaluation(4)
+        together.wait()
+        return 400, {}, {"error": {"message": "response_format is not supported"}}
+
+    with serve(StubJudge(evaluation(4), refuse)) as url:
+        judge(run_dir, url, "--concurrency", "6", "--max_retries", "0")
+    assert Counter(row["status"] for row in evaluations(run_dir)) == {"ok": 6}
+
+
 def test_a_server_that_ignores_the_schema_is_named(run_dir):
     with serve(StubJudge("I would say: 8!")) as url:
         result = judge(run_dir, url, "--model_name", "checkpoint-10")
@@ -534,6 +655,25 @@ def test_the_key_is_in_no_row_whatever_the_endpoint_repeats(run_dir):
     assert (
         result.returncode == 2 and "holds spaces, line breaks, quotes or characters that no key has" in result.printed
     )
+
+
+@pytest.mark.parametrize("key", ["sk-12 34567890", "sk-12\n34567890", '"sk-1234567890"', "sk-12\r34567890"])
+def test_a_key_that_is_none_is_refused_and_not_shown(run_dir, key):
+    with serve(stub := StubJudge(evaluation(5))) as url:
+        result = judge(run_dir, url, key=key, check=False)
+    assert result.returncode == 2 and stub.requests == [] and "34567890" not in result.printed
+
+
+def test_what_the_endpoint_repeats_of_key_and_password_is_nowhere(run_dir):
+    with serve(stub := StubJudge("echo")) as url:
+        address = url.replace("//", "//me:secret%2Fword@")
+        printed = judge(run_dir, "", "--base_url", address, "--model_name", "checkpoint-10").printed
+        stub.replies = [evaluation(5).replace("because", "sk-test-1234567890")]
+        printed += judge(run_dir, "", "--base_url", url, "--model_name", "base").printed
+    written = printed + "".join(path.read_text() for path in (run_dir / "qa_evaluation_results").glob("*.json*"))
+    assert "cannot read" in written and "***" in written
+    for secret in ("sk-test", "secret", base64.b64encode(b"me:secret/word").decode()):
+        assert secret not in written
 
 
 def test_a_password_in_an_address_is_not_shown(run_dir):
@@ -772,6 +912,7 @@ def test_a_jury_gives_its_mean_and_how_far_it_agrees(run_dir):
         assert agreement["alpha"] == pytest.approx(krippendorff.alpha(table, level_of_measurement="interval"))
         assert agreement["means"] == {"strict": 4.5, "kind": 5.5}
         assert "means strict 4.50, kind 5.50; standard deviation between the judges 0.71" in printed
+        assert "warning: kind and strict all replied as stub" in printed
         assert load_samples(run_dir).groupby("model")["overall"].mean()["checkpoint-10"] == 5
         refused = judge(run_dir, url, check=False)  # a single judge is not mixed with a jury
         assert "judge_model was ['strict', 'kind'] and is 'm'" in refused.printed
@@ -780,10 +921,13 @@ def test_a_jury_gives_its_mean_and_how_far_it_agrees(run_dir):
 def test_an_answer_that_one_of_the_jury_cannot_judge_has_no_score(run_dir):
     def reply(request):
         refused = request["model"] == "b" and "질문 1" in request["messages"][1]["content"]
-        return {"message": {"refusal": "no"}} if refused else evaluation(5)
+        said = completion({"message": {"refusal": "no"}} if refused else evaluation(5))
+        return 200, {}, {**said, "model": request["model"] + "-2026-11-01"}
 
     with serve(StubJudge(reply)) as url:
-        judge(run_dir, url, "--judges", "a", "b")
+        assert "warning" not in judge(run_dir, url, "--judges", "a", "b").printed
+    info = json.loads((run_dir / "qa_evaluation_results" / "judges" / "b" / "base.json").read_text())
+    assert info["replied_as"] == ["b-2026-11-01"]
     found = {row["id"]: (row["status"], row["error"]) for row in evaluations(run_dir)}
     assert found["sample0001"] == ("refusal", "b: no") and Counter(found.values())["ok", None] == 5
 

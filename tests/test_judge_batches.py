@@ -87,6 +87,20 @@ def test_a_batch_gives_the_rows_that_live_judging_gives(run_dir, tmp_path):
     )  # nothing of it is left but its record
 
 
+def test_the_same_answer_is_in_one_batch_only(tmp_path):
+    (tmp_path / "prices.yaml").write_text(PRICES)
+    run_dir = make_run(tmp_path / "run", {"base": ["a", "b", "c"], "checkpoint-10": ["a", "b", "d"]})
+    with serve(stub := StubBatches(evaluation(6))) as url:
+        printed = judge(run_dir, url).printed
+        judge(run_dir, url)
+    assert len(stub.requests) == 4 and f"cost of these evaluations: ${4 * COST:.6g}" in printed
+    assert [row.get("shared_with") for row in sorted(evaluations(run_dir), key=lambda row: row["id"])] == [
+        "base",
+        "base",
+        None,
+    ]
+
+
 def test_what_a_batch_cannot_read_goes_into_a_second_one_with_a_larger_limit(run_dir):
     def reply(request):
         return evaluation(6) if request["max_completion_tokens"] == 200 else CUT_OFF
