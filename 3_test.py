@@ -40,6 +40,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase  # noqa: E402
 from finetuning.chat import load_generation_config, load_tokenizer  # noqa: E402
 from finetuning.conversations import as_texts  # noqa: E402
 from finetuning.data import TestSamples, load_test_samples  # noqa: E402
+from finetuning.endpoint import Endpoint  # noqa: E402
 from finetuning.hardware import choose_dtype  # noqa: E402
 from finetuning.inference import (  # noqa: E402
     Answer,
@@ -59,7 +60,7 @@ from finetuning.inference import (  # noqa: E402
     why_not_vllm,
 )
 from finetuning.metrics import MOST_DISCARDED, score_predictions  # noqa: E402
-from finetuning.openai_engine import OpenAIEngine, connect, find_served  # noqa: E402
+from finetuning.openai_engine import OpenAIEngine, find_served  # noqa: E402
 from finetuning.results import RowFile, iterate_rows, read_info  # noqa: E402
 from finetuning.runs import (  # noqa: E402
     BASE,
@@ -92,7 +93,7 @@ def main(args: TestArguments) -> None:
     engine_name = choose_engine(args, world_size, list(models.values()))
     served: dict[str, str] = {}
     if engine_name == "openai":
-        served = find_served(connect(args.base_url, args.timeout or TIMEOUT), models, args.model_name)
+        served = find_served(Endpoint(args.base_url, args.timeout or TIMEOUT), models, args.model_name)
         models = {name: models[name] for name in served}
     all_samples = load_test_samples(record["config"])
     samples = all_samples[: args.num_samples]
@@ -222,9 +223,9 @@ def start_engine(
 ):
     """The engine with one model in it, ready to answer."""
     if name == "openai":
-        client = connect(args.base_url, args.timeout or TIMEOUT)
+        endpoint = Endpoint(args.base_url, args.timeout or TIMEOUT)
         return OpenAIEngine(
-            client, served, samples, tokenizer, generation_config, args.concurrency or CONCURRENCY, args.seed
+            endpoint, served, samples, tokenizer, generation_config, args.concurrency or CONCURRENCY, args.seed
         )
     dtype = choose_dtype(args.dtype)
     if name == "vllm":

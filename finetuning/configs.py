@@ -422,7 +422,8 @@ class TestArguments(RunArguments):
         default=None, metadata={"help": "Requests in flight at once; needs base_url. Unset: 64."}
     )
     timeout: float | None = field(
-        default=None, metadata={"help": "Seconds to wait for one reply; needs base_url. Unset: 600."}
+        default=None,
+        metadata={"help": "Seconds that one reply may take, to its last byte; needs base_url. Unset: 600."},
     )
     rouge_tokenizer: str = field(
         default="auto",
@@ -525,11 +526,14 @@ class JudgeArguments(RunArguments):
         default=None,
         metadata={"help": "Temperature of the judge. Unset: the endpoint's default; some models take no other."},
     )
-    timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one reply."})
+    timeout: float = field(default=120.0, metadata={"help": "Seconds that one reply may take, to its last byte."})
     limit: int | None = field(
         default=None, metadata={"help": "Answers of each model that are judged: the same first ones by id. Unset: all."}
     )
-    max_retries: int = field(default=8, metadata={"help": "Retries of the client on 429, 5xx and broken connections."})
+    max_retries: int = field(
+        default=8,
+        metadata={"help": "Further attempts on 5xx, timeouts and broken connections; three times as many on 429."},
+    )
     retry_failed: bool = field(
         default=True, metadata={"help": "Ask again for the judgements that failed on an earlier start."}
     )

@@ -3,6 +3,7 @@ Stopping a step that has requests in flight: what was asked for is waited for, a
 """
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
@@ -34,6 +35,12 @@ class SoftStop:
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    async def sleep(self, seconds: float) -> bool:
+        """Wait, but not longer than until the first signal; whether there was one."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.event.wait(), seconds)
+        return self.signal is not None
 
     def _on_signal(self, number: int, frame) -> None:
         if self.signal is not None:

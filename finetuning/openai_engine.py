@@ -7,19 +7,16 @@ Answers from any server that speaks the OpenAI API (vLLM, SGLang, llama.cpp, ...
 Every setting of generation is sent with each request, so that no default of the server counts. Imports no torch itself.
 """
 
-import json
-import os
+import asyncio
+import sys
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from openai import (
     APIConnectionError,
-    APIStatusError,
-    APITimeoutError,
+    AsyncOpenAI,
     AuthenticationError,
     NotFoundError,
-    OpenAI,
     OpenAIError,
     PermissionDeniedError,
 )
@@ -29,16 +26,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from finetuning.conversations import with_json_arguments
 from finetuning.data import TestSamples
 from finetuning.decoding import seed_of
+from finetuning.endpoint import Endpoint, hide, seconds_to_wait
 from finetuning.errors import InputError
 from finetuning.inference import Answer, AnswerReader, Prompt
+from finetuning.interrupts import SoftStop
+
+NUM_RETRIES = 2  # of a request, where the server is busy or the connection breaks
 
 
-def connect(base_url: str, timeout: float) -> OpenAI:
-    """A client with its own retries; servers of one's own take any key."""
-    return OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout)
-
-
-def find_served(client: OpenAI, models: dict[str, str], model_name: str) -> dict[str, str]:
+def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> dict[str, str]:
     """The served ids of models of the run, by name: an id is the name, the path, or the path's last two parts.
 
     Args:
@@ -48,10 +44,15 @@ def find_served(client: OpenAI, models: dict[str, str], model_name: str) -> dict
     Raises:
         InputError: No server answers at the address, or it does not serve what was asked for.
     """
+
+    async def list_models() -> list[str]:
+        async with endpoint.open_client() as client:
+            return [hide(model.id) async for model in await endpoint.attempt(client.models.list())]
+
     try:
-        served = [model.id for model in client.models.list()]
-    except (OpenAIError, json.JSONDecodeError) as error:
-        raise InputError(f"no OpenAI-compatible server answers at {client.base_url}: {_describe(error)}") from error
+        served = asyncio.run(list_models())
+    except (TimeoutError, OpenAIError, ValueError) as error:
+        raise InputError(f"no OpenAI-compatible server answers at {endpoint}: {endpoint.describe(error)}") from error
     found = {}
     for name, path in models.items():
         names = (name, path, str(Path(path).resolve()))
@@ -65,20 +66,12 @@ def find_served(client: OpenAI, models: dict[str, str], model_name: str) -> dict
     missing = [name for name in models if name not in found]
     if missing and (model_name != "all" or not found):
         raise InputError(
-            f"{client.base_url} serves {', '.join(served) or 'no model'}, and not {', '.join(missing)}; "
+            f"{endpoint} serves {', '.join(served) or 'no model'}, and not {', '.join(missing)}; "
             "serve each checkpoint under its name (vllm serve <path> --served-model-name <name>)"
         )
     if missing:
-        print(f"not served at {client.base_url}, so not tested: {', '.join(missing)}")
+        print(f"not served at {endpoint}, so not tested: {', '.join(missing)}")
     return found
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, APIStatusError):
-        return f"{type(error).__name__}: {' '.join(str(error.message).split())[:300]}"
-    if isinstance(error, APIConnectionError):
-        return f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class OpenAIEngine:
@@ -92,7 +85,7 @@ class OpenAIEngine:
 
     def __init__(
         self,
-        client: OpenAI,
+        endpoint: Endpoint,
         served: str,
         samples: TestSamples,
         tokenizer: PreTrainedTokenizerBase,
@@ -100,7 +93,7 @@ class OpenAIEngine:
         concurrency: int,
         seed: int,
     ):
-        self.client, self.served, self.samples, self.config = client, served, samples, config
+        self.endpoint, self.served, self.samples, self.config = endpoint, served, samples, config
         self.concurrency, self.seed = concurrency, seed
         self.reader = AnswerReader(tokenizer, config)
         self.hidden = sorted(set(tokenizer.all_special_ids) - self.reader.control_ids)  # tokens of the task
@@ -110,53 +103,80 @@ class OpenAIEngine:
     def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
         """Answer prompts, `concurrency` at once, and yield each answer as it arrives.
 
-        A request that the server refuses is an error of that sample.
+        A request that the server refuses is an error of that sample. The first SIGINT or SIGTERM ends the process, with
+        what the signal asks for as its status, once all that is in flight has been yielded.
 
         Raises:
             InputError: The server cannot be reached any more, or refuses the key.
         """
         waiting = iter(prompts)
-        pool = ThreadPoolExecutor(self.concurrency)
-        running: set[Future] = set()
-        try:
-            while True:
-                while len(running) < self.concurrency and (prompt := next(waiting, None)) is not None:
-                    running.add(pool.submit(self._ask, prompt))
-                if not running:
-                    break
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                # a fault ends the whole test, but not before what has arrived with it is kept
-                for future in sorted(done, key=lambda future: future.exception() is not None):
-                    yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        running: set[asyncio.Task] = set()
+
+        def describe_wait() -> str:
+            return f"waiting for the {len(running)} requests in flight, at most {self.endpoint.timeout:g} s"
+
+        with asyncio.Runner() as runner, SoftStop(runner.get_loop(), describe_wait) as stop:
+            client = self.endpoint.open_client()
+            try:
+                while True:
+                    while (
+                        stop.signal is None
+                        and len(running) < self.concurrency
+                        and (prompt := next(waiting, None)) is not None
+                    ):
+                        running.add(runner.get_loop().create_task(self._ask(client, prompt, stop)))
+                    if not running:
+                        break
+                    done, running = runner.run(_wait_for_one(running))
+                    # a fault ends the whole test, but not before what has arrived with it is kept
+                    for task in sorted(done, key=lambda task: task.exception() is not None):
+                        answer = task.result()
+                        if answer is not None:
+                            yield answer
+            finally:
+                runner.run(_drop(running, client))
+        if stop.signal is not None:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + stop.signal)
         self._say_what_differs(len(prompts))
 
     def close(self) -> None:
-        self.client.close()
+        """Nothing is held between two calls of `answer`."""
 
-    def _ask(self, prompt: Prompt) -> Answer:
-        try:
-            completion = self.client.chat.completions.create(
-                model=self.served,
-                **self._conversation(prompt),
-                max_completion_tokens=self.config.max_new_tokens,
-                seed=seed_of(self.seed, prompt.id) % 2**31,
-                extra_body=self._extra(),
-                **self._sampling(),
-            )
-        except APITimeoutError as error:  # of this sample; the others may be faster
-            return Answer.failed(prompt, f"no reply within --timeout ({self.client.timeout:g} s): {_describe(error)}")
-        except (AuthenticationError, PermissionDeniedError, NotFoundError, APIConnectionError) as error:
-            raise InputError(
-                f"{self.client.base_url} stopped the test: {_describe(error)}. What was answered is kept; the same "
-                "command goes on"
-            ) from error
-        except (OpenAIError, json.JSONDecodeError) as error:
-            return Answer.failed(prompt, _describe(error))
+    async def _ask(self, client: AsyncOpenAI, prompt: Prompt, stop: SoftStop) -> Answer | None:
+        """The answer to one prompt; None if all was stopped before the server was asked again."""
+        for num_attempts in range(1, NUM_RETRIES + 2):
+            try:
+                completion = await self.endpoint.attempt(
+                    client.chat.completions.create(
+                        model=self.served,
+                        **self._conversation(prompt),
+                        max_completion_tokens=self.config.max_new_tokens,
+                        seed=seed_of(self.seed, prompt.id) % 2**31,
+                        extra_body=self._extra(),
+                        **self._sampling(),
+                    )
+                )
+                break
+            except TimeoutError as error:  # of this sample, which would take as long again; the others may be faster
+                return Answer.failed(prompt, self.endpoint.describe(error))
+            except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON, or no text
+                wait = seconds_to_wait(error, num_attempts)
+                if wait is None or num_attempts > NUM_RETRIES:
+                    return self._give_up(prompt, error)
+            if await stop.sleep(wait):
+                return None
         if not isinstance(completion, ChatCompletion) or not completion.choices:  # a proxy's page, say
             return Answer.failed(prompt, "the reply is no chat completion")
         return self._read(prompt, completion)
+
+    def _give_up(self, prompt: Prompt, error: Exception) -> Answer:
+        if isinstance(error, (AuthenticationError, PermissionDeniedError, NotFoundError, APIConnectionError)):
+            raise InputError(
+                f"{self.endpoint} stopped the test: {self.endpoint.describe(error)}. What was answered is kept; the same "
+                "command goes on"
+            ) from error
+        return Answer.failed(prompt, self.endpoint.describe(error))
 
     def _conversation(self, prompt: Prompt) -> dict:
         sample = self.samples.by_id(prompt.id)
@@ -191,18 +211,19 @@ class OpenAIEngine:
     def _read(self, prompt: Prompt, completion: ChatCompletion) -> Answer:
         choice, usage = completion.choices[0], completion.usage
         if choice.finish_reason not in ("stop", "length"):
-            return Answer.failed(prompt, f"the server ended the answer with {choice.finish_reason}")
+            return Answer.failed(prompt, hide(f"the server ended the answer with {choice.finish_reason}"))
         if usage is not None and usage.prompt_tokens != len(prompt.token_ids):
             self.num_unlike += 1
         token_ids = getattr(choice, "token_ids", None)
         if token_ids is None:
             self.gives_ids = False
-            text = choice.message.content or ""
+            text = hide(choice.message.content or "")
             num_new_tokens = (
                 usage.completion_tokens if usage is not None else len(self.reader.tokenizer(text)["input_ids"])
             )
             return self.reader.read_text(prompt, text, num_new_tokens, choice.finish_reason == "stop")
         answer = self.reader.read(prompt, token_ids)
+        answer.prediction = hide(answer.prediction)
         answer.finish_reason = choice.finish_reason  # a server may keep the end token to itself
         return answer
 
@@ -218,3 +239,14 @@ class OpenAIEngine:
                 f"warning: {self.served} returns text without token ids; if it hides special tokens, {names} are "
                 "missing from the answers"
             )
+
+
+async def _wait_for_one(tasks: set[asyncio.Task]) -> tuple[set[asyncio.Task], set[asyncio.Task]]:
+    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _drop(tasks: set[asyncio.Task], client: AsyncOpenAI) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await client.close()

@@ -1,7 +1,10 @@
 """The engine `openai` against a real server (llama.cpp) with the demo model, and a stub for what that does not do."""
 
+import base64
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 
@@ -15,9 +18,10 @@ from transformers import GenerationConfig
 from finetuning.chat import load_generation_config, load_tokenizer
 from finetuning.configs import TestArguments as Arguments
 from finetuning.data import load_test_samples
+from finetuning.endpoint import Endpoint
 from finetuning.errors import InputError
 from finetuning.inference import TransformersEngine, build_generation_config, encode_prompts, load_model
-from finetuning.openai_engine import OpenAIEngine, connect, find_served
+from finetuning.openai_engine import OpenAIEngine, find_served
 from finetuning.results import read_rows
 from finetuning.runs import write_json
 
@@ -39,13 +43,14 @@ def run_dir(tmp_path):
     return tmp_path / "run"
 
 
-def make_engine(base_url: str, engine: str = "openai", **settings):
+def make_engine(base_url: str, engine: str = "openai", timeout: float = 30, **settings):
     tokenizer = load_tokenizer(str(DEMO))
     config, _ = build_generation_config(Arguments(**settings), tokenizer, load_generation_config(str(DEMO)))
     if engine == "transformers":
         return TransformersEngine(load_model(str(DEMO), torch.float32), tokenizer, config, None, seed=0)
-    client = connect(base_url, timeout=30).with_options(max_retries=1)
-    return OpenAIEngine(client, "base", load_test_samples(CONFIG), tokenizer, config, concurrency=4, seed=0)
+    return OpenAIEngine(
+        Endpoint(base_url, timeout), "base", load_test_samples(CONFIG), tokenizer, config, concurrency=4, seed=0
+    )
 
 
 def demo_prompts(number: int, tokenizer):
@@ -83,13 +88,13 @@ def test_the_script_answers_through_a_server_and_goes_on(base_url, run_dir):
 
 def test_what_is_not_served_is_said(base_url, run_dir):
     shutil.copytree(DEMO, run_dir / "checkpoint-7")
-    client = connect(base_url, timeout=30)
+    endpoint = Endpoint(base_url, 30)
     models = {"base": str(DEMO), "checkpoint-7": str(run_dir / "checkpoint-7")}
-    assert find_served(client, models, "all") == {"base": "base"}
+    assert find_served(endpoint, models, "all") == {"base": "base"}
     with pytest.raises(InputError, match="serves base, and not checkpoint-7; serve each"):
-        find_served(client, models, "checkpoint-*")
+        find_served(endpoint, models, "checkpoint-*")
     with pytest.raises(InputError, match="no OpenAI-compatible server answers at"):
-        find_served(connect("http://127.0.0.1:9/v1", 1).with_options(max_retries=0), models, "all")
+        find_served(Endpoint("http://127.0.0.1:9/v1", 1), models, "all")
 
 
 def reply(**changes) -> dict:
@@ -166,11 +171,68 @@ def test_a_reply_that_takes_too_long_is_an_error_of_its_sample():
             return reply
 
     with serve(Slow({**reply(), "seconds": 3}, reply())) as url:
-        engine = make_engine(url, max_new_tokens=16)
-        engine.client = engine.client.with_options(timeout=0.5, max_retries=0)
+        engine = make_engine(url, timeout=0.5, max_new_tokens=16)
         answers = list(engine.answer(demo_prompts(4, engine.reader.tokenizer)))
     assert sorted(answer.finish_reason for answer in answers) == ["error", "stop", "stop", "stop"]
-    assert any("--timeout" in (answer.error or "") for answer in answers)
+    assert [answer.error for answer in answers if answer.error] == ["no reply within 0.5 s (--timeout)"]
+
+
+def test_an_attempt_has_a_deadline_however_slowly_its_reply_comes():
+    with serve(StubJudge("drip")) as url:
+        engine = make_engine(url, timeout=0.4, max_new_tokens=16)
+        (answer,) = engine.answer(demo_prompts(1, engine.reader.tokenizer))
+    assert answer.error == "no reply within 0.4 s (--timeout)"
+
+
+def test_an_interrupt_sends_nothing_more_and_keeps_what_is_in_flight(capsys):
+    def late(request):
+        if len(stub.requests) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        return reply()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
+    kept = []
+    try:
+        with serve(stub := StubJudge(late)) as url:
+            engine = make_engine(url, max_new_tokens=16)
+            engine.concurrency = 2
+            with pytest.raises(SystemExit, match="130"):
+                for answer in engine.answer(demo_prompts(8, engine.reader.tokenizer)):
+                    kept.append(answer)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(kept) == len(stub.requests) == 2
+    assert "waiting for the 2 requests in flight, at most 30 s; Ctrl-C again drops them" in capsys.readouterr().err
+
+
+def test_what_the_server_repeats_of_key_and_password_is_in_no_answer(monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-1234567890")
+    with serve(StubJudge("echo", reply(message={"content": "it is sk-test-1234567890"}), "echo")) as url:
+        engines = [
+            make_engine(address, max_new_tokens=16) for address in (url, url.replace("//", "//me:secret%2Fword@"))
+        ]
+        said = [str(answer) for e in engines for answer in e.answer(demo_prompts(2, e.reader.tokenizer))]
+        with pytest.raises(InputError) as fault:
+            find_served(engines[1].endpoint, {"other": "other"}, "other")
+    said = " ".join([*said, str(fault.value), capsys.readouterr().out])
+    assert said.count("cannot read") == 3 and "it is ***" in said
+    for secret in ("sk-test", "secret", base64.b64encode(b"me:secret/word").decode()):
+        assert secret not in said
+
+
+@pytest.mark.parametrize("key", ["sk-12 34567890", "sk-12\n34567890", '"sk-1234567890"'])
+def test_a_key_that_is_none_is_refused_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds spaces, line breaks, quotes") as fault:
+        Endpoint("http://127.0.0.1:9/v1", 1)
+    assert "34567890" not in str(fault.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "localhost:8000", "http:///v1", "http://a:b@[c"])
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(InputError, match="is no address; write it as"):
+        Endpoint(url, 1)
 
 
 @pytest.mark.parametrize("fault", [(401, {}, {"error": {"message": "no such key"}}), "hang up"], ids=["key", "hang up"])
