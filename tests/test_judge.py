@@ -587,7 +587,7 @@ def test_a_server_that_takes_no_schema_is_found_out_at_the_first_request(run_dir
 
 def test_all_that_left_with_a_schema_is_sent_again_without_it(run_dir):
     """The first reply fits; then those in flight are refused together."""
-    together = threading.Barrier(6, timeout=20)
+    together = threading.Barrier(5, timeout=20)
 
     def refuse(request):
         if "response_format" not in request:
@@ -596,7 +596,7 @@ def test_all_that_left_with_a_schema_is_sent_again_without_it(run_dir):
         return 400, {}, {"error": {"message": "response_format is not supported"}}
 
     with serve(StubJudge(evaluation(4), refuse)) as url:
-        judge(run_dir, url, "--concurrency", "6", "--max_retries", "0")
+        judge(run_dir, url, "--model_name", "checkpoint-10", "--concurrency", "6", "--max_retries", "0")
     assert Counter(row["status"] for row in evaluations(run_dir)) == {"ok": 6}
 
 
