@@ -215,7 +215,8 @@ def main(args: JudgeArguments) -> None:
         files = [stack.enter_context(RowFile(job.path, job.identity, args.overwrite)) for job in jobs]
         for file in files:
             file.keep_latest(item_key)  # a kill may have left a failed row beside its success
-        work.write_known(files)
+        if num_missing == 0 or not args.overwrite:  # else once there is a reply
+            work.write_known(files)
         budget = Budget(args.max_cost, sum(cost_of(iterate_rows(file.path)) for file in files))
         clear_batches(jobs, args)
         try:

@@ -132,8 +132,15 @@ class LiveJudging:
             judge.is_trying = False
         if row is None:
             return
+        is_first = not self._counts
         for taker in self.work.takers(job, item):
             self._write(taker, row if taker is job else share(row, job.path.stem))
+        if is_first and self.work.fresh:  # earlier rows stay until there is a reply
+            known = self.work.write_known(list(self.files.values()))
+            for taker in (taker for taker in self.work.jobs if taker.path in known):
+                self._missing[taker.path] -= known[taker.path]
+                self._progress.update(len(known[taker.path]))
+                self._finish_if_complete(taker)
         self._counts[row["status"]] += 1
         self._spent += row["cost"] or 0.0
         money = {"spent": f"${self._spent:.4f}"} if judge.price is not None else {}

@@ -79,8 +79,12 @@ class Work:
                 if self.is_asked(job, item):
                     yield job, item
 
-    def write_known(self, files: list[RowFile]) -> None:
-        """Write the rows of what needs no request; what was paid for about the same samples before stays with them."""
+    def write_known(self, files: list[RowFile]) -> dict[Path, set[str]]:
+        """Write the rows of what needs no request; what was paid for about the same samples before stays with them.
+
+        Returns:
+            Keys of the items, by path of their rows.
+        """
         found: dict[Path, list[dict]] = defaultdict(list)
         for job in self.jobs if self.num_certain else ():
             for item in job.missing(self.retry_failed, self.fresh):
@@ -99,6 +103,7 @@ class Work:
                 for row in found[file.path]:
                     file.append(add_usage(row, earlier[item_key(row)]) if item_key(row) in earlier else row)
                 file.keep_latest(item_key)
+        return {path: {item_key(row) for row in rows} for path, rows in found.items()}
 
 
 def _find_known(wanting: dict[Key, list[Job]]) -> dict[Key, Path]:

@@ -85,6 +85,8 @@ class EvaluationRow(Object):
     usage: dict[str, int] | None
     cost: Number | None
     possible_cost: Number
+    replied_as: NotRequired[Text | None]
+    shared_with: NotRequired[Text]
     error: Text | None
 
 

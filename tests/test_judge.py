@@ -885,9 +885,14 @@ def test_a_comparison_asks_in_both_orders(tmp_path):
     assert len(stub.requests) == 10  # of six samples that both have answered, one in the same way
     assert "checkpoint-10 is better in 4 of 6 pairs, base in 1, neither in 1" in printed and "flip rate 0%" in printed
     assert "1 pairs hold the same answer twice" in printed and "in 1 of them both gave the same answer" in printed
-    rows = read_rows(run_dir / "qa_evaluation_results" / "pairs" / "checkpoint-10--base.jsonl")
+    path = run_dir / "qa_evaluation_results" / "pairs" / "checkpoint-10--base.jsonl"
+    rows = read_rows(path)
     assert Counter(row["order"] for row in rows) == {"AB": 6, "BA": 6}
     assert "base" not in json.dumps(stub.requests) and "checkpoint" not in json.dumps(stub.requests)
+    for reply, kept in (((401, {}, {"error": {"message": "no"}}), True), (prefer(longer).replies[0], False)):
+        with serve(StubJudge(reply)) as url:
+            again = judge(run_dir, url, "--compare", "checkpoint-10", "base", "--overwrite", "true", check=False)
+        assert (again.returncode == 2) == (read_rows(path) == rows) == kept and len(read_rows(path)) == 12
 
 
 def test_a_judge_that_takes_whatever_stands_first_decides_nothing(run_dir):
