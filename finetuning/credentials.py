@@ -5,6 +5,7 @@ A secret is known by the name that it stands under (`hub_token`, `OPENAI_API_KEY
 this process was given it: in its environment, on its command line, or in the address of a server.
 """
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ MASK = "***"
 _given: set[str] = set()  # secrets that this process was given otherwise than by its environment
 
 
+@functools.lru_cache(maxsize=4096)  # the names of the environment are looked at for every reply of a judge
 def is_secret(name: str) -> bool:
     """Whether a value under this name is a credential, which belongs in no file.
 
@@ -66,19 +68,23 @@ def known_secrets() -> list[str]:
 
 def hide(text: str) -> str:
     """A text without any secret that is known or looks like one, and without user and password of an address in it."""
-    for secret in known_secrets():
-        text = text.replace(secret, MASK)
-    return PASSWORD_IN_URL.sub(f"{MASK}@", VALUES.sub(MASK, text))
+    return hide_all(text)
 
 
 def hide_all(node):
     """The same for every text, and every key, in lists and dicts."""
+    return _hide(node, known_secrets())
+
+
+def _hide(node, secrets: list[str]):
     if isinstance(node, str):
-        return hide(node)
+        for secret in secrets:
+            node = node.replace(secret, MASK)
+        return PASSWORD_IN_URL.sub(f"{MASK}@", VALUES.sub(MASK, node))
     if isinstance(node, (list, tuple)):
-        return [hide_all(item) for item in node]
+        return [_hide(item, secrets) for item in node]
     if isinstance(node, dict):
-        return {hide(key) if isinstance(key, str) else key: hide_all(value) for key, value in node.items()}
+        return {_hide(key, secrets): _hide(value, secrets) for key, value in node.items()}
     return node
 
 

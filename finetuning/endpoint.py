@@ -20,13 +20,12 @@ from urllib.parse import unquote, urlsplit
 import httpx2
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI
 
+from finetuning.credentials import hide, remember
 from finetuning.errors import InputError
 
 OPENAI_URL = "https://api.openai.com/v1"
 LONGEST_WAIT = 600.0  # seconds of a Retry-After that are worth waiting for
 LONGEST_BACKOFF = 8.0  # seconds between two attempts where the endpoint names none
-SHORTEST_KEY, SHORTEST_PASSWORD = 8, 4  # shorter ones are placeholders ("none", "x"), and parts of ordinary words
-_secrets: set[str] = set()  # keys and passwords that this process has used
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,11 @@ class Endpoint:
             raise InputError(
                 f"{self.named_by}: {show_url(self.url)} is no address; write it as http://localhost:8000/v1"
             )
-        if len(parts.password or "") >= SHORTEST_PASSWORD:
+        if parts.password:
             user, password = unquote(parts.username or ""), unquote(parts.password)
             header = base64.b64encode(f"{user}:{password}".encode()).decode()  # as it is sent
-            _secrets.update((parts.password, password, header))
+            for secret in (parts.password, password, header):
+                remember(secret)
         read_key()
 
     def __str__(self) -> str:
@@ -94,8 +94,6 @@ def read_key() -> str:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if re.search(r"[^!-~]|[\"'`\\]", key):
         raise InputError("OPENAI_API_KEY holds spaces, line breaks, quotes or characters that no key has; set it again")
-    if len(key) >= SHORTEST_KEY:
-        _secrets.add(key)
     return key
 
 
@@ -103,24 +101,6 @@ def show_url(url: str) -> str:
     """An address without the password that may stand in it."""
     head, separator, rest = url.partition("//")
     return f"{head}{separator}***@{rest.rpartition('@')[2]}" if "@" in rest else url
-
-
-def hide(text: str) -> str:
-    """A text in which neither the key nor a password of an address can be read."""
-    for secret in sorted(_secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text
-
-
-def hide_all(node):
-    """The same for every text in lists and dicts."""
-    if isinstance(node, str):
-        return hide(node)
-    if isinstance(node, list):
-        return [hide_all(item) for item in node]
-    if isinstance(node, dict):
-        return {key: hide_all(value) for key, value in node.items()}
-    return node
 
 
 def describe_error(error: Exception) -> str:

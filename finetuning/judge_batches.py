@@ -37,7 +37,8 @@ from openai.types.chat import ChatCompletion
 from tqdm import tqdm
 
 from finetuning.configs import JudgeArguments
-from finetuning.endpoint import describe_error, hide, show_url
+from finetuning.credentials import hide
+from finetuning.endpoint import describe_error, show_url
 from finetuning.errors import InputError
 from finetuning.judge import Form, Item, Job, item_key
 from finetuning.judge_client import (

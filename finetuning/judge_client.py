@@ -34,12 +34,11 @@ from openai import (
 from openai.types.chat import ChatCompletion
 
 from finetuning.configs import JudgeArguments
+from finetuning.credentials import hide, hide_all
 from finetuning.endpoint import (
     LONGEST_WAIT,
     OPENAI_URL,
     Endpoint,
-    hide,
-    hide_all,
     never_arrived,
     read_key,
     read_retry_after,

@@ -24,9 +24,10 @@ from openai.types.chat import ChatCompletion
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetuning.conversations import with_json_arguments
+from finetuning.credentials import hide
 from finetuning.data import TestSamples
 from finetuning.decoding import seed_of
-from finetuning.endpoint import Endpoint, hide, seconds_to_wait
+from finetuning.endpoint import Endpoint, seconds_to_wait
 from finetuning.errors import InputError
 from finetuning.inference import Answer, AnswerReader, Prompt
 from finetuning.interrupts import SoftStop

@@ -506,7 +506,7 @@ def test_requests_leave_no_faster_than_asked(run_dir):
     times = clocked(stub)
     with serve(stub) as url:
         judge(run_dir, url, "--model_name", "checkpoint-10", "--concurrency", "6", "--requests_per_minute", "300")
-    assert times[-1] - times[0] >= 5 * 0.2 - 0.05
+    assert times[-1] - times[1] >= 4 * 0.2 - 0.05  # the first is longer on its way, over a new connection
 
 
 def test_tokens_of_a_minute_are_counted_as_they_are_used():
