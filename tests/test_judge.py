@@ -550,12 +550,12 @@ def test_a_used_up_quota_is_not_asked_again(run_dir):
 def test_a_reply_that_comes_too_late_is_an_error_of_its_sample(run_dir):
     stub = StubJudge(evaluation(6))
     next_reply = stub.next_reply
-    stub.next_reply = lambda request: (time.sleep(1.5 * ("질문 4" in str(request))), next_reply(request))[1]
+    stub.next_reply = lambda request: (time.sleep(2.5 * ("질문 4" in str(request))), next_reply(request))[1]
     with serve(stub) as url:
-        judge(run_dir, url, "--model_name", "checkpoint-10", "--timeout", "0.5", "--max_retries", "0")
+        judge(run_dir, url, "--model_name", "checkpoint-10", "--timeout", "1.5", "--max_retries", "0")
     late = [row for row in evaluations(run_dir) if row["status"] != "ok"]
     assert [(row["id"], row["status"]) for row in late] == [("sample0004", "error")]
-    assert late[0]["error"] == "no reply within 0.5 s (--timeout)"
+    assert late[0]["error"] == "no reply within 1.5 s (--timeout)"
 
 
 def test_without_a_server_it_says_so_soon(run_dir):
