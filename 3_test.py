@@ -10,6 +10,7 @@ Step 3: let checkpoints answer the test samples, and measure ROUGE, chrF, stoppi
 Reads   <output_dir>/run.json                     test data, columns, system prompt and chat template, as in training
 Writes  <output_dir>/predictions/<model>.jsonl    one row a sample, appended as it is finished
         <output_dir>/predictions/<model>.json     how they were made, and the metrics
+        <submission>                              ids and answers of one model as a CSV, if it is asked for
 
 Stop it and start it again at any time: samples already answered are not answered again, and a larger --num_samples
 adds to them. A sample that cannot be answered is a row with its error, and does not stop the others.
@@ -71,6 +72,7 @@ from finetuning.runs import (  # noqa: E402
     read_run,
 )
 from finetuning.schemas import PREDICTION  # noqa: E402
+from finetuning.submission import check_submission, write_submission  # noqa: E402
 from finetuning.tables import format_metrics, print_table  # noqa: E402
 
 CONCURRENCY, TIMEOUT = 64, 600.0  # of requests to a server, unless they are set
@@ -99,6 +101,12 @@ def main(args: TestArguments) -> None:
     samples = all_samples[: args.num_samples]
     if len(samples) < args.num_samples:
         print(f"the test split has {len(samples)} different samples; all of them are used")
+    if not samples.have_references:
+        print(
+            "the test split has no answers, so ROUGE, chrF and the length ratio, which need references, are not defined"
+        )
+    if args.submission is not None:
+        check_submission(args.submission, list(models), all_samples, args.num_samples)
     prompts: dict[str, list[Prompt]] = {}  # by tokenizer and template: checkpoints of a run share them
     waiting = list(models.values())
 
@@ -170,6 +178,10 @@ def main(args: TestArguments) -> None:
                 if lost:
                     raise InputError(f"{name}: {len(lost)} samples have no row; start the same command again")
                 measure(file, args, name)
+                if args.submission is not None:
+                    write_submission(
+                        args.submission, iterate_rows(file.path), all_samples, record["config"].get("answer_key")
+                    )
 
     if rank == 0:
         print_table(format_metrics({name: read_info(run / PREDICTIONS / f"{name}.jsonl") for name in models}))

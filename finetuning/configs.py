@@ -210,6 +210,8 @@ CONTRADICTIONS = (
      "tokens_per_minute has no effect with mode: batch; leave it out"),
     (("stop", "stop"), lambda stop, _: any(not text for text in stop or []),
      "stop: an empty text would end every answer at once; leave it out"),
+    (("rescore", "submission"), lambda rescore, submission: rescore and submission is not None,
+     "rescore writes no submission; leave rescore out: what is answered is not answered again"),
     (("rescore", "overwrite"), lambda rescore, overwrite: rescore and overwrite,
      "rescore reads the predictions that overwrite deletes; keep one of them"),
     (("do_sample", "temperature"), lambda sample, t: sample and t is not None and t <= 0,
@@ -435,6 +437,13 @@ class TestArguments(RunArguments):
     rescore: bool = field(
         default=False,
         metadata={"help": "Measure the predictions there are again, without a model, and answer nothing."},
+    )
+    submission: str | None = field(
+        default=None,
+        metadata={
+            "help": "A csv to write the answers of one model to, one row for each row of the test split, with its column id, "
+            "fname, idx or uid if it has one, else the row's number from 0."
+        },
     )
     overwrite: bool = field(default=False, metadata={"help": "Answer again, and replace the predictions there are."})
 

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Dataset, Features, Json, Value
 from datasets.fingerprint import Hasher
@@ -22,7 +22,10 @@ from finetuning.errors import InputError
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Which columns hold what, and how their text is prepared. `kind` is messages, prompt, instruction or columns."""
+    """Which columns hold what, and how their text is prepared. `kind` is messages, prompt, instruction or columns.
+
+    Only the rows of a test split can be without `reference_keys`, which is without answers.
+    """
 
     kind: str
     question_key: str
@@ -53,6 +56,7 @@ class RowFormat:
         return mask_pii(text) if self.mask_pii else text
 
 
+ASKING = ("user", "human", "tool", "observation", "function_response")  # roles of messages that an assistant answers
 FORMAT_KEYS = ("question_key", "answer_key", "system_prompt", "clean_jamo", "mask_pii", "mask_history")
 
 
@@ -66,11 +70,13 @@ def find_row_format(
     question_key: str | None = None,
     answer_key: str | None = None,
     mask_history: bool = False,
+    needs_answer: bool = True,
     **preparation,
 ) -> RowFormat:
     """Decide how rows with these columns are read.
 
     Args:
+        needs_answer: Whether columns with questions alone are refused.
         preparation: system_prompt, clean_jamo and mask_pii.
 
     >>> find_row_format(["dialogue", "summary1", "summary2"], "dialogue", "summary").reference_keys
@@ -87,23 +93,27 @@ def find_row_format(
             [answer_key] if answer_key in columns else sorted(numbered, key=lambda c: int(c[len(answer_key) :]))
         )
         missing = [
-            key for key, found in ((question_key, question_key in columns), (answer_key, references)) if not found
+            key
+            for key, found in ((question_key, question_key in columns), (answer_key, references or not needs_answer))
+            if not found
         ]
         if missing:
             raise InputError(f"no column `{missing[0]}`; the columns are {', '.join(column_names)}")
         kind, keys = "columns", (question_key, tuple(references))
         return RowFormat(kind, *keys, **preparation, unused=unused(question_key, *references))
-    for kind, question, answer, others in (
-        ("messages", "messages", "messages", ["tools"]),
-        ("messages", "conversations", "conversations", ["tools"]),
-        ("prompt", "prompt", "completion", ["tools"]),
-        ("instruction", "instruction", "output", ["input"]),
-    ):
-        if {question, answer} <= columns:
+    forms = (
+        ("messages", "messages", ("messages",), ["tools"]),
+        ("messages", "conversations", ("conversations",), ["tools"]),
+        ("prompt", "prompt", ("completion",), ["tools"]),
+        ("instruction", "instruction", ("output",), ["input"]),
+    )
+    without_answers = tuple((kind, question, (), others) for kind, question, _, others in forms)
+    for kind, question, answer, others in forms if needs_answer else forms + without_answers:
+        if {question, *answer} <= columns:
             if mask_history and kind == "instruction":
                 raise InputError("mask_history has no effect on instruction and output; leave it out")
-            rest = unused(question, answer, *others)
-            return RowFormat(kind, question, (answer,), **preparation, mask_history=mask_history, unused=rest)
+            rest = unused(question, *answer, *others)
+            return RowFormat(kind, question, answer, **preparation, mask_history=mask_history, unused=rest)
     raise InputError(
         f"the columns {', '.join(column_names)} are neither messages, nor prompt and completion, nor instruction and "
         "output, nor conversations; set question_key and answer_key to the columns with the question and its answer"
@@ -123,21 +133,27 @@ def _read_row(row: dict, row_format: RowFormat) -> tuple[list[dict], list[int], 
     """One data row.
 
     Returns:
-        Its messages, the last being the answer; places of the messages to learn; references, of which the first is the answer.
+        Its messages, the last being the answer if it has one; places of the messages to learn; references, of which the
+        first is the answer.
 
     Raises:
         InputError: The row has no question or no answer.
     """
-    kind, key = row_format.kind, row_format.question_key
+    kind, key, has_answer = row_format.kind, row_format.question_key, bool(row_format.reference_keys)
     if kind == "messages" or (kind == "prompt" and isinstance(row["prompt"], list)):
         keys, (messages, learnable) = f"`{key}`", read_messages(row[key], key)
-        if kind == "prompt":
+        if kind == "prompt" and has_answer:
             keys, completion = "`prompt` with `completion`", row["completion"]
             if not isinstance(completion, list):
                 completion = [{"role": "assistant", "content": _text(row, "completion")}]
             completion, learnable_of_it = read_messages(completion, "completion")
             messages, learnable = messages + completion, [False] * len(messages) + learnable_of_it
-        if [message["role"] for message in messages[-2:]] not in (["user", "assistant"], ["tool", "assistant"]):
+        if not has_answer and (not messages or messages[-1]["role"] not in ("user", "tool")):
+            raise InputError(f"{keys} must end with a user's message, as in the first row, which has no answer either")
+        if has_answer and [message["role"] for message in messages[-2:]] not in (
+            ["user", "assistant"],
+            ["tool", "assistant"],
+        ):
             raise InputError(f"{keys} must end with an assistant's message that answers a user's")
         # what an assistant says before anybody has asked, as a greeting, answers nothing
         question = next(place for place, message in enumerate(messages) if message["role"] in ("user", "tool"))
@@ -148,13 +164,15 @@ def _read_row(row: dict, row_format: RowFormat) -> tuple[list[dict], list[int], 
         question = _text(row, key)
         if kind == "instruction" and row.get("input"):
             question = f"{question}\n\n{_text(row, 'input')}"
-        answer, *further_references = [_text(row, key) for key in row_format.reference_keys]
-        messages, learned = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], [1]
+        answer = [_text(row, key) for key in row_format.reference_keys[:1]]
+        further_references = [_text(row, key) for key in row_format.reference_keys[1:]]
+        messages = [{"role": "user", "content": question}, *({"role": "assistant", "content": text} for text in answer)]
+        learned = [1]
     messages = [m if m["role"] == "system" else prepare_message(m, row_format.prepare) for m in messages]
     if row_format.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": row_format.system_prompt}, *messages]
         learned = [place + 1 for place in learned]
-    references = [text_of(messages[-1]), *map(row_format.prepare, further_references)]
+    references = [text_of(messages[-1]), *map(row_format.prepare, further_references)] if has_answer else []
     return messages, learned, references
 
 
@@ -168,14 +186,15 @@ def to_sample(row: dict, row_format: RowFormat) -> dict:
     Returns:
         {"prompt": [{"role", "content", ...}, ...], "references": [str, ...]}, and "tools" if the row has some. The prompt
         ends with the user's message, or a tool's; of several turns the last answer is the reference, as text, and the
-        earlier ones are part of the prompt.
+        earlier ones are part of the prompt. There are no references where the split has no answers.
 
     Raises:
         InputError: The row has no question or no answer.
     """
     messages, _, references = _read_row(row, row_format)
     tools = _tools_of(row, row_format)
-    return {"prompt": messages[:-1], "references": references, **({"tools": tools} if tools else {})}
+    prompt = messages[:-1] if row_format.reference_keys else messages
+    return {"prompt": prompt, "references": references, **({"tools": tools} if tools else {})}
 
 
 TRAINING_FEATURES = Features(
@@ -303,6 +322,10 @@ class TestSamples(Sequence):
         sample_id, rows = self._rows[place]
         return {"id": sample_id, **_join_rows(self.dataset, self.row_format, rows)}
 
+    @property
+    def have_references(self) -> bool:
+        return bool(self.row_format.reference_keys)
+
     def rows_of(self, place: int) -> list[int]:
         """The rows of the split that a sample is made of."""
         return self._rows[place][1]
@@ -331,7 +354,7 @@ def load_test_samples(config: dict) -> TestSamples:
     name, split = config["dataset_name"], config["dataset_test_split"]
     dataset = load_split(name, split, config.get("dataset_config"))
     given = {key: config[key] for key in FORMAT_KEYS if config.get(key) is not None}
-    row_format = format_of(dataset, f"{name} ({split})", given)
+    row_format = _format_of_test(dataset, f"{name} ({split})", given)
     by_prompt: dict[bytes, list[int]] = {}
     ids: dict[bytes, str] = {}  # of the first row of each prompt, by itself
     for index, row in enumerate(dataset):
@@ -347,6 +370,19 @@ def load_test_samples(config: dict) -> TestSamples:
         for prompt, rows in by_prompt.items()
     ]
     return TestSamples(dataset, row_format, sorted(samples))
+
+
+def _format_of_test(dataset: Dataset, where: str, given: dict) -> RowFormat:
+    """How the rows of a test split are read, which may have no answers; whether conversations end in one, the first shows."""
+    row_format = format_of(dataset, where, {**given, "needs_answer": False})
+    if row_format.kind == "messages" and len(dataset) and _ends_in_a_question(dataset[0][row_format.question_key]):
+        return replace(row_format, reference_keys=())
+    return row_format
+
+
+def _ends_in_a_question(messages) -> bool:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role", last.get("from")) in ASKING
 
 
 def _question_of(sample: dict) -> list:

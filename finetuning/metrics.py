@@ -97,8 +97,8 @@ class RougeTokenizer:
         return tokenize(text, self.name)[0]
 
 
-def choose_tokenizer(references: list[str], language: str, tokenizer: str) -> str:
-    """Name of the tokenizer: the one that is asked for, else that of the language, which the references show."""
+def choose_tokenizer(prediction: str, references: list[str], language: str, tokenizer: str) -> str:
+    """Name of the tokenizer: the one that is asked for, else that of the language, which the references show if there are any."""
     if tokenizer not in ("auto", *TOKENIZERS) or language not in ("auto", *TOKENIZER_OF_LANGUAGE):
         raise ValueError(
             f"the tokenizer is auto, {', '.join(TOKENIZERS)}, the language auto, {', '.join(TOKENIZER_OF_LANGUAGE)}; "
@@ -106,7 +106,8 @@ def choose_tokenizer(references: list[str], language: str, tokenizer: str) -> st
         )
     if tokenizer != "auto":
         return tokenizer
-    return TOKENIZER_OF_LANGUAGE[detect_language(" ".join(references)) if language == "auto" else language]
+    shown = " ".join(references or [prediction])
+    return TOKENIZER_OF_LANGUAGE[detect_language(shown) if language == "auto" else language]
 
 
 def discarded_share(texts: list[str], tokenizer: str) -> float:
@@ -130,7 +131,7 @@ def over_references(name: str, scores: list[list[float | None]]) -> dict:
 
 
 def _first(scores: list[float | None]) -> float | None:
-    return scores[0]
+    return scores[0] if scores else None
 
 
 def _best(scores: list[float | None]) -> float | None:
@@ -144,7 +145,7 @@ def compute_rouge(
 
     Args:
         predictions: One text a sample.
-        references: One or more texts a sample.
+        references: The texts of each sample; one without any has no score.
         language: `en`, `ko`, or `auto`, which looks at the script of each sample's references.
         tokenizer: `auto`, which is that of the language, or one of `RougeTokenizer`.
 
@@ -191,11 +192,11 @@ def sequence_repetition(text: str, n: int = 4, tokenizer: str | None = None) -> 
 
 
 def length_ratio(prediction: str, references: list[str], tokenizer: str) -> float | None:
-    """Tokens of the answer for each token of its references, which are averaged. None where these have none.
+    """Tokens of the answer for each token of its references, which are averaged. None where these have none, or there are none.
 
     As BLEU's length ratio (Papineni et al. 2002, https://aclanthology.org/P02-1040), by sample.
     """
-    expected = statistics.fmean(len(tokenize(reference, tokenizer)[0]) for reference in references)
+    expected = mean(len(tokenize(reference, tokenizer)[0]) for reference in references)
     return len(tokenize(prediction, tokenizer)[0]) / expected if expected else None
 
 
@@ -247,7 +248,10 @@ def score_predictions(rows: Iterable[dict], tokenizer: str = "auto") -> dict:
             values += scores.get(f"{name}_per_sample", [])
         tokenizers.update(scores["tokenizers"])
         for row in answered:
-            prediction, own = row["prediction"], choose_tokenizer(row["references"], "auto", tokenizer)
+            prediction, own = (
+                row["prediction"],
+                choose_tokenizer(row["prediction"], row["references"], "auto", tokenizer),
+            )
             columns["id"].append(row["id"])
             columns["seq_rep_4"].append(sequence_repetition(prediction, 4, own))
             columns["length_ratio"].append(length_ratio(prediction, row["references"], own))

@@ -612,6 +612,9 @@ def run_preflight(
     notes, tokens = [], control_tokens(tokenizer, end_token_ids(tokenizer, generation_config))
     try:
         samples = load_test_samples(vars(script_args))
+        if not samples.have_references:
+            text = "the test split has no answers: step 3 answers it, and measures nothing that needs references"
+            notes.append(Finding("test_split", "note", text))
         if script_args.dataset_eval_split != script_args.dataset_test_split:
             held_out["test"] = [question_of(sample["prompt"]) for sample in samples]
             for finding in check_control_tokens(held_out["test"], tokens, "in the questions of the test split, "):

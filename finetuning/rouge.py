@@ -38,7 +38,7 @@ class Rouge(evaluate.Metric):
         used, discarded = collections.Counter(), []
         scores: dict[str, list[list[float | None]]] = {rouge_type: [] for rouge_type in ROUGE_TYPES}
         for prediction, sample_references in zip(predictions, references, strict=True):
-            name = choose_tokenizer(sample_references, language, tokenizer)
+            name = choose_tokenizer(prediction, sample_references, language, tokenizer)
             used[TOKENIZERS[name]] += 1
             discarded.append(discarded_share([prediction, *sample_references], name))
             scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), tokenizer=RougeTokenizer(name))

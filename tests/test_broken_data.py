@@ -29,6 +29,7 @@ generated = settings(derandomize=True, deadline=None, max_examples=25, database=
 RIGHT = [{"prompt": f"질문 {i}", "completion": f"answer {i}"} for i in range(4)]
 USER, ANSWER, SYSTEM = ({"role": role, "content": role} for role in ("user", "assistant", "system"))
 CONVERSATION = {"messages": [USER, ANSWER]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 COLUMNS = "prompt,completion\n"
 
 
@@ -183,7 +184,7 @@ ROWS = [
     ([CONVERSATION, {"messages": [USER, ANSWER, ANSWER]}], "row 1: `messages` must end with an assistant's message"),
     ([CONVERSATION, {"messages": [{"content": "q"}, ANSWER]}], "row 1: a message of `messages` has content, and needs role"),
     ([{"messages": [{"role": "user"}, {"role": "assistant"}]}], "a message of `messages` has role, and needs role and content"),
-    ([{"conversations": [{"from": "human", "value": "q"}]}], "row 0: `conversations` must end with an assistant's message"),
+    ([SHAREGPT, {"conversations": [{"from": "human", "value": "q"}]}], "row 1: `conversations` must end with an assistant's message"),
     ([{"conversations": [{"from": "me", "value": "q"}]}], "a message of `conversations` is from 'me', which is none of system, human"),
     ([{"conversations": [{"from": "function_call", "value": "f()"}]}], "a function_call of `conversations` must be JSON with name"),
     ([{"messages": [USER, {**ANSWER, "weight": 0.5}]}], "a message of `messages` has the weight 0.5, and can have 0 or 1"),
@@ -226,6 +227,12 @@ def test_missing_and_binary_cells_of_a_parquet_are_not_read_as_text(tmp_path):
     assert "row 0: `completion` must be text, not bytes" in refuse(write(tmp_path / "train.parquet", content))
 
 
+def test_a_training_split_without_answers_is_refused(tmp_path):
+    path = write(tmp_path / "train.jsonl", lines(*RIGHT))
+    with pytest.raises(InputError, match="no column `answer`; the columns are prompt, completion"):
+        load_training_rows(ScriptArguments(dataset_name=str(path), question_key="prompt", answer_key="answer"))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -233,7 +240,6 @@ def test_missing_and_binary_cells_of_a_parquet_are_not_read_as_text(tmp_path):
             {"question_key": "promt", "answer_key": "completion"},
             "no column `promt`; the columns are prompt, completion",
         ),
-        ({"question_key": "prompt", "answer_key": "answer"}, "no column `answer`; the columns are prompt, completion"),
     ],
 )
 def test_columns_that_are_not_there_are_named_with_those_that_are(tmp_path, arguments, message):
@@ -479,7 +485,7 @@ any_rows = st.lists(
 @generated
 @given(rows=any_rows)
 def test_any_types_of_values_are_read_as_text_or_refused_in_words(folder, rows):
-    path = write(folder / "d.json", json.dumps(rows))
+    path = write(folder / "d.json", json.dumps([RIGHT[0], *rows]))
     try:
         loaded = load(path)
     except InputError:

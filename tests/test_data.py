@@ -116,6 +116,33 @@ def test_bad_rows_are_named(tmp_path, rows, arguments, message):
 
 
 @pytest.mark.parametrize(
+    "rows, arguments",
+    [
+        ([{"fname": "a", "dialogue": "Q"}], {"question_key": "dialogue", "answer_key": "summary"}),
+        ([{"messages": [{"role": "user", "content": "Q"}]}], {}),
+        ([{"conversations": [{"from": "human", "value": "Q"}]}], {}),
+        ([{"prompt": "Q"}], {}),
+        ([{"prompt": [{"role": "user", "content": "Q"}]}], {}),
+        ([{"instruction": "Q"}], {}),
+    ],
+)
+def test_a_test_split_may_have_no_answers(tmp_path, rows, arguments):
+    path = write(tmp_path / "test.jsonl", rows)
+    samples = load_test_samples({"dataset_name": str(path), "dataset_test_split": "train", **arguments})
+    assert not samples.have_references
+    assert (samples[0]["prompt"], samples[0]["references"]) == ([{"role": "user", "content": "Q"}], [])
+
+
+def test_conversations_of_a_test_split_all_end_alike(tmp_path):
+    asked, answered = (
+        {"messages": [{"role": role, "content": "x"} for role in roles]} for roles in (["user"], ["user", "assistant"])
+    )
+    path = write(tmp_path / "test.jsonl", [asked, answered])
+    with pytest.raises(InputError, match="row 1: `messages` must end with a user's message, as in the first row"):
+        load_test_samples({"dataset_name": str(path), "dataset_test_split": "train"})
+
+
+@pytest.mark.parametrize(
     "name, split, message",
     [
         ("{}/none.json", "train", "no such file"),

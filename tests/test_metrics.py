@@ -7,6 +7,8 @@ import pytest
 from rouge_score import rouge_scorer
 
 from finetuning.metrics import (
+    SIMILARITIES,
+    TOKENIZERS,
     RougeTokenizer,
     compute_chrf,
     compute_rouge,
@@ -198,3 +200,18 @@ def test_people_agree_on_dialogsum_as_they_do_elsewhere():
         for i in range(3)
     ]
     assert [statistics.fmean(one) for one in zip(*scores, strict=True)] == pytest.approx([53.4, 26.7, 45.0], abs=0.1)
+
+
+def test_without_references_only_what_needs_them_is_undefined():
+    row = {
+        "id": "1",
+        "prediction": "민수는 집에 갔다 민수는 집에 갔다",
+        "references": [],
+        "finish_reason": "stop",
+        "num_new_tokens": 9,
+    }
+    metrics = score_predictions([row])
+    assert {name for name, value in metrics.items() if value is None} == {
+        *(f"{name}{variant}" for name in SIMILARITIES for variant in ("", "_first", "_max")), "length_ratio"
+    }  # fmt: skip
+    assert metrics["seq_rep_4"] > 0 and list(metrics["tokenizers"]) == [TOKENIZERS["morphemes"]]

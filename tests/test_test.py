@@ -1,5 +1,6 @@
 """Step 3, as users run it."""
 
+import csv
 import ctypes
 import json
 import mmap
@@ -17,8 +18,10 @@ import torch
 from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train
 from transformers import BartConfig, BertConfig, GenerationConfig, MambaConfig, MambaForCausalLM, T5Config, ViTConfig
 
+from finetuning import scores
 from finetuning.chat import _source_of_base, load_generation_config, load_model_config, load_tokenizer
 from finetuning.configs import TestArguments as Arguments  # by its own name pytest would take it for a test
+from finetuning.data import load_test_samples
 from finetuning.decoding import Decoder, SlotCache, why_not_exact
 from finetuning.errors import InputError
 from finetuning.inference import (
@@ -36,6 +39,7 @@ from finetuning.inference import (
 )
 from finetuning.results import read_rows
 from finetuning.runs import read_json, write_json
+from finetuning.submission import write_submission
 
 DEMO = str(ROOT / "demo/model")
 
@@ -148,6 +152,50 @@ def test_two_ranks_give_the_rows_of_one_after_a_kill_too(answered_run, tmp_path)
         rows[name] = sorted(predictions(run_dir, "checkpoint-10"), key=lambda row: row["id"])
         assert not list((run_dir / "predictions" / "parts").glob("*"))
     assert len(rows["one"]) == 40 and rows["one"] == rows["two"] == rows["killed"]
+
+
+def test_a_test_split_without_answers_is_answered_and_written_for_a_contest(answered_run, tmp_path):
+    dialogues = ["=SUM(1)", "second", "=SUM(1)", "third"]
+    rows = [json.dumps({"fname": f"t{i}", "dialogue": text}) for i, text in enumerate(dialogues)]
+    (tmp_path / "test.jsonl").write_text("\n".join(rows))
+    record = read_json(answered_run / "run.json")
+    record["config"] |= {"dataset_name": str(tmp_path), "question_key": "dialogue", "answer_key": "summary"}
+    run_dir = tmp_path / "run"
+    shutil.copytree(answered_run / "checkpoint-5", run_dir / "checkpoint-5")
+    write_json(run_dir / "run.json", record)
+    ask = ("--max_new_tokens", 8, "--submission", tmp_path / "answers.csv")
+    for arguments, problem in (
+        (["--model_name", "all"], "name one of base, checkpoint-5"),
+        (["--model_name", "base", "--num_samples", 2], "add --num_samples 3"),
+    ):
+        status, printed = answer(run_dir, *ask, *arguments, check=False)
+        assert status == 2 and problem in printed and not (run_dir / "predictions").exists()
+    _, printed = answer(run_dir, *ask, "--model_name", "checkpoint-5")
+    assert "the test split has no answers, so ROUGE, chrF and the length ratio" in printed
+    answers = {row["messages"][-1]["content"]: row["prediction"] for row in predictions(run_dir, "checkpoint-5")}
+    with (tmp_path / "answers.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["fname", "summary"],
+            *([f"t{i}", answers[d]] for i, d in enumerate(dialogues)),
+        ]
+    status, printed = answer(run_dir, *ask, "--model_name", "checkpoint-5", check=False)
+    assert status == 2 and "answers.csv exists; delete it" in printed
+    scores.main(scores.ScoreArguments(output_dir=str(run_dir)))
+    assert "checkpoint-5" in (run_dir / "report.html").read_text(encoding="utf-8")
+    judge = ("--judge_model", "any", "--base_url", "http://127.0.0.1:9/v1", "--dry_run", "true")
+    status, printed = run_step("4_openai_test.py", tmp_path / "printed", "--output_dir", run_dir, *judge)
+    assert status == 0 and '"references": []' in printed
+
+
+def test_texts_of_a_submission_are_not_changed_and_rows_without_an_id_have_their_number(tmp_path, capsys):
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    samples = load_test_samples({"dataset_name": str(tmp_path), "dataset_test_split": "test"})
+    texts = {"a": '=1+1, "quoted"\nand a line', "b": None}
+    rows = [{"id": sample["id"], "prediction": texts[sample["prompt"][0]["content"]]} for sample in samples]
+    write_submission(str(tmp_path / "new" / "s.csv"), rows, samples, None)
+    with (tmp_path / "new" / "s.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [["id", "prediction"], ["0", texts["a"]], ["1", ""]]
+    assert "1 of them have no answer" in capsys.readouterr().out
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
