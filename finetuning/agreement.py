@@ -6,7 +6,7 @@ Imports without torch.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import krippendorff
 import numpy as np
@@ -31,9 +31,6 @@ class Estimate:
             return f"not defined (n = {self.num_samples})"
         interval = "" if math.isnan(self.low) else f" (95 % {self.low:.2f} to {self.high:.2f})"
         return f"{self.value:.2f}{interval}"
-
-    def to_json(self) -> dict:
-        return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 def rank_correlation(first: Iterable[float], second: Iterable[float]) -> Estimate:
@@ -119,10 +116,6 @@ class JuryAgreement:
             f"jury on {self.num_samples} answers: means {means}; standard deviation between the judges {self.disagreement:.2f}; "
             f"Krippendorff's alpha {alpha}"
         )
-
-    def to_json(self) -> dict:
-        alphas = {name: None if value != value else value for name, value in self.alphas.items()}
-        return {**asdict(self), "alpha": None if self.alpha != self.alpha else self.alpha, "alphas": alphas}
 
 
 def measure_jury(scores: dict[str, list[dict[str, float]]]) -> JuryAgreement | None:
@@ -216,9 +209,6 @@ class PairCounts:
     @property
     def num_pairs(self) -> int:
         return self.wins + self.losses + self.ties
-
-    def to_json(self) -> dict:
-        return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 def count_pairs(replies: Iterable[tuple[str, str]]) -> PairCounts:

@@ -33,7 +33,7 @@ WORDS = {
         "checkpoint": "checkpoint",
         "model": "other model",
         "and more": "{list} and {num} more",
-        "mean": "{measure}{why}: {use} has a mean of {mean}{points}{interval} on {num} samples",
+        "mean": "{measure}{why}: {use} has a mean of {mean}{points}{interval} on {samples}",
         "interval": " (95 % {low} to {high})",
         "not judged": ", as nothing was judged",
         "few judged": ", as too few answers have a judgement",
@@ -61,7 +61,7 @@ WORDS = {
         "checkpoint": "체크포인트",
         "model": "다른 모델",
         "and more": "{list} 외 {num}개",
-        "mean": "{measure}{why}: 샘플 {num}개에서 {use}의 평균은 {mean}{points}{interval}입니다",
+        "mean": "{measure}{why}: {samples}에서 {use}의 평균은 {mean}{points}{interval}입니다",
         "interval": " (95 % {low}~{high})",
         "not judged": " (심사된 것이 없음)",
         "few judged": " (심사된 답변이 너무 적음)",
@@ -140,7 +140,8 @@ class Headline:
             why = words["not judged" if verdict.reason[0] == "not judged" else "few judged"]
         reason = words["mean"].format(
             measure=measure[0].upper() + measure[1:], why=why, use=self.use, mean=number(verdict.means[self.use]),
-            points=points, interval=interval(*verdict.intervals[self.use]), num=verdict.num_samples,
+            points=points, interval=interval(*verdict.intervals[self.use]),
+            samples=verdict_words["sample" if verdict.num_samples == 1 else "samples"].format(num=verdict.num_samples),
         )  # fmt: skip
         if len(verdict.means) == 1:
             return reason + "."

@@ -66,12 +66,7 @@ class Preference(BaseModel):
 
 TIE = {"explanation": "Both answers are the same.", "better": "tie"}  # without asking
 
-# Columns that tables of samples have anyway (finetuning/tables.py), which a criterion would overwrite
-RESERVED = frozenset(
-    "model step id messages references prediction num_prompt_tokens num_new_tokens finish_reason removed_tokens error "
-    "rouge1 rouge2 rougeL chrf seq_rep_4 distinct_2 length_ratio stopped prediction_hash seconds status evaluation "
-    "overall expected_overall run cost samples errors judged failed coverage".split()
-)
+RESERVED = frozenset(("id", "model", "score", "overall"))  # columns of the scores that people give (human_scores.py)
 
 DATA_NOTE = {
     "en": (
@@ -230,8 +225,10 @@ def load_rubric(rubric: str | None) -> type[BaseModel]:
             raise InputError(f"rubric {rubric}: {name} has no description, which is what the judge is told")
         if not field.description.isprintable() and not field.description.replace("\n", " ").isprintable():
             raise InputError(f"rubric {rubric}: the description of {name} holds characters that cannot be sent")
-        if name in RESERVED or name.endswith(("_low", "_high")):
-            raise InputError(f"rubric {rubric}: {name} is the name of a column of step 5; choose another")
+        if name in RESERVED:
+            raise InputError(
+                f"rubric {rubric}: {name} is a column of --human that is no criterion; choose another name"
+            )
     if not loaded.model_fields:
         raise InputError(f"rubric {rubric} has no criteria")
     return loaded

@@ -62,7 +62,7 @@ def summarize(job: Job, file: RowFile, limit: int | None) -> str:
     if job.compares is None:
         line += f", mean {statistics.fmean(scores):.2f} of 10" if scores else ", no score"
         by_length = rank_correlation(scores, lengths)
-        info["length_correlation"] = by_length.to_json()
+        info["length_correlation"] = asdict(by_length)
     if job.identity["expected_scores"] and scores:
         info["num_expected"] = len(expected)
         line += (
@@ -93,7 +93,7 @@ def _summarize_pairs(job: Job, file: RowFile, info: dict) -> str:
         if row["status"] == "ok" and current.get(item_key(row)) == row["prediction_hash"]:
             replies[row["id"]][row["order"]] = row["evaluation"]["better"]
     counts = count_pairs((orders["AB"], orders["BA"]) for orders in replies.values() if len(orders) == 2)
-    info["pairs"] = counts.to_json()
+    info["pairs"] = asdict(counts)
     if counts.num_pairs == 0:
         return "no pair was judged in both orders"
     first, second = job.compares
@@ -140,7 +140,7 @@ def combine_jury(path: Path, jobs: list[Job]) -> str:
         file.write_info(
             num_predictions=num_items,
             coverage=num_ok / num_items if num_items else None,
-            jury=agreement.to_json() if agreement is not None else None,
+            jury=asdict(agreement) if agreement is not None else None,
             one_model=find_one_model(rows),
         )
     return f"{path.stem}: {agreement or 'no answer was scored by all of the jury'}"
@@ -216,7 +216,7 @@ def compare_with_people(
         )
     for measure, values in pairs.items():
         estimates = measure_against_people(values)
-        found[measure] = {name: estimate.to_json() for name, estimate in estimates.items()}
+        found[measure] = {name: asdict(estimate) for name, estimate in estimates.items()}
         lines.append(
             f"judge and people on {measure}, {len(values)} answers: Spearman {estimates['spearman']}, "
             f"Kendall's tau-b {estimates['kendall']}, weighted kappa {estimates['kappa']}"

@@ -31,17 +31,17 @@ from finetuning.plots import (
 from finetuning.runs import EDA, PREFLIGHT_FILE, read_json, read_run, to_json
 from finetuning.schemas import FULL_RUN_RECORD, PREFLIGHT
 from finetuning.tables import (
+    COUNTS,
     criteria_of,
+    criterion_column,
     describe_measure,
-    format_table,
+    format_cells,
     load_training_logs,
-    measures_in,
     name_runs,
 )
 from finetuning.verdict import DECIMALS, Verdict
 
 HERE = Path(__file__).parent
-COUNTS = ("samples", "errors", "judged", "failed", "coverage", "seconds", "cost")
 
 
 def _to_svg(figure: Figure) -> str:
@@ -63,19 +63,17 @@ def read_preflight(run: Path) -> dict | None:
 
 def build_rows(summary: pd.DataFrame) -> tuple[list[str], list[dict]]:
     """Titles and rows of the table of models, each cell with its text, its interval and the number that it sorts by."""
-    text = format_table(summary)
-    by_title = {describe_measure(measure)[0]: measure for measure in measures_in(summary)}
-    by_title |= {name: name for name in COUNTS}
+    text = format_cells(summary)
     rows = []
     for name, cells in text.iterrows():
         found = []
-        for title, cell in cells.items():
+        for column, cell in cells.items():
             mean, _, interval = cell.partition(" [")
-            value = summary.loc[name, by_title[title]]
+            value = summary.loc[name, column]
             number = None if pd.isna(value) else float(value)
             found.append({"text": mean, "interval": interval.rstrip("]").replace(", ", " – "), "number": number})
         rows.append({"name": name, "cells": found})
-    return list(text.columns), rows
+    return [column if column in COUNTS else describe_measure(column)[0] for column in text], rows
 
 
 def build_comparisons(verdict: Verdict) -> list[list]:
@@ -230,7 +228,7 @@ def write_report(
     place = {name: i for i, name in enumerate(models)}
     data = {
         "models": models,
-        "criteria": [describe_measure(criterion)[0] for criterion in criteria],
+        "criteria": [describe_measure(criterion_column(criterion))[0] for criterion in criteria],
         "judged": verdict.measure == "overall",
         # a checkpoint and the one before it, of the same run, between which answers can get worse
         "successors": [

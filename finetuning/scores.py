@@ -87,14 +87,14 @@ def write_scores(
     verdict = headline.verdict
     folder = folder / SCORES
     folder.mkdir(parents=True, exist_ok=True)
-    summary.to_csv(folder / "summary.csv")
-    pd.DataFrame([asdict(c) for c in verdict.comparisons]).to_csv(folder / "comparisons.csv", index=False)
+    _write_csv(folder / "summary.csv", summary.reset_index())
+    _write_csv(folder / "comparisons.csv", pd.DataFrame([asdict(c) for c in verdict.comparisons]))
     measured = [c for c in samples if c not in ("messages", "references", "prediction", "evaluation", "removed_tokens")]
-    samples[measured].to_csv(folder / "samples.csv", index=False)
+    _write_csv(folder / "samples.csv", samples[measured])
     tables = opinions.tables()
     for name in ("pairs", "jury", "people"):
         if name in tables:
-            tables[name].to_csv(folder / f"{name}.csv", index=False)
+            _write_csv(folder / f"{name}.csv", tables[name])
         else:
             (folder / f"{name}.csv").unlink(missing_ok=True)
     content = {
@@ -115,6 +115,17 @@ def write_scores(
     }
     write_json(folder / "verdict.json", content)
     return folder
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table, with `'` in front of a text that a spreadsheet would take for a formula, and run."""
+    texts = table.select_dtypes(exclude="number").columns
+    table = table.assign(**{column: table[column].map(_without_formula) for column in texts})
+    table.to_csv(path, index=False)
+
+
+def _without_formula(cell):
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def main(args: ScoreArguments) -> None:

@@ -37,6 +37,7 @@ MEASURES = {  # column: (title, decimals); the criteria of a judge come from its
     "length_ratio": ("length ratio", 2),
     "num_new_tokens": ("tokens", 1),
 }
+COUNTS = ("samples", "errors", "judged", "failed", "coverage", "seconds", "cost")  # columns that are no measure
 METRICS = {  # what step 3 measures of a whole model, under finetuning/metrics.py's names
     **{measure: MEASURES[measure] for measure in (*ROUGE_COLUMNS, "chrf")},
     "stop_rate": MEASURES["stopped"],
@@ -114,7 +115,7 @@ def load_samples(run: Path) -> pd.DataFrame:
 
     Returns:
         The columns of `load_predictions`, and run, status (ok, or why there is no score; None where it was not judged), the
-        cost (US dollars), score of each criterion of the rubric, overall (their mean), expected_overall (that of the expected scores, if
+        cost (US dollars), judge[<criterion>] of the rubric (the score), overall (their mean), expected_overall (that of the expected scores, if
         they were asked for), evaluation (the scores with their explanations).
 
     Raises:
@@ -142,10 +143,11 @@ def load_samples(run: Path) -> pd.DataFrame:
     for column in ("status", "evaluation"):
         samples[column] = pd.Series([row.get(column) for row in found], dtype=object)
     for criterion in criteria:
-        samples[criterion] = [
+        samples[criterion_column(criterion)] = [
             row["evaluation"][criterion]["score"] if row.get("status") == "ok" else math.nan for row in found
         ]
-    samples["overall"] = samples[criteria].mean(axis=1, skipna=False) if criteria else math.nan
+    scores = samples[[criterion_column(criterion) for criterion in criteria]]
+    samples["overall"] = scores.mean(axis=1, skipna=False) if criteria else math.nan
     if any(row.get("expected") for row in found):
         expected = pd.DataFrame([row.get("expected") or {} for row in found], columns=criteria)
         samples["expected_overall"] = expected.mean(axis=1, skipna=False).to_numpy(dtype=float)
@@ -218,12 +220,24 @@ def criteria_of(samples: pd.DataFrame) -> list[str]:
 def measures_of(samples: pd.DataFrame) -> list[str]:
     """The columns of samples that were measured: the judge's first, then what step 3 measures."""
     criteria = criteria_of(samples) if "evaluation" in samples else []
-    return [m for m in (*JUDGED, *criteria, *MEASURES) if m in samples and samples[m].notna().any()]
+    return [
+        m for m in (*JUDGED, *map(criterion_column, criteria), *MEASURES) if m in samples and samples[m].notna().any()
+    ]
+
+
+def criterion_column(criterion: str) -> str:
+    """The column of a criterion, which is no other column whatever the rubric calls it: names have no brackets."""
+    return f"judge[{criterion}]"
 
 
 def describe_measure(measure: str) -> tuple[str, int]:
-    """Title and decimals of a measure; what has no entry is a criterion of a judge."""
-    return {**JUDGED, **MEASURES}.get(measure, (measure.replace("_", " "), 2))
+    """Title and decimals of a measure; a criterion of a judge is called as it is, unless another column is called so."""
+    named = {**JUDGED, **MEASURES}
+    if measure in named:
+        return named[measure]
+    title = measure.removeprefix("judge[").removesuffix("]").replace("_", " ")
+    is_taken = title in ("model", *COUNTS, *(title for title, _ in named.values()))
+    return f"{title} (criterion)" if is_taken else title, 2
 
 
 def summarize(samples: pd.DataFrame) -> pd.DataFrame:
@@ -263,6 +277,12 @@ def measures_in(summary: pd.DataFrame) -> list[str]:
 
 def format_table(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
     """The summary as text, `0.712 [0.680, 0.741]`, under readable titles."""
+    titles = {measure: describe_measure(measure)[0] for measure in measures_in(summary)}
+    return format_cells(summary, intervals).rename(columns=titles)
+
+
+def format_cells(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
+    """The summary as text, under the names of its columns."""
     table = pd.DataFrame(index=summary.index)
     counts = ["samples"] + [c for c in ("errors", "judged", "failed") if c in summary and summary[c].any()]
     for column in counts:
@@ -273,8 +293,8 @@ def format_table(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
             for share in summary["coverage"]
         ]
     for measure in measures_in(summary):
-        title, decimals = describe_measure(measure)
-        table[title] = [
+        _, decimals = describe_measure(measure)
+        table[measure] = [
             "-"
             if math.isnan(mean)
             else f"{mean:.{decimals}f}"

@@ -26,7 +26,7 @@ from conftest import ROOT, command, end_step, make_run, run_step, start_step, wa
 from judge_servers import StubJudge, completion, evaluation, serve, start_llama_server
 
 from finetuning.endpoint import read_retry_after
-from finetuning.judge import RESERVED, Evaluation
+from finetuning.judge import Evaluation
 from finetuning.judge_client import RateControl
 from finetuning.results import iterate_rows, read_rows
 from finetuning.tables import load_samples
@@ -399,7 +399,7 @@ def test_a_rubric_of_ones_own_in_yaml_or_python(run_dir, tmp_path):
         assert refused.returncode == 2 and "criteria was ['politeness', 'brevity'] and is ['warmth']" in refused.printed
         judge(run_dir, url, "--rubric", f"{tmp_path / 'tone.py'}:Tone", "--overwrite", "true")
     assert list(evaluations(run_dir)[0]["evaluation"]) == ["warmth"]
-    assert {"warmth", "overall"} <= set(load_samples(run_dir))
+    assert {"judge[warmth]", "overall"} <= set(load_samples(run_dir))
 
 
 RUBRICS = {
@@ -408,7 +408,7 @@ RUBRICS = {
     "rubric.txt": ("x", "neither file.py:ClassName nor a YAML"),
     "list.yaml": ("- a\n- b\n", "write a line `name: description`"),
     "name.yaml": ("two words: x\n", "cannot be a name here"),
-    "reserved.yaml": ("overall: x\n", "name of a column"),
+    "reserved.yaml": ("overall: x\n", "is a column of --human"),
     "twice.yaml": ("a: x\na: y\n", "a name stands twice"),
     "pydantic.yaml": ("model_dump: x\n", "cannot be a name here"),
     "exit.py:A": ("raise SystemExit(0)", "cannot be imported: SystemExit"),
@@ -432,12 +432,6 @@ def test_a_rubric_that_is_none_says_what_to_write(run_dir, tmp_path, name):
         (tmp_path / name.partition(":")[0]).write_text(content)
     result = judge(run_dir, "http://127.0.0.1:1", "--rubric", tmp_path / name, check=False)
     assert result.returncode == 2 and message in result.printed and result.printed.count("\n") <= 2
-
-
-def test_no_criterion_can_have_the_name_of_a_column(run_dir):
-    with serve(StubJudge(evaluation(7))) as url:
-        judge(run_dir, url)
-    assert set(load_samples(run_dir)) - set(CRITERIA) <= RESERVED
 
 
 # --- What the endpoint can do, and when -------------------------------------------------------------------------------

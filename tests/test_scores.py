@@ -17,9 +17,19 @@ from finetuning.errors import InputError
 from finetuning.headline import build_headline
 from finetuning.judge import Evaluation, prediction_hash
 from finetuning.judges_and_people import load_opinions
+from finetuning.plots import plot_criteria
+from finetuning.report import build_rows
 from finetuning.results import RowFile, read_rows
 from finetuning.scores import ScoreArguments, main
-from finetuning.tables import format_comparisons, format_table, load_runs, load_samples, summarize
+from finetuning.tables import (
+    criterion_column,
+    describe_measure,
+    format_comparisons,
+    format_table,
+    load_runs,
+    load_samples,
+    summarize,
+)
 from finetuning.verdict import choose_measure, decide, find_lacking, is_held_out
 
 CRITERIA = list(Evaluation.model_fields)
@@ -58,7 +68,7 @@ def test_models_stand_in_the_order_of_their_steps(run_dir):
 def test_failed_judgements_are_counted_and_in_no_mean(run_dir):
     add_evaluations(run_dir, "checkpoint-10", [9, 7, None, None])
     row = summarize(load_samples(run_dir)).loc["checkpoint-10"]
-    assert (row["judged"], row["failed"], row["overall"], row["relevance"]) == (2, 2, 8, 8)
+    assert (row["judged"], row["failed"], row["overall"], row["judge[relevance]"]) == (2, 2, 8, 8)
 
 
 def test_a_success_counts_however_often_it_failed_before(run_dir):
@@ -187,7 +197,9 @@ def sentences(models, baseline="base", holdout=0.0, **columns):
     samples = pd.DataFrame(rows).astype({"rouge1": float, "chrf": float, "overall": float})
     verdict = decide(samples, baseline, holdout)
     assert len(verdict.say("ko")) == len(verdict.say("en"))
-    for sentence in (*verdict.say("en"), *verdict.say("ko")):
+    stopped = pd.DataFrame({"stopped": 1.0}, index=list(models))
+    headlines = [build_headline(verdict, stopped, []).say(language) for language in ("en", "ko")]
+    for sentence in (*verdict.say("en"), *verdict.say("ko"), *headlines[0], *headlines[1]):
         assert "nan" not in sentence and "{" not in sentence and not re.search(r"\b1 samples", sentence)
     return verdict, " ".join(verdict.sentences)
 
@@ -458,6 +470,43 @@ def test_predictions_that_were_not_finished_are_refused(run_dir):
     path.write_text(json.dumps({k: v for k, v in info.items() if k != "metrics"}))
     with pytest.raises(InputError, match="step 3 has not finished"):
         load_samples(run_dir)
+
+
+def test_a_criterion_can_have_the_name_of_any_column(run_dir):
+    names = [*load_samples(run_dir), *summarize(load_samples(run_dir)), *(title.replace(" ", "_") for title in format_table(summarize(load_samples(run_dir))))]  # fmt: skip
+    names += ["tokens", "judge_overall", "judge_expected", "overall", "cost", "coverage", "a", "a_low", "a_low_low"]
+    criteria = [name for name in dict.fromkeys(names) if name.isidentifier()]
+    for name in ("base", "checkpoint-9", "checkpoint-10"):
+        file = RowFile(run_dir / "qa_evaluation_results" / f"{name}.jsonl", {"judge_model": "m", "criteria": criteria})
+        for row in read_rows(run_dir / "predictions" / f"{name}.jsonl"):
+            evaluation = {c: {"explanation": "e", "score": 1 + i % 10} for i, c in enumerate(criteria)}
+            file.append({
+                "id": row["id"], "prediction_hash": prediction_hash(row), "status": "ok", "evaluation": evaluation,
+                "expected": None, "usage": None, "cost": None, "possible_cost": 0.0, "error": None,
+            })  # fmt: skip
+        file.close()
+    summary = summarize(load_samples(run_dir))
+    table = format_table(summary)
+    assert table.columns.is_unique and table.loc["base", "tokens"].startswith("5.0")
+    titles, rows = build_rows(summary)
+    assert titles == list(table) and len(titles) == len(rows[0]["cells"])
+    found = dict(zip(titles, rows[0]["cells"], strict=True))
+    for i, criterion in enumerate(criteria):
+        title = describe_measure(criterion_column(criterion))[0]
+        assert title.startswith(criterion.replace("_", " ")) and found[title]["number"] == 1 + i % 10
+    assert plot_criteria(summary) is not None
+
+
+def test_a_name_that_is_a_formula_is_a_text_in_the_csvs(run_dir):
+    for path in (run_dir / "predictions").glob("base.*"):
+        path.rename(path.with_stem("=HYPERLINK(1)"))
+    main(ScoreArguments(output_dir=[str(run_dir)]))
+    for name in ("summary", "comparisons", "samples"):
+        table = pd.read_csv(run_dir / "scores" / f"{name}.csv")
+        cells = [cell for column in table for cell in table[column] if isinstance(cell, str)]
+        assert "'=HYPERLINK(1)" in cells and not any(cell[0] in "=+-@\t\r" for cell in cells)
+        assert all(pd.api.types.is_numeric_dtype(table[column]) for column in table if column in ("rouge1", "difference", "low"))  # fmt: skip
+    assert "=HYPERLINK(1)" in json.loads((run_dir / "scores" / "verdict.json").read_text())["means"]
 
 
 # --- Several runs -----------------------------------------------------------------------------------------------------
