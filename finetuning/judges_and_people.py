@@ -23,7 +23,7 @@ from finetuning.agreement import (
 from finetuning.comparison import bootstrap_interval, holm, share_interval
 from finetuning.judge import pair_hash
 from finetuning.results import iterate_rows, read_info
-from finetuning.runs import EVALUATIONS, HUMAN_AGREEMENT_FILE, read_json
+from finetuning.runs import EVALUATIONS, HUMAN_AGREEMENT_FILE, is_there, read_json
 from finetuning.schemas import COMPARISON, COMPARISON_INFO, EVALUATION, HUMAN_AGREEMENT, JUDGES_INFO
 from finetuning.tables import name_runs
 from finetuning.verdict import Verdict
@@ -268,7 +268,7 @@ def load_opinions(runs: list[Path], samples: pd.DataFrame) -> Opinions:
         opinions.pairs += _load_pairs(run / EVALUATIONS / "pairs", prefix, hashes)
         juries += _load_jury(run / EVALUATIONS, prefix, hashes)
         path = run / EVALUATIONS / HUMAN_AGREEMENT_FILE
-        if path.is_file():
+        if is_there(path):
             written = read_json(path, HUMAN_AGREEMENT, "start 4_openai_test.py with --human again")
             if "scores" not in written:
                 opinions.lacking.append(path)
@@ -328,7 +328,7 @@ def _load_jury(folder: Path, prefix: str, hashes: dict[tuple[str, str], str]) ->
     scores: dict[str, dict[str, dict]] = defaultdict(dict)  # by model and judge, the evaluation of each sample
     for path in sorted((folder / "judges").glob("*/*.jsonl")):
         mean = folder / path.name
-        members = read_info(mean, JUDGES_INFO)["identity"]["judge_model"] if mean.is_file() else None
+        members = read_info(mean, JUDGES_INFO)["identity"]["judge_model"] if is_there(mean) else None
         judge = read_info(path, JUDGES_INFO)["identity"]["judge_model"]
         if not isinstance(members, list) or judge not in members:
             continue  # its part in a jury was given up

@@ -28,7 +28,7 @@ from finetuning.plots import (
     plot_measures,
     plot_training,
 )
-from finetuning.runs import EDA, PREFLIGHT_FILE, read_json, read_run, to_json
+from finetuning.runs import EDA, PREFLIGHT_FILE, is_there, read_json, read_run, to_json
 from finetuning.schemas import FULL_RUN_RECORD, PREFLIGHT
 from finetuning.tables import (
     COUNTS,
@@ -58,7 +58,7 @@ def _to_data_uri(image: Path) -> str:
 def read_preflight(run: Path) -> dict | None:
     """What step 1 found before training; None where it was not asked, or the run was made elsewhere."""
     file = run / PREFLIGHT_FILE
-    return read_json(file, PREFLIGHT) if file.is_file() else None
+    return read_json(file, PREFLIGHT) if is_there(file) else None
 
 
 def build_rows(summary: pd.DataFrame) -> tuple[list[str], list[dict]]:
@@ -150,12 +150,6 @@ def _p_cell(p: float) -> dict:
     return {"text": "< 0.0001", "interval": "", "number": p} if p < 0.0001 else _cell(p, 4)
 
 
-def _text_of(message: dict) -> str:
-    """What a message says, and the tools that it calls."""
-    calls = [to_json(call["function"]) for call in message.get("tool_calls", ())]
-    return "\n".join([*([message["content"]] if message["content"] else []), *calls])
-
-
 def build_samples(samples: pd.DataFrame, models: list[str], criteria: list[str], opinions: Opinions) -> list[dict]:
     """The samples as the page's script reads them, with short keys, since there may be thousands of answers.
 
@@ -173,7 +167,7 @@ def build_samples(samples: pd.DataFrame, models: list[str], criteria: list[str],
     for row in samples[columns].itertuples(index=False):
         sample = found.get(row.id)
         if sample is None:
-            messages = [[message["role"], _text_of(message)] for message in row.messages]
+            messages = [[message["role"], message["content"]] for message in row.messages]
             sample = found[row.id] = {"id": row.id, "m": messages, "r": row.references, "a": [None] * len(models)}
         answer = {
             "p": row.prediction, "f": row.finish_reason, "e": row.error, "n": _rounded(row.num_new_tokens, 0),
@@ -262,7 +256,7 @@ def write_report(
         },
         plots=[_to_svg(plot) for plot in plots if plot is not None],
         preflights={name: found for name, run in named.items() if (found := read_preflight(run)) is not None},
-        lengths=[_to_data_uri(plot) for run in runs for plot in sorted((run / EDA).glob("*.png"))],
+        lengths=[_to_data_uri(plot) for run in runs for plot in sorted((run / EDA).glob("*.png")) if is_there(plot)],
         data=to_script_data(data),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from finetuning.errors import InputError
-from finetuning.runs import read_json, to_json, write_json
+from finetuning.runs import is_there, read_json, to_json, write_json
 from finetuning.schemas import ANY_OBJECT, INFO, PREDICTION, check
 
 REMEDY = "delete that line, and start the step that wrote it again to make it anew"
@@ -27,7 +27,7 @@ def iterate_rows(path: Path, schema: TypeAdapter = ANY_OBJECT) -> Iterator[dict]
     Raises:
         InputError: A line is no JSON, or does not fit the schema; or a sample has two predictions.
     """
-    if not path.is_file():
+    if not is_there(path):
         return
     lines_of: dict[str, int] = {}
     with path.open("rb") as file:
@@ -58,7 +58,7 @@ def read_info(path: Path, schema: TypeAdapter = INFO) -> dict:
         InputError: Nothing does, as a copy or a kill may leave it; or it does not fit the schema.
     """
     info_path = path.with_suffix(".json")
-    if not info_path.is_file():
+    if not is_there(info_path):
         raise InputError(f"{path} has no {info_path.name} beside it, which says how it was made; make it again")
     return read_json(info_path, schema, "make it and its rows again with --overwrite true")
 
@@ -191,7 +191,7 @@ class RowFile:
         known = {row["id"] for row in iterate_rows(self.path)}
         for part in self.parts():
             info_path = part.with_suffix(".json")
-            info = read_json(info_path) if info_path.is_file() else {}
+            info = read_json(info_path) if is_there(info_path) else {}
             if info.get("identity") == json.loads(json.dumps(self.info["identity"])):
                 for row in iterate_rows(part):
                     if row["id"] not in known:

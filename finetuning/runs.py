@@ -96,10 +96,21 @@ def file_name(name: str) -> str:
     return shorten(quoted)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        InputError: Something else has its name, which would be taken for no file, or be read without end.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        raise InputError(f"{path} is no file (but a folder, a pipe, or a link that leads to none); move it away")
+    return path.is_file()
+
+
 def find_run(output_dir: str | None) -> Path:
     """The folder of the run: `output_dir`, or the newest run under outputs/."""
     if output_dir is not None:
-        if not (Path(output_dir) / RUN_FILE).is_file():
+        if not is_there(Path(output_dir) / RUN_FILE):
             raise InputError(f"{output_dir} is no run (no {RUN_FILE} in it); run 1_train_full_fine_tuning.py first")
         return Path(output_dir)
     run_files = sorted(OUTPUTS.glob(f"*/{RUN_FILE}"), key=lambda f: f.stat().st_mtime)
@@ -193,6 +204,8 @@ def find_models(run: Path, model_name: str) -> dict[str, str]:
 
 def names_of_files(folder: Path, model_name: str) -> list[str]:
     """Names of the models with rows in `folder` that `model_name` (a name, a glob or `all`) means, by training step."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"{folder} is no folder; move it away")
     names = sorted((f.stem for f in folder.glob("*.jsonl")), key=lambda name: (checkpoint_step(name), name))
     if model_name == "all":
         return names

@@ -42,12 +42,13 @@ def _check_text(text):
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 Number = Annotated[float, WrapValidator(_as_written)]
 
 
 class Message(Object):
     role: Text
-    content: NotRequired[Annotated[Any, AfterValidator(_check_text)]]
+    content: Text  # a call of a tool as text, too
 
 
 class PredictionRow(Object):
@@ -57,10 +58,10 @@ class PredictionRow(Object):
     messages: list[Message]
     references: list[Text]
     prediction: Text | None
-    num_prompt_tokens: int
-    num_new_tokens: int
+    num_prompt_tokens: Count
+    num_new_tokens: Count
     finish_reason: Literal["stop", "length", "error"]
-    removed_tokens: NotRequired[dict[str, int]]
+    removed_tokens: NotRequired[dict[Text, Count]]
     error: Text | None
 
 
@@ -82,7 +83,7 @@ class EvaluationRow(Object):
     status: Literal["ok", "refusal", "truncated", "content_filter", "invalid", "error"]
     evaluation: dict[str, Judged] | None
     expected: dict[str, Number] | None
-    usage: dict[str, int] | None
+    usage: dict[str, Count] | None
     cost: Number | None
     possible_cost: Number
     replied_as: NotRequired[Text | None]
@@ -109,18 +110,6 @@ def _check_evaluation(row: dict) -> dict:
     return row
 
 
-class LogEntry(Object):
-    num_tokens: NotRequired[Number]
-
-
-class TrainerState(Object):
-    """trainer_state.json of a checkpoint, as far as training goes on from it."""
-
-    global_step: Annotated[int, Field(ge=1)]
-    log_history: list[LogEntry]
-
-
-TRAINER_STATE = TypeAdapter(TrainerState)
 PREDICTION = TypeAdapter(Annotated[PredictionRow, AfterValidator(_check_prediction)])
 EVALUATION = TypeAdapter(Annotated[EvaluationRow, AfterValidator(_check_evaluation)])
 COMPARISON = TypeAdapter(Annotated[ComparisonRow, AfterValidator(_check_evaluation)])
@@ -138,14 +127,20 @@ class Metrics(Object):
     per_sample: dict[str, list]
 
 
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) <= 2**53  # NaN is not, either
+
+
 def _check_metrics(metrics: dict) -> dict:
     ids, *columns = (metrics["per_sample"].get("id"), *metrics["per_sample"].values())
     if ids is None or not all(isinstance(sample_id, str) for sample_id in ids):
         raise ValueError("`per_sample` has no list of ids")
+    if len(set(ids)) < len(ids):
+        raise ValueError("`per_sample.id` names a sample twice")
     if any(len(column) != len(ids) for column in columns):
         raise ValueError("the lists of `per_sample` are not equally long")
     for name, column in metrics["per_sample"].items():
-        if name != "id" and not all(value is None or type(value) in (int, float) for value in column):
+        if name != "id" and not all(value is None or _is_number(value) for value in column):
             raise ValueError(f"`per_sample.{name}` holds something else than numbers")
     return metrics
 
@@ -284,15 +279,30 @@ class Preflight(Object):
 
 
 class LogEntry(Object):
-    step: int
+    """Figures of one step; the loss of a training that has diverged is NaN or infinite."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
+    step: Count
+    loss: NotRequired[float]
+    grad_norm: NotRequired[float]
+    eval_loss: NotRequired[float]
+    num_tokens: NotRequired[Number]
 
 
-class TrainerState(Object):
+class TrainingLog(Object):
+    """trainer_state.json of a checkpoint, as far as its log is shown."""
+
     log_history: list[LogEntry]
 
 
+class TrainerState(TrainingLog):
+    """The same file, as far as training goes on from it."""
+
+    global_step: Annotated[int, Field(ge=1)]
+
+
 RUN_RECORD, FULL_RUN_RECORD = TypeAdapter(RunRecord), TypeAdapter(FullRunRecord)
-PREFLIGHT, TRAINER_STATE = TypeAdapter(Preflight), TypeAdapter(TrainerState)
+PREFLIGHT, TRAINING_LOG, TRAINER_STATE = TypeAdapter(Preflight), TypeAdapter(TrainingLog), TypeAdapter(TrainerState)
 
 
 def check(content, schema: TypeAdapter, where: str, remedy: str):

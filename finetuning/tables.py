@@ -18,11 +18,12 @@ from finetuning.runs import (
     EVALUATIONS,
     PREDICTIONS,
     checkpoint_step,
+    is_there,
     list_checkpoints,
     names_of_files,
     read_json,
 )
-from finetuning.schemas import EVALUATION, EVALUATION_INFO, PREDICTION, PREDICTION_INFO, TRAINER_STATE, PredictionRow
+from finetuning.schemas import EVALUATION, EVALUATION_INFO, PREDICTION, PREDICTION_INFO, TRAINING_LOG, PredictionRow
 from finetuning.verdict import COVERAGE_NEEDED, DECIMALS, Verdict
 
 ROUGE_COLUMNS = ["rouge1", "rouge2", "rougeL"]
@@ -66,9 +67,8 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
         path = run / PREDICTIONS / f"{name}.jsonl"
         rows, info = list(iterate_rows(path, PREDICTION)), read_info(path, PREDICTION_INFO)
         metrics = info.get("metrics") or {"per_sample": {"id": []}}
-        columns = {column: values for column, values in metrics["per_sample"].items() if column in MEASURES}
         per_sample = {
-            sample_id: {column: values[i] for column, values in columns.items()}
+            sample_id: {column: values[i] for column, values in metrics["per_sample"].items()}
             for i, sample_id in enumerate(metrics["per_sample"]["id"])
         }
         answered = {row["id"] for row in rows if row["finish_reason"] != "error"}
@@ -87,7 +87,7 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
                     "model": name,
                     "step": checkpoint_step(name),
                     **{column: row.get(column) for column in PredictionRow.__annotations__},
-                    **{column: measured.get(column) for column in columns},
+                    **{measure: measured.get(measure) for measure in MEASURES},
                     "stopped": row["finish_reason"] == "stop" if measured else None,
                     "num_new_tokens": row["num_new_tokens"] if measured else None,
                     "prediction_hash": prediction_hash(row),
@@ -331,10 +331,10 @@ def print_table(table: pd.DataFrame) -> None:
 
 def load_training_log(run: Path) -> pd.DataFrame:
     """Loss, grad_norm, learning_rate, tokens_per_second and the like by step, from the last checkpoint's log."""
-    states = [f / "trainer_state.json" for f in list_checkpoints(run) if (f / "trainer_state.json").is_file()]
+    states = [f / "trainer_state.json" for f in list_checkpoints(run) if is_there(f / "trainer_state.json")]
     if not states:
         return pd.DataFrame(columns=["step", "loss"])
-    return pd.DataFrame(read_json(states[-1], TRAINER_STATE)["log_history"])
+    return pd.DataFrame(read_json(states[-1], TRAINING_LOG)["log_history"])
 
 
 def load_training_logs(runs: list[Path]) -> dict[str, pd.DataFrame]:

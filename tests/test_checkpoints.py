@@ -94,7 +94,8 @@ def rewrite(**changes):
         ],
         ("rng_state_1.pth", cut),
         ("trainer_state.json", rewrite(global_step=7)),
-        ("trainer_state.json", rewrite(log_history=[{"num_tokens": "many"}])),
+        ("trainer_state.json", rewrite(global_step="7")),
+        ("trainer_state.json", rewrite(log_history=[{"step": 1, "num_tokens": "many"}])),
     ],
 )
 def test_a_damaged_file_of_a_checkpoint_is_named_before_a_model_is_loaded(checkpoint, name, damage):

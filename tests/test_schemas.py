@@ -1,6 +1,7 @@
 """Files of a run that were cut, edited or copied badly: each fault is one line that names the file and the line or key."""
 
 import json
+import os
 import re
 import shutil
 
@@ -10,10 +11,13 @@ from large_run import write_run
 
 from finetuning import schemas
 from finetuning.errors import InputError
+from finetuning.judges_and_people import load_opinions
+from finetuning.report import read_preflight
 from finetuning.results import RowFile, read_rows
-from finetuning.runs import read_run, to_json
+from finetuning.runs import find_run, read_run, to_json
 from finetuning.scores import ScoreArguments, main
-from finetuning.tables import load_samples
+from finetuning.tables import load_samples, load_training_log
+from finetuning.verdict import decide
 
 ROWS = "predictions/checkpoint-1.jsonl"
 JUDGED = "qa_evaluation_results/checkpoint-1.jsonl"
@@ -129,6 +133,91 @@ def test_a_record_that_was_cut_is_named(run_dir, file):
     (run_dir / file).write_text(content[: len(content) // 2])
     with pytest.raises(InputError, match=rf"{file}:\d+ is no JSON"):
         main(ScoreArguments(output_dir=[str(run_dir)]))
+
+
+def read_all(run_dir):
+    samples = load_samples(run_dir)
+    load_opinions([run_dir], samples)
+    read_preflight(run_dir)
+    load_training_log(run_dir)
+
+
+def damage(path, kind):
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir(parents=True)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name if kind == "loop" else "/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "file, kind",
+    [
+        (ROWS, "folder"),
+        (ROWS, "pipe"),
+        (JUDGED, "loop"),
+        ("predictions/base.json", "pipe"),
+        ("preflight.json", "endless"),
+        ("checkpoint-1/trainer_state.json", "folder"),
+        ("qa_evaluation_results/human_agreement.json", "pipe"),
+        ("qa_evaluation_results/pairs/base--checkpoint-1.jsonl", "folder"),
+    ],
+)
+def test_what_has_the_name_of_a_file_and_is_none_is_named(run_dir, file, kind):
+    damage(run_dir / file, kind)
+    if "pairs" in file:
+        (run_dir / file).with_suffix(".json").write_text(
+            '{"identity": {"judge_model": "m", "models": ["base", "checkpoint-1"]}}'
+        )
+    with pytest.raises(InputError, match=f"{file} is no file"):
+        read_all(run_dir)
+    assert find_run(str(run_dir)) == run_dir
+    damage(run_dir / "run.json", kind)
+    with pytest.raises(InputError, match="run.json is no file"):
+        find_run(str(run_dir))
+
+
+def test_rows_are_not_looked_for_in_a_file(run_dir):
+    shutil.rmtree(run_dir / "qa_evaluation_results")
+    (run_dir / "qa_evaluation_results").write_text("")
+    with pytest.raises(InputError, match="qa_evaluation_results is no folder"):
+        load_samples(run_dir)
+
+
+SENT = {"role": "user", "content": "?"}
+
+
+@pytest.mark.parametrize(
+    "file, changes, fault",
+    [
+        (ROWS, {"messages": [{"role": "user"}]}, "`messages.0.content`"),
+        (ROWS, {"messages": [{**SENT, "content": 5}]}, "`messages.0.content`"),
+        (ROWS, {"messages": [SENT, {**SENT, "content": [{"type": "text", "text": "?"}]}]}, "`messages.1.content`"),
+        (ROWS, {"num_new_tokens": 10**400}, "`num_new_tokens`"),
+        (ROWS, {"num_new_tokens": -1}, "`num_new_tokens`"),
+        (ROWS, {"removed_tokens": {"x": 10**30}}, "`removed_tokens.x`"),
+        (JUDGED, {"usage": {"prompt_tokens": 10**30}}, "`usage.prompt_tokens`"),
+        ("predictions/base.json", {"metrics__per_sample__rouge1": [1e308, 0, 0, 0]}, "per_sample.rouge1` holds"),
+        ("predictions/base.json", {"metrics__per_sample__rouge1": [float("nan"), 0, 0, 0]}, "per_sample.rouge1` holds"),
+        ("predictions/base.json", {"metrics__per_sample__id": ["1"] * 4}, "names a sample twice"),
+        ("checkpoint-1/trainer_state.json", {"log_history": [{"step": 1, "loss": "1"}]}, "`log_history.0.loss`"),
+        ("checkpoint-1/trainer_state.json", {"log_history": [{"step": 10**30}]}, "`log_history.0.step`"),
+    ],
+)
+def test_texts_and_numbers_that_nothing_can_be_made_of_are_named(run_dir, file, changes, fault):
+    change(run_dir, file, **changes)
+    with pytest.raises(InputError, match=f"{file}.*{fault}"):
+        read_all(run_dir)
+
+
+def test_a_measure_that_was_not_taken_is_missing_and_no_fault(run_dir):
+    change(run_dir, "predictions/base.json", metrics__per_sample__rouge1=None)
+    samples = load_samples(run_dir)
+    assert samples[samples["model"] == "base"]["rouge1"].isna().all() and samples["rouge1"].notna().any()
+    change(run_dir, "predictions/checkpoint-1.json", metrics__per_sample__rouge1=None)
+    assert decide(load_samples(run_dir)).measure == "overall"
 
 
 def test_a_sample_that_has_two_predictions_is_named(run_dir):
