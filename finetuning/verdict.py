@@ -24,8 +24,8 @@ WORDS = {
         "points": " points of 10",
         "sample": "{num} sample",
         "samples": "{num} samples",
-        "judged": "the judge has scored the answers of every model",
-        "some judged": "the judge has scored the answers of all models that are ranked",
+        "judged": "the judge has scored at least {needed} of the answers of every model",
+        "some judged": "the judge has scored at least {needed} of the answers of all models that are ranked",
         "not judged": "nothing was judged",
         "few judged": "only {coverage} of the answers of {model} have a judgement, under {needed}",
         "none judged": "no judgement gave a score",
@@ -86,8 +86,8 @@ WORDS = {
         "points": "점(10점 만점)",
         "sample": "샘플 {num}개",
         "samples": "샘플 {num}개",
-        "judged": "모든 모델의 답변이 심사되었기 때문입니다",
-        "some judged": "순위에 든 모든 모델의 답변이 심사되었기 때문입니다",
+        "judged": "모든 모델의 답변이 {needed} 이상 심사되었기 때문입니다",
+        "some judged": "순위에 든 모든 모델의 답변이 {needed} 이상 심사되었기 때문입니다",
         "not judged": "심사된 것이 없기 때문입니다",
         "few judged": "{model}의 답변 중 {coverage}만 심사되어 {needed}에 못 미치기 때문입니다",
         "none judged": "점수가 나온 심사가 없기 때문입니다",
@@ -210,7 +210,7 @@ def choose_measure(samples: pd.DataFrame) -> tuple[str, tuple[str, dict], dict[s
     if answered["overall"].isna().all():
         return measure, ("not judged" if answered["status"].isna().all() else "none judged", {}), {}
     worst = coverage.idxmin()
-    figures = {"coverage": f"{coverage[worst]:.0%}", "model": worst, "needed": f"{COVERAGE_NEEDED:.0%}"}
+    figures = {"coverage": f"{coverage[worst]:.0%}", "model": worst}
     return measure, ("few judged", figures), {}
 
 
@@ -294,7 +294,8 @@ class _Speaker:
         if verdict.best is None:
             return [*self._unranked(), words[self._why_none()]]
         key, figures = verdict.reason
-        found = [words["ranked by"].format(measure=words[verdict.measure], reason=words[key].format(**figures))]
+        reason = words[key].format(**figures, needed=f"{COVERAGE_NEEDED:.0%}")
+        found = [words["ranked by"].format(measure=words[verdict.measure], reason=reason)]
         if verdict.measure == "chrf":
             found.append(words["chrf instead"])
         found += self._unranked()
