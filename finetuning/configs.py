@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 
 from trl import ModelConfig
 
-from finetuning.errors import InputError, fail, is_main_process
+from finetuning.errors import UNWRITABLE, InputError, fail, is_main_process
 from finetuning.parsing import Parser
 
 # Lowest and highest value of a key, both allowed. Keys of every step; None is always allowed where it is the default.
@@ -571,6 +571,13 @@ def run_step(
         main(*arguments)
     except InputError as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        fail(
+            f"{error.filename or 'a file that this step writes'}: {error.strerror}. What stood there still does: make room, or give permission or another place, and start "
+            "the same command again"
+        )
     except KeyboardInterrupt:
         if is_main_process():
             print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -1,8 +1,11 @@
 """The one kind of error that steps report without a traceback, and how they report it."""
 
+import contextlib
+import errno
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 from finetuning.credentials import hide
@@ -10,6 +13,20 @@ from finetuning.credentials import hide
 
 class InputError(ValueError):
     """A fault in what the user gave (a path, a file, a setting). Its text says what is wrong and what to do."""
+
+
+# of an operating system that lets nothing be written: no space, no quota, a read-only file system, a limit, no permission
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Give the name of a file to an error of the operating system that has none, as that of a write to an open file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def is_main_process() -> bool:

@@ -14,7 +14,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from finetuning.errors import InputError
+from finetuning.errors import InputError, naming
 from finetuning.runs import is_there, read_json, to_json, write_json
 from finetuning.schemas import ANY_OBJECT, INFO, PREDICTION, check
 
@@ -178,8 +178,9 @@ class RowFile:
 
     def append(self, row: dict) -> None:
         """Add one finished row; it is in the file when this returns, whatever happens to the process next."""
-        self._file.write(to_json(row) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(to_json(row) + "\n")
+            self._file.flush()
         if self._overwriting:
             self._end_overwriting()
 
@@ -222,7 +223,7 @@ class RowFile:
 
     def _rewrite(self, rows: Iterable[dict]) -> None:
         partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", encoding="utf-8", errors="replace") as file:
+        with naming(partial), partial.open("w", encoding="utf-8", errors="replace") as file:
             for row in rows:
                 file.write(to_json(row) + "\n")
         self._file.close()
@@ -238,11 +239,16 @@ class RowFile:
         """Hand the rows to whoever reads them next, on a shared file system too."""
         if self._file.closed:
             return
-        os.fsync(self._file)
-        self._file.close()
-        if self._overwriting:
-            self._end_overwriting()
-        self._lock.release()
+        try:
+            with naming(self.path):
+                try:
+                    os.fsync(self._file)
+                finally:
+                    self._file.close()
+            if self._overwriting:
+                self._end_overwriting()
+        finally:
+            self._lock.release()
 
 
 def _aside(path: Path) -> Path:

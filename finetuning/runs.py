@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
-from finetuning.errors import InputError
+from finetuning.errors import InputError, naming
 from finetuning.schemas import ANY_OBJECT, RUN_RECORD, check
 
 OUTPUTS = Path("outputs")
@@ -54,8 +54,9 @@ def _without_nan(content):
 def write_json(path: Path, content: dict) -> None:
     """Write `content` so that a reader, or a start after a kill, finds the old file or the new one and never a part."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with naming(partial):
+        partial.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
 
 
 def read_json(path: Path, schema: TypeAdapter = ANY_OBJECT, remedy: str = "make it again") -> dict:
@@ -170,6 +171,11 @@ def is_model(folder: str | Path) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "adapter_config.json"))
 
 
+def name_of(folder: str) -> str:
+    """The name of a model after that of its folder: one that can be printed, and that a file can have."""
+    return shorten(folder if folder.isprintable() else quote(os.fsencode(folder), safe=" "))
+
+
 def find_models(run: Path, model_name: str) -> dict[str, str]:
     """Names and paths (or Hub ids) of the models that `model_name` means, in the order of their training steps.
 
@@ -180,25 +186,25 @@ def find_models(run: Path, model_name: str) -> dict[str, str]:
     Raises:
         InputError: There is no such model in the run, and it is no Hub id.
     """
-    folders = {f.name: str(f) for f in list_models(run)}
+    folders = {name_of(f.name): str(f) for f in list_models(run)}
     models = {BASE: read_run(run)["config"]["model_name_or_path"], **folders}
     if model_name == "all":
         return models
-    if model_name in models:
-        return {model_name: models[model_name]}
+    if name_of(model_name) in models:
+        return {name_of(model_name): models[name_of(model_name)]}
     matching = {name: path for name, path in folders.items() if fnmatch.fnmatchcase(name, model_name)}
     if matching:
         return matching
     if is_model(model_name):
         path = Path(model_name).resolve()
         if path.parent != run.resolve():  # another run's checkpoint-148 is not this one's
-            return {f"{path.parent.name}--{path.name}": model_name}
-        if path.name in folders:
-            return {path.name: folders[path.name]}
+            return {name_of(f"{path.parent.name}--{path.name}"): model_name}
+        if name_of(path.name) in folders:
+            return {name_of(path.name): folders[name_of(path.name)]}
     elif HUB_ID.fullmatch(model_name) and checkpoint_step(Path(model_name).name) < 1 and not os.path.exists(model_name):
         return {model_name.replace("/", "--"): model_name}
     raise InputError(
-        f"no model `{model_name}`; {run} has {', '.join(models)}. Others are named by their path, or as owner/name on the Hub"
+        f"no model `{name_of(model_name)}`; {run} has {', '.join(models)}. Others are named by their path, or as owner/name on the Hub"
     )
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 
 from finetuning.configs import Checked, run_step
-from finetuning.errors import InputError
+from finetuning.errors import InputError, naming
 from finetuning.headline import Headline, build_headline
 from finetuning.judges_and_people import Opinions, load_opinions
 from finetuning.report import write_report
@@ -139,8 +139,9 @@ def main(args: ScoreArguments) -> None:
     print_table(format_table(summary))
     print("\n".join([*verdict.sentences, *opinions.say("en", verdict)]))
     folder = choose_report_dir(runs, args.report_dir)
-    print(f"\nThe tables are in {write_scores(folder, samples, summary, headline, opinions)}")
-    print(f"The report is at {write_report(folder, runs, samples, summary, headline, opinions)}")
+    with naming(folder):
+        print(f"\nThe tables are in {write_scores(folder, samples, summary, headline, opinions)}")
+        print(f"The report is at {write_report(folder, runs, samples, summary, headline, opinions)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetuning.data import TestSamples
-from finetuning.errors import InputError
+from finetuning.errors import InputError, naming
 
 ID_COLUMNS = ("id", "fname", "idx", "uid")
 
@@ -39,7 +39,7 @@ def write_submission(path: str, rows: Iterable[dict], samples: TestSamples, answ
     ids = dataset[id_column] if id_column is not None else range(len(dataset))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
+    with naming(partial), partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([id_column or "id", answer_key or "prediction"])
         writer.writerows([row_id, by_row[row] or ""] for row, row_id in enumerate(ids))

@@ -6,8 +6,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_run
 
+from finetuning import scores
+from finetuning.configs import run_step
 from finetuning.errors import InputError
 from finetuning.results import RowFile, read_rows
 
@@ -21,6 +23,46 @@ print(known, flush=True)
 for i in range(known, 10**9):
     file.append({"id": str(i), "prediction": "안녕 " * 200})
 """
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("only an administrator can mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_costs_no_row_that_stands(small_disk):
+    path, row = small_disk / "m.jsonl", {"prediction": "x" * 3000}
+    with pytest.raises(OSError, match="No space left") as error, RowFile(path, {"model": "m"}) as file:
+        for i in range(100):
+            file.append({"id": str(i), **row})
+    assert error.value.filename == str(path)
+    stood = read_rows(path)
+    assert 5 < len(stood) < 22 and [row["id"] for row in stood] == [str(i) for i in range(len(stood))]
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    with RowFile(path, {"model": "m"}) as file:
+        file.append({"id": "new", **row})
+    assert [row["id"] for row in read_rows(path)] == [*(row["id"] for row in stood), "new"]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_disk_that_takes_nothing_ends_a_step_in_one_line(small_disk, tmp_path, monkeypatch, capsys, full):
+    run_dir = make_run(tmp_path / "run", {"base": ["a b", "c d"], "checkpoint-5$x$": ["a b", "asks about"]})
+    if full:
+        (small_disk / "other").write_bytes(bytes(60_000))
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    monkeypatch.setattr("sys.argv", ["scores", "--output_dir", str(run_dir), "--report_dir", str(small_disk)])
+    with pytest.raises(SystemExit) as end:
+        run_step(scores.main, scores.ScoreArguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and str(small_disk) in line
+    assert ("No space left on device" if full else "Read-only file system") in line
 
 
 def test_rows_survive_being_killed_at_any_moment(tmp_path):

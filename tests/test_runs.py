@@ -109,3 +109,16 @@ def test_every_name_of_a_judge_is_a_folder_of_its_own(tmp_path):
     folders = {folder.name for folder in tmp_path.iterdir()}
     assert len(folders) == len(names) and not any(name.endswith((".", " ")) for name in folders)
     assert {"gpt-5.4-mini", "Qwen%2FQwen3-32B"} < folders
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "가" * 80, "two\nlines", "half \udced", "=1+1", "$\\frac$"])
+def test_models_of_any_folder_name_have_names_that_files_can_have(run, name):
+    (run / name).mkdir()
+    (run / name / "config.json").touch()
+    others = run.parent / "other" / name
+    others.mkdir()
+    (others / "config.json").touch()
+    for asked, path in ((name, run / name), (f"{run}/{name}", run / name), (str(others), others)):
+        ((found, its_path),) = find_models(run, asked).items()
+        assert its_path == str(path) and found.isprintable()
+        write_json(run / f"{found}.json", {})
