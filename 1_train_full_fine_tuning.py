@@ -20,8 +20,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from finetuning.configs import ModelArguments, ScriptArguments, run_step
+from finetuning.configs import ScriptArguments, run_step
 from finetuning.errors import InputError, is_main_process
+from finetuning.model_arguments import ModelArguments
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()

@@ -22,7 +22,7 @@ install-dev: .venv/requirements-dev.installed
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or: make PYTHON=/path/to/python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.venv/%.installed: %.txt requirements.txt | .venv/bin/python
+.venv/%.installed: %.txt requirements.txt requirements-judge.txt | .venv/bin/python
 	@echo "Installing $< into .venv (once; a minute or more)"
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
-from trl import ModelConfig
-
 from finetuning.errors import UNWRITABLE, InputError, fail, is_main_process
 from finetuning.parsing import Parser
 
@@ -47,7 +45,14 @@ NOT_OF_ENGINE = {  # keys of step 3 that an engine cannot obey, and their neutra
     "vllm": NOT_OF_VLLM,
     "openai": {**NOT_OF_VLLM, "batch_size": None, "dtype": None},  # the server has loaded the model in its own way
 }
-LORA_DEFAULTS = {f.name: f.default for f in fields(ModelConfig) if f.name.startswith("lora_")}
+
+
+def _lora_keys(values: Mapping) -> list[str]:
+    """The keys of LoRA that are set to something else than their default."""
+    from finetuning.model_arguments import ModelArguments  # which needs trl, as step 1 does and steps 4 and 5 do not
+
+    defaults = {f.name: f.default for f in fields(ModelArguments) if f.name.startswith("lora_")}
+    return [key for key, default in defaults.items() if values.get(key, default) not in (None, default)]
 
 
 def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
@@ -92,9 +97,7 @@ def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
             text = f"{key} is not known to the engine {engine}; use engine: transformers, or leave it out"
             faults.append(((key, "base_url" if engine == "openai" else "engine"), text))
     faulty = {key for keys, _ in faults for key in keys}
-    lora = [key for key, default in LORA_DEFAULTS.items() if values.get(key, default) not in (None, default)]
-    lora = [key for key in lora if key not in faulty]
-    if lora and values.get("use_peft") is False:
+    if values.get("use_peft") is False and (lora := [key for key in _lora_keys(values) if key not in faulty]):
         text = f"{lora[0]} has no effect without use_peft: true; add it, or leave the lora_ keys out"
         faults.append(((lora[0], "use_peft"), text))
     unknown = [name for name in values.get("allow") or [] if name not in REFUSALS]
@@ -301,24 +304,6 @@ class ScriptArguments(Checked):
         default=None,
         metadata={"help": "Tokens to add to the vocabulary, kept whole and shown in answers, e.g. '#Person1#'."},
     )
-
-
-@dataclass
-class ModelArguments(ModelConfig):
-    """trl's ModelConfig, whose dtype is chosen for the hardware unless it is set."""
-
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "dtype of the weights while training. Unset: float32 for full fine-tuning (bf16 or fp16 mixed "
-            "precision computes in the lower one), the compute dtype for the frozen base of LoRA.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        Checked.__post_init__(self)
 
 
 @dataclass

@@ -21,7 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from trl import TrlParser
+
+try:
+    from trl import TrlParser
+except ModuleNotFoundError:  # requirements-judge.txt, for steps 4 and 5
+    from finetuning.plain_parser import PlainParser as TrlParser
 
 from finetuning.credentials import MASK, hide, holds_secret, is_secret, mask_arguments, remember
 from finetuning.errors import fail, is_main_process

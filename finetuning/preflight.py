@@ -25,7 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetuning.batches import IGNORED, build_collator, sequences
 from finetuning.chat import control_tokens, end_of_turn_id, end_token_ids, load_generation_config
-from finetuning.configs import ModelArguments, ScriptArguments
+from finetuning.configs import ScriptArguments
 from finetuning.data import load_test_samples, tokens_to_add
 from finetuning.data_checks import (
     Finding,
@@ -47,6 +47,7 @@ from finetuning.memory import (
     plan_memory,
     what_would_fit,
 )
+from finetuning.model_arguments import ModelArguments
 from finetuning.runs import EDA, PREFLIGHT_FILE, RUN_FILE, write_json
 
 LEVELS = ("refused", "allowed", "warning", "note", "ok")

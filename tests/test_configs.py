@@ -8,7 +8,8 @@ import yaml
 from conftest import ROOT, command, run
 
 from finetuning import configs
-from finetuning.configs import JudgeArguments, ModelArguments, ScriptArguments, find_faults
+from finetuning.configs import JudgeArguments, ScriptArguments, find_faults
+from finetuning.model_arguments import ModelArguments
 from finetuning.parsing import Parser
 from finetuning.training import TrainingArguments
 

@@ -13,10 +13,10 @@ from trl import SFTTrainer
 from finetuning import preflight
 from finetuning.batches import RowPreparation, build_collator
 from finetuning.chat import load_tokenizer
-from finetuning.configs import ModelArguments
 from finetuning.data import TRAINING_FEATURES, find_row_format, to_training_row
 from finetuning.data_checks import check_leaks, check_rows, find_leaks, normalize
 from finetuning.memory import Batch, Shapes, plan_memory
+from finetuning.model_arguments import ModelArguments
 from finetuning.training import TrainingArguments
 
 MODEL = str(ROOT / "demo/model")

@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, run
+from large_run import write_run
+from trl import TrlParser
+
+from finetuning.configs import JudgeArguments
+from finetuning.plain_parser import PlainParser
+from finetuning.scores import ScoreArguments
 
 SOURCES = [*ROOT.glob("[1-4]_*.py"), *ROOT.glob("finetuning/**/*.py"), *ROOT.glob("demo/*.py")]
 
@@ -69,3 +76,57 @@ def test_modules_that_the_design_lists_without_torch_do_not_import_it():
     names = [name for name, torch in read_module_table().items() if torch == "no"]
     result = subprocess.run([sys.executable, "-c", IMPORTS, *names], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr.splitlines()[-1]
+
+
+# Runs a script as if only the packages of requirements-judge.txt were installed.
+ALONE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "trl", "transformers", "datasets", "accelerate", "peft", "evaluate",
+                                      "bitsandbytes", "wandb", "tokenizers", "huggingface_hub", "mecab_ko", "nltk"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent)
+sys.path.insert(0, ".")
+script = sys.argv[0]
+if script.endswith(".py"):
+    runpy.run_path(script, run_name="__main__")
+else:
+    runpy.run_module(script, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "script, arguments, said",
+    [
+        ("4_openai_test.py", ["--dry_run", "true", "--overwrite", "true"], "plan for"),
+        ("4_openai_test.py", ["--limti", "2"], "did you mean limit?"),
+        ("finetuning.scores", [], "The report is at"),
+    ],
+)
+def test_judging_and_scoring_need_the_packages_of_their_own_list_only(tmp_path, script, arguments, said):
+    folder = write_run(tmp_path / "run", 6, ["base", "checkpoint-5"])
+    result = run([sys.executable, "-c", ALONE, script, "--output_dir", folder, *arguments], check=False)
+    assert said in result.stdout + result.stderr, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("kind", [JudgeArguments, ScoreArguments])
+def test_the_command_line_without_trl_is_that_with_it(kind):
+    def arguments(parser) -> list:
+        names = ("option_strings", "dest", "nargs", "const", "default", "required", "choices", "help")
+        return [tuple(getattr(action, name) for name in names) for action in parser._actions]
+
+    def read(parser, words: list[str]) -> dict:
+        return vars(parser.parse_known_args(words)[0])
+
+    plain, trls = PlainParser([kind]), TrlParser([kind])
+    assert arguments(plain) == arguments(trls)
+    for words in (
+        ["--output_dir", "a"],
+        ["--limit", "none", "--max_cost", "2.5"],
+        ["--retry_failed", "no"],
+        ["--overwrite"],
+    ):
+        assert read(plain, words) == read(trls, words)

@@ -7,8 +7,9 @@ from experiments.stopping.run import interval
 from experiments.stopping.train import RESPONSE_TEMPLATE, OldScriptArguments
 from finetuning.batches import IGNORED, RowPreparation, build_collator
 from finetuning.chat import load_generation_config, load_tokenizer
-from finetuning.configs import ModelArguments, find_faults
+from finetuning.configs import find_faults
 from finetuning.data import load_training_rows
+from finetuning.model_arguments import ModelArguments
 from finetuning.parsing import Parser
 from finetuning.preflight import inspect
 from finetuning.training import TrainingArguments

@@ -19,8 +19,9 @@ from conftest import ROOT, command, run, run_step
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finetuning.configs import OTHER_STEPS, POSITIVE, RANGES, ModelArguments, ScriptArguments, find_faults
+from finetuning.configs import OTHER_STEPS, POSITIVE, RANGES, ScriptArguments, find_faults
 from finetuning.credentials import is_secret
+from finetuning.model_arguments import ModelArguments
 from finetuning.parsing import Parser
 from finetuning.renames import RENAMES
 from finetuning.training import TrainingArguments

@@ -11,8 +11,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetuning.configs import ModelArguments, ScriptArguments, run_step
+from finetuning.configs import ScriptArguments, run_step
 from finetuning.errors import InputError
+from finetuning.model_arguments import ModelArguments
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
