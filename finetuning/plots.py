@@ -73,8 +73,7 @@ def _errors(table: pd.DataFrame, measure: str) -> np.ndarray:
 
 def _shorten(name: str) -> str:
     """A name that leaves room for the picture; its end is what tells checkpoints of a run apart."""
-    name = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 3]}…{name[-2 * LONGEST_NAME // 3 :]}"
-    return name.replace("$", r"\$")  # between two of them matplotlib reads mathematics
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 3]}…{name[-2 * LONGEST_NAME // 3 :]}"
 
 
 def _rows_of_models(names: list[str], title: str, x_label: str, use: str | None) -> tuple[Figure, Axes]:
@@ -162,7 +161,7 @@ def plot_measures(summary: pd.DataFrame) -> Figure | None:
             axes.errorbar(
                 table["step"], table[measure], _errors(table, measure), color=COLORS[i % len(COLORS)],
                 marker=MARKERS[i % len(MARKERS)], markersize=4, capsize=3, linewidth=1.3,
-                label=_shorten(run) if len(runs) > 1 else describe_measure(measure)[0],
+                label=run if len(runs) > 1 else describe_measure(measure)[0],
             )  # fmt: skip
         if "stopped" in measures:
             axes.set_ylim(-0.05, 1.05)
@@ -225,7 +224,7 @@ def plot_training(logs: dict[str, pd.DataFrame]) -> Figure | None:
     figure, row = _axes_in_a_row(len(columns))
     for axes, column in zip(row, columns, strict=True):
         for i, (run, log) in enumerate(logs.items()):
-            name = f"{_shorten(run)}, " if len(logs) > 1 else ""
+            name = f"{run}, " if len(logs) > 1 else ""
             color = COLORS[i % len(COLORS)]
             if column in log:
                 known = log[log[column].notna()]
