@@ -340,7 +340,10 @@ def rescore(run: Path, args: TestArguments) -> None:
         raise InputError(f"no predictions of `{args.model_name}` in {folder}, which has {there}")
     for name in names:
         path = folder / f"{name}.jsonl"
-        with RowFile(path, read_info(path)["identity"]) as file:
+        identity = read_info(path)["identity"]
+        if next(iterate_rows(path), None) is None:
+            raise InputError(f"{path} has no rows; answer again without --rescore")
+        with RowFile(path, identity) as file:
             measure(file, args, name)
     print_table(format_metrics({name: read_info(run / PREDICTIONS / f"{name}.jsonl") for name in names}))
 

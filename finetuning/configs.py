@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
-from finetuning.errors import UNWRITABLE, InputError, fail, is_main_process
+from finetuning.errors import UNWRITABLE, InputError, PlainOutput, fail, is_main_process
 from finetuning.parsing import Parser
 
 # Lowest and highest value of a key, both allowed. Keys of every step; None is always allowed where it is the default.
@@ -545,6 +545,7 @@ def run_step(
     Args:
         fit_to_hardware: Takes the arguments, changes in them what this machine cannot do, and gives the reasons by key.
     """
+    sys.stdout = PlainOutput(sys.stdout)
     parser = Parser(dataclass_types, check=find_faults, other_steps=OTHER_STEPS)
     arguments = parser.parse_args_and_config()
     try:

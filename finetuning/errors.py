@@ -3,12 +3,16 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from finetuning.credentials import hide
+
+# What would command a terminal, or turn the direction in which a line is read; line ends and tabs are let through.
+COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -32,6 +36,19 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 def is_main_process() -> bool:
     """Whether this process speaks for all that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+class PlainOutput:
+    """A stream on which no text of a model, a judge or a dataset commands the terminal: it is shown as an escape."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
 def fail(message: str) -> NoReturn:

@@ -637,7 +637,8 @@ def run_preflight(
     report.findings += count_special_tokens(train_rows, tokenizer, script_args)
     report.allow(script_args.allow or [])
     report.seconds = round(time.perf_counter() - start, 2)
-    print(render(report, use_colour()), flush=True)
+    colour = use_colour()
+    print(render(report, colour), file=sys.__stdout__ if colour else sys.stdout, flush=True)
 
     if report.refused:
         if not (run / RUN_FILE).is_file():  # the report of an older run stays with it

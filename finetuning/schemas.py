@@ -44,6 +44,8 @@ def _check_text(text):
 Text = Annotated[str, AfterValidator(_check_text)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Number = Annotated[float, WrapValidator(_as_written)]
+Amount = Annotated[Number, Field(ge=0, le=2**53)]
+Score = Annotated[Number, Field(ge=1, le=10)]
 
 
 class Message(Object):
@@ -67,7 +69,7 @@ class PredictionRow(Object):
 
 class Judged(Object):
     explanation: Text
-    score: Annotated[Number, Field(ge=1, le=10)]
+    score: Score
 
 
 class Preferred(Object):
@@ -82,10 +84,10 @@ class EvaluationRow(Object):
     prediction_hash: Text
     status: Literal["ok", "refusal", "truncated", "content_filter", "invalid", "error"]
     evaluation: dict[str, Judged] | None
-    expected: dict[str, Number] | None
+    expected: dict[str, Amount] | None
     usage: dict[str, Count] | None
-    cost: Number | None
-    possible_cost: Number
+    cost: Amount | None
+    possible_cost: Amount
     replied_as: NotRequired[Text | None]
     shared_with: NotRequired[Text]
     error: Text | None
@@ -147,7 +149,7 @@ def _check_metrics(metrics: dict) -> dict:
 
 class PredictionInfo(Object):
     identity: dict[str, Any]
-    seconds: Number
+    seconds: Amount
     metrics: NotRequired[Annotated[Metrics, AfterValidator(_check_metrics)] | None]  # null until all is answered
 
 
@@ -182,7 +184,7 @@ class HumanRow(Object):
     id: Text
     model: Text
     measure: Text
-    score: Annotated[Number, Field(ge=1, le=10)]
+    score: Score
     prediction_hash: Text
 
 
@@ -283,9 +285,9 @@ class LogEntry(Object):
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)
     step: Count
-    loss: NotRequired[float]
-    grad_norm: NotRequired[float]
-    eval_loss: NotRequired[float]
+    loss: NotRequired[float | None]
+    grad_norm: NotRequired[float | None]
+    eval_loss: NotRequired[float | None]
     num_tokens: NotRequired[Number]
 
 

@@ -55,6 +55,8 @@ def find_runs(output_dirs: str | Sequence[str] | None) -> list[Path]:
     """The folders of one or several runs; None is the newest one."""
     if output_dirs is None or isinstance(output_dirs, str):
         return [find_run(output_dirs)]
+    if not output_dirs:
+        raise InputError("output_dirs is empty; name a run, or None for the newest one")
     return [find_run(output_dir) for output_dir in output_dirs]
 
 
@@ -125,7 +127,11 @@ def _write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def _without_formula(cell):
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+    if not isinstance(cell, str):
+        return cell
+    # a bare \r ends a row for a spreadsheet, and Python's csv does not quote it
+    cell = cell.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\n")) else cell
 
 
 def main(args: ScoreArguments) -> None:

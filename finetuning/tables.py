@@ -59,10 +59,12 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
         nothing defines it.
 
     Raises:
-        InputError: There are no predictions, or a model's answers were not scored because step 3 was stopped.
+        InputError: There are no predictions, or a model's answers were not scored because step 3 was stopped; or a
+            sample is not the same everywhere.
     """
     names = names_of_files(run / PREDICTIONS, "all") if names is None else names
     records, tokenizers = [], set()
+    first: dict[str, tuple[Path, dict]] = {}  # row of each sample
     for name in names:
         path = run / PREDICTIONS / f"{name}.jsonl"
         rows, info = list(iterate_rows(path, PREDICTION)), read_info(path, PREDICTION_INFO)
@@ -81,6 +83,12 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
                 "compared; 3_test.py --rescore true measures all in one way"
             )
         for row in rows:
+            other_path, other = first.setdefault(row["id"], (path, row))
+            if row["messages"] != other["messages"] or set(row["references"]) != set(other["references"]):
+                raise InputError(
+                    f"{path}: sample {row['id']} has not the question and references that it has in {other_path}; "
+                    "answer again: 3_test.py --overwrite true"
+                )
             measured = per_sample.get(row["id"], {})
             records.append(
                 {

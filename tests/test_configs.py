@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,10 @@ import yaml
 from conftest import ROOT, command, run
 
 from finetuning import configs
-from finetuning.configs import JudgeArguments, ScriptArguments, find_faults
+from finetuning.configs import JudgeArguments, ScriptArguments, find_faults, run_step
 from finetuning.model_arguments import ModelArguments
 from finetuning.parsing import Parser
+from finetuning.scores import ScoreArguments
 from finetuning.training import TrainingArguments
 
 YAMLS = sorted([*ROOT.glob("0_*.yaml"), *(ROOT / "recipes").rglob("*.yaml")])
@@ -83,3 +85,13 @@ def test_judging_and_scoring_need_no_torch(tmp_path):
     python = [sys.executable, "-S", "-c", WITHOUT_TORCH]  # -S leaves the usual site-packages out
     result = subprocess.run(python, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_no_text_of_a_model_or_dataset_commands_the_terminal(monkeypatch, capsys):
+    text = "\x1b]0;title\x07 \x1b[2J \r \x9b31m \u202egnp.exe\u2066 half \ud83d"
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which run_step replaces
+    monkeypatch.setattr(sys, "argv", ["scores", "--holdout", "0.5"])
+    run_step(lambda args: print(f"{text}\n\t가 👩‍👩‍👧 {args.holdout}"), ScoreArguments)
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*", printed)
+    assert printed.startswith(r"\x1b]0;title\x07 ") and printed.endswith("\n\t가 👩‍👩‍👧 0.5\n")

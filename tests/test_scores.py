@@ -20,7 +20,7 @@ from finetuning.judges_and_people import load_opinions
 from finetuning.plots import plot_criteria
 from finetuning.report import build_rows
 from finetuning.results import RowFile, read_rows
-from finetuning.scores import ScoreArguments, main
+from finetuning.scores import ScoreArguments, find_runs, main
 from finetuning.tables import (
     criterion_column,
     describe_measure,
@@ -500,9 +500,14 @@ def test_a_criterion_can_have_the_name_of_any_column(run_dir):
 def test_a_name_that_is_a_formula_is_a_text_in_the_csvs(run_dir):
     for path in (run_dir / "predictions").glob("base.*"):
         path.rename(path.with_stem("=HYPERLINK(1)"))
+    path = run_dir / "predictions" / "checkpoint-9.jsonl"
+    rows = [{**row, "error": "no reply\r=HYPERLINK(1)"} for row in read_rows(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     main(ScoreArguments(output_dir=[str(run_dir)]))
     for name in ("summary", "comparisons", "samples"):
-        table = pd.read_csv(run_dir / "scores" / f"{name}.csv")
+        path = run_dir / "scores" / f"{name}.csv"
+        assert b"\r" not in path.read_bytes()  # which ends a row for a spreadsheet
+        table = pd.read_csv(path)
         cells = [cell for column in table for cell in table[column] if isinstance(cell, str)]
         assert "'=HYPERLINK(1)" in cells and not any(cell[0] in "=+-@\t\r" for cell in cells)
         assert all(pd.api.types.is_numeric_dtype(table[column]) for column in table if column in ("rouge1", "difference", "low"))  # fmt: skip
@@ -510,6 +515,11 @@ def test_a_name_that_is_a_formula_is_a_text_in_the_csvs(run_dir):
 
 
 # --- Several runs -----------------------------------------------------------------------------------------------------
+
+
+def test_no_run_at_all_is_refused():
+    with pytest.raises(InputError, match="output_dirs is empty"):
+        find_runs([])
 
 
 def test_runs_are_joined_on_their_samples(tmp_path, capsys):

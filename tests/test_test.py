@@ -234,6 +234,10 @@ def test_predictions_are_measured_again_without_a_model(answered_run, tmp_path):
     again = json.loads(file.read_text())["metrics"]
     assert again["tokenizers"] == {"characters": 8} and again["rouge1"] != metrics["rouge1"]
     assert (run_dir / "predictions/checkpoint-10.jsonl").read_bytes() == rows
+    (run_dir / "predictions/checkpoint-10.jsonl").write_text("")
+    status, printed = answer(run_dir, "--rescore", "true", check=False)
+    assert status == 2 and "checkpoint-10.jsonl has no rows; answer again" in printed
+    assert json.loads(file.read_text())["metrics"] == again  # of rows that a copy may still have
 
 
 def load_demo(loading: dict | None = None, **settings) -> TransformersEngine:
