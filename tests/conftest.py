@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+# a shell starts what runs in the background with SIGINT ignored, which all processes of the tests would inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # two busy processes of several threads slow each other down many times
 TRAIN = "1_train_full_fine_tuning.py"
 CONFIG = "./0_full_fine_tuning_config.yaml"
@@ -54,7 +57,6 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         signal.alarm(140)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         os.environ.update(environment)
         output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)
