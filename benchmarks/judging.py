@@ -5,7 +5,8 @@ Step 4 beside a bare asyncio loop of the same client: requests a second, time to
 
 A server in a process of its own answers each request after `--delay` seconds with the same valid evaluation, and notes
 when requests come in; the rate of both is taken there, from the first request to the last. The bare loop sends the same
-requests, reads nothing of the replies and writes nothing. Both take turns, `--rounds` times. At 0.1 s, less than any
+requests, reads nothing of the replies and writes nothing. Both take turns, `--rounds` times, over one model and over ten
+models of 100 answers. At 0.1 s, less than any
 real judge takes, 32 requests at once leave most of a core to the server; `--delay 0` is bound by the clients' own CPU.
 """
 
@@ -90,7 +91,8 @@ async def loop(url: str, predictions: Path, concurrency: int) -> None:
 
     form = build_form(Evaluation, "en")
     args = JudgeArguments()
-    items = answers_to_judge(iterate_rows(predictions), None)
+    rows = (row for path in sorted(predictions.glob("*.jsonl")) for row in iterate_rows(path))
+    items = answers_to_judge(rows, None)
     async with AsyncOpenAI(base_url=url, api_key="none") as client:
 
         async def work() -> None:
@@ -103,20 +105,28 @@ async def loop(url: str, predictions: Path, concurrency: int) -> None:
 # In this process
 
 
-def make_run(folder: Path, num_samples: int) -> Path:
+def make_run(folder: Path, num_samples: int, models: tuple[str, ...] = ("base",)) -> Path:
     (folder / "predictions").mkdir(parents=True)
     (folder / "run.json").write_text("{}")
-    with (folder / "predictions" / "base.jsonl").open("w", encoding="utf-8") as file:
+    for model in models:
+        write_predictions(folder / "predictions" / f"{model}.jsonl", num_samples, model)
+    return folder
+
+
+def write_predictions(path: Path, num_samples: int, model: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
         for i in range(num_samples):
             row = {
                 "id": f"{i:012d}",
                 "messages": [{"role": "user", "content": f"Summarize {i}.\n" + DIALOGUE * 8}],
                 "references": ["#Person2# will read the report before the meeting at three."],
-                "prediction": f"#Person2# has not read report {i} yet.",
+                "prediction": f"#Person2# has not read report {i} yet, says {model}.",  # no two are judged as one
+                "num_prompt_tokens": 300,
+                "num_new_tokens": 12,
                 "finish_reason": "stop",
+                "error": None,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return folder
 
 
 def run(command: list[str]) -> tuple[float, float, int]:
@@ -159,6 +169,7 @@ def main() -> None:
 
 def measure(me: list[str], url: str, folder: Path, args: argparse.Namespace) -> None:
     run_dir = make_run(folder / "run", args.samples)
+    ten = make_run(folder / "ten", 100, tuple(f"checkpoint-{n}" for n in range(1, 11)))
 
     def step(output_dir: Path) -> list[str]:
         return [
@@ -166,23 +177,27 @@ def measure(me: list[str], url: str, folder: Path, args: argparse.Namespace) -> 
             "--concurrency", str(args.concurrency), "--overwrite", "true",
         ]  # fmt: skip
 
-    bare = [*me, "--worker", "loop", url, str(run_dir / "predictions" / "base.jsonl"), str(args.concurrency)]
-    rates: dict[str, list[float]] = {"bare loop": [], "step 4": []}
-    starts = []
-    for _ in range(args.rounds):
-        for name, command in (("bare loop", bare), ("step 4", step(run_dir))):
-            started, _, _ = run(command)
-            times = read_times(url)
-            assert len(times) == args.samples
-            rates[name].append((len(times) - 1) / (times[-1] - times[0]))
-            if name == "step 4":
-                starts.append(times[0] - started)
-    print(f"{args.samples} requests, {args.concurrency} at once, {args.delay} s each, medians of {args.rounds} rounds")
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, rate in medians.items():
-        print(f"{name:10} {rate:7.1f} requests/s ({min(rates[name]):.1f} to {max(rates[name]):.1f})")
-    print(f"ratio      {medians['step 4'] / medians['bare loop']:7.3f}")
-    print(f"start to first request: {statistics.median(starts):.2f} s")
+    def compare(title: str, output_dir: Path, num_requests: int) -> None:
+        bare = [*me, "--worker", "loop", url, str(output_dir / "predictions"), str(args.concurrency)]
+        rates: dict[str, list[float]] = {"bare loop": [], "step 4": []}
+        starts = []
+        for _ in range(args.rounds):
+            for name, command in (("bare loop", bare), ("step 4", step(output_dir))):
+                started, _, _ = run(command)
+                times = read_times(url)
+                assert len(times) == num_requests
+                rates[name].append((len(times) - 1) / (times[-1] - times[0]))
+                if name == "step 4":
+                    starts.append(times[0] - started)
+        print(f"{title}: {args.concurrency} at once, {args.delay} s each, medians of {args.rounds} rounds")
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        for name, rate in medians.items():
+            print(f"{name:10} {rate:7.1f} requests/s ({min(rates[name]):.1f} to {max(rates[name]):.1f})")
+        print(f"ratio      {medians['step 4'] / medians['bare loop']:7.3f}")
+        print(f"start to first request: {statistics.median(starts):.2f} s")
+
+    compare(f"one model, {args.samples} answers", run_dir, args.samples)
+    compare("ten models, 100 answers each", ten, 1000)
     for number in (1000, 10_000):
         started, _, memory = run(step(make_run(folder / f"run{number}", number)))
         times = read_times(url)
