@@ -428,16 +428,19 @@ def read_completion(
         means = expected_scores(choice) if expected and status == "ok" else None
     except (AttributeError, TypeError, IndexError, KeyError, ValueError):
         return {**failure("the reply is no chat completion"), "usage": usage, "cost": cost}
-    return {
+    said = {
         "status": status,
-        "evaluation": hide_all(evaluation),
+        "evaluation": evaluation,
         "expected": means,
+        "replied_as": model if isinstance(model, str) else None,
+        "error": error,
+    }
+    return {
+        **hide_all(said),
         "usage": usage,
         "cost": cost,
         "possible_cost": 0.0,
-        "replied_as": hide(model) if isinstance(model, str) else None,
-        "error": hide_all(error),
-    }
+    }  # hidden all at once, as it takes time
 
 
 def _read_usage(completion: ChatCompletion) -> dict | None:
