@@ -17,6 +17,7 @@ Stop it (SIGTERM saves a checkpoint first) or kill it at any time: the same comm
 """
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -28,15 +29,15 @@ from finetuning.quiet import quiet_libraries, quiet_weight_bars
 quiet_libraries()
 
 import torch  # noqa: E402
-from peft import AutoPeftModelForCausalLM  # noqa: E402
 from transformers import PreTrainedTokenizerBase, ProgressCallback  # noqa: E402
-from trl import get_peft_config, get_quantization_config  # noqa: E402
+from trl import get_quantization_config  # noqa: E402
 
 from finetuning.batches import RowPreparation  # noqa: E402
 from finetuning.chat import add_tokens, load_model_config, load_tokenizer  # noqa: E402
 from finetuning.checkpoints import check_resumable  # noqa: E402
 from finetuning.data import load_training_rows, tokens_to_add  # noqa: E402
 from finetuning.hardware import bf16_available, choose_attention  # noqa: E402
+from finetuning.loading import load_adapter  # noqa: E402
 from finetuning.memory import MemoryPeak  # noqa: E402
 from finetuning.preflight import run_preflight  # noqa: E402
 from finetuning.records import build_record, now, open_run, save_record  # noqa: E402
@@ -47,7 +48,8 @@ from finetuning.training import (  # noqa: E402
     ResumableSFTTrainer,
     SaveOnTermination,
     TrainingArguments,
-    embedding_names,
+    build_adapter_config,
+    check_optimizer,
     load_with_new_tokens,
     on_main_process,
     prepare_wandb,
@@ -63,6 +65,7 @@ def fit_to_hardware(
     script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
 ) -> dict[str, str]:
     """Replace what this machine cannot do, and choose what the YAML leaves open; gives the reasons by key."""
+    check_optimizer(training_args)
     reasons = training_args.hardware_choices
     compute_dtype = training_args.compute_dtype
     low_precision = model_args.dtype in ("bfloat16", "float16")
@@ -73,7 +76,7 @@ def fit_to_hardware(
         reasons["dtype"] = "float32, weights in float16 cannot be trained; fp16: true computes in it"
         model_args.dtype = "float32"
     attention, problem = choose_attention(model_args.attn_implementation, compute_dtype)
-    if model_args.attn_implementation == "flash_attention_2" and problem:
+    if model_args.attn_implementation is not None and problem:
         reasons["attn_implementation"] = f"sdpa, {problem}"
     model_args.attn_implementation = attention
     if training_args.eval_strategy != "no" and script_args.dataset_eval_split is None:
@@ -106,7 +109,10 @@ def read_chat_template(path: str | None) -> str | None:
         return None
     if not Path(path).is_file():
         raise InputError(f"chat_template_path: {path} is no file")
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"chat_template_path: {path} is no text in UTF-8") from None
 
 
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> None:
@@ -155,15 +161,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     say(f"data: {len(train_rows)} rows of {script_args.dataset_name}, read as {row_format.describe()}")
 
     # What the trainer will get, and what is wrong with it, before a model is loaded.
-    peft_config = get_peft_config(model_args)  # None unless the recipe sets use_peft
-    if peft_config is not None:
-        peft_config.revision = model_args.model_revision
-        if new_ids:  # embeddings of new tokens must be trained, or the adapter could neither read nor write them
-            peft_config.modules_to_save = [
-                *(peft_config.modules_to_save or []),
-                *embedding_names(model_args.model_name_or_path, **source),
-            ]
-            peft_config.ensure_weight_tying = True
+    peft_config = build_adapter_config(model_args, new_ids, **source)  # None unless the recipe sets use_peft
     preparation = RowPreparation(tokenizer, training_args)
     train_rows = preparation.tokenize(train_rows, "train")
     prepared_rows = preparation.cut_and_pack(train_rows, "train")  # the trainer will find it in the cache
@@ -188,7 +186,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     model = model_args.model_name_or_path if checkpoint is None else str(checkpoint)
     if checkpoint is not None and peft_config is not None:
         del settings["revision"]  # the adapter names that of its base
-        model, peft_config = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **settings), None
+        model, peft_config = load_adapter(model, is_trainable=True, **settings), None
     elif checkpoint is None and new_ids:
         model = load_with_new_tokens(model, new_ids, settings)
     else:
@@ -216,7 +214,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         sys.exit(128 + 15)
     if is_main_process():
         save_record(run, record, finished=now(), memory={"estimate": estimate, "measured_peak": memory.bytes()})
-    say(f"finished: {last}. Next: python 3_test.py --output_dir {run}")
+    say(f"finished: {last}. Next: python 3_test.py --output_dir {shlex.quote(str(run))}")
 
 
 if __name__ == "__main__":

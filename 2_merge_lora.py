@@ -13,6 +13,7 @@ is left behind and the exit status is 1.
 """
 
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -25,13 +26,13 @@ from finetuning.quiet import quiet_libraries, quiet_weight_bars
 quiet_libraries()
 
 import torch  # noqa: E402
-from peft import AutoPeftModelForCausalLM  # noqa: E402
 from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
-from finetuning.chat import base_of, load_model_config, load_tokenizer  # noqa: E402
+from finetuning.chat import base_of, load_generation_config, load_model_config, load_tokenizer  # noqa: E402
 from finetuning.data import load_test_samples  # noqa: E402
 from finetuning.inference import encode_prompts  # noqa: E402
-from finetuning.runs import find_models, find_run, last_checkpoint, read_run  # noqa: E402
+from finetuning.loading import load_adapter  # noqa: E402
+from finetuning.runs import find_models, find_run, last_checkpoint, read_json, read_run  # noqa: E402
 
 MAX_NEW_TOKENS = 64
 TOLERANCE_OF_SCALE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 0.0001}
@@ -68,76 +69,112 @@ def measure_difference(logits: list[torch.Tensor], other: list[torch.Tensor]) ->
     )
 
 
+def find_adapter(run: Path, args: MergeArguments) -> tuple[str, str, Path]:
+    """Name and path of the adapter, and where its merged model goes."""
+    last = last_checkpoint(run)
+    if args.model_name is None and last is None:
+        raise InputError(
+            f"{run} has no complete checkpoint; run 1_train_full_fine_tuning.py to its end, or set --model_name"
+        )
+    models = find_models(run, last.name if args.model_name is None else args.model_name)
+    if len(models) > 1:
+        raise InputError(f"--model_name {args.model_name} means {', '.join(models)}; name one of them")
+    ((name, path),) = models.items()
+    path = os.path.normpath(path)
+    if not (Path(path) / "adapter_config.json").is_file():
+        raise InputError(f"{path} is no LoRA adapter (no adapter_config.json in it), so there is nothing to merge")
+    kind = read_json(Path(path) / "adapter_config.json").get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{path} is an adapter of type {kind}, and only LoRA adapters can be merged")
+    return name, path, Path(f"{path}-merged" if args.merged_dir is None else args.merged_dir)
+
+
+def make_partial_folder(merged_dir: Path) -> Path:
+    """A folder beside `merged_dir` to write into, made before anything is loaded."""
+    partial_dir = merged_dir.with_name(merged_dir.name + ".partial")
+    for folder in (merged_dir, partial_dir):
+        if os.path.lexists(folder):
+            raise InputError(f"{folder} exists; delete it or choose another --merged_dir")
+    partial_dir.mkdir(parents=True)
+    return partial_dir
+
+
 def main(args: MergeArguments) -> None:
     quiet_weight_bars()
     run = find_run(args.output_dir)
     record = read_run(run)
-    last = last_checkpoint(run)
-    model_name = args.model_name or (last.name if last else "")
-    models = find_models(run, model_name)
-    if len(models) > 1:
-        raise InputError(f"--model_name {model_name} means {', '.join(models)}; name one of them")
-    ((name, path),) = models.items()
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise InputError(f"{path} is no LoRA adapter (no adapter_config.json in it), so there is nothing to merge")
-    merged_dir = Path(args.merged_dir or f"{path.rstrip('/')}-merged")
-    if merged_dir.exists():
-        raise InputError(f"{merged_dir} exists; delete it or choose another --merged_dir")
+    name, path, merged_dir = find_adapter(run, args)
+    partial_dir = make_partial_folder(merged_dir)
+    try:
+        merge(run, record, name, path, partial_dir, args)
+        os.replace(partial_dir, merged_dir)
+    finally:
+        shutil.rmtree(partial_dir, ignore_errors=True)
+    print(
+        f"written to {merged_dir}. Next: python 3_test.py --output_dir {shlex.quote(str(run))} --model_name "
+        f"{shlex.quote(merged_dir.name)}"
+    )
 
+
+def merge(run: Path, record: dict, name: str, path: str, partial_dir: Path, args: MergeArguments) -> None:
+    """Write the merged model into a folder, and compare it with the adapter; exits where they differ."""
     options = {"trust_remote_code": record["config"].get("trust_remote_code", False)}
     base_path = base_of(path)
     base_dtype = load_model_config(path, **options).dtype or torch.float32
     print(f"merging {path} into {base_path} ({str(base_dtype).removeprefix('torch.')})")
     if record["config"].get("load_in_4bit") or record["config"].get("load_in_8bit"):
         print("the adapter was trained on a quantised base; it is merged into, and compared on, the unquantised one")
-    tokenizer = load_tokenizer(path, **options)
-    model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+    if base_dtype not in TOLERANCE_OF_SCALE:
+        raise InputError(f"{base_path} is in {base_dtype}; merge into a base in bfloat16, float16 or float32")
+    in_run = Path(path).resolve().parent == run.resolve()  # whose template the checkpoint may have lost
+    tokenizer = load_tokenizer(path, (record.get("chat_template") or None) if in_run else None, **options)
+    samples = load_test_samples(record["config"])[: args.num_prompts]
+    encoded = encode_prompts(tokenizer, samples)
+    prompts = [torch.tensor([list(prompt.token_ids)]) for prompt in encoded if prompt.error is None]
+    if not prompts:
+        raise InputError(f"none of {len(encoded)} test samples can be asked ({encoded[0].error}); raise --num_prompts")
+    model = load_adapter(path, dtype=torch.float32, **options).eval()
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        raise InputError(f"{base_path} has fewer embeddings than {path} has tokens, so it is not the base of {path}")
 
     # What the adapter answers, and its logits there.
-    own_config = GenerationConfig.from_pretrained(path)
+    own_config = load_generation_config(path)
     greedy = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS, eos_token_id=own_config.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    samples = load_test_samples(record["config"])[: args.num_prompts]
-    prompts = [torch.tensor([list(p.token_ids)]) for p in encode_prompts(tokenizer, samples) if p.error is None]
     sequences = [answer(model, prompt, greedy) for prompt in prompts]
     adapter_logits = logits_of(model, sequences)
     with model.disable_adapter():
         adapter_effect = measure_difference(adapter_logits, logits_of(model, sequences)).largest
+    if adapter_effect == 0:
+        raise InputError(f"{path} answers like {base_path} itself: it has learned nothing that could be merged")
 
     # The merged model is written, and compared as it will be read by others.
-    partial_dir = merged_dir.with_name(merged_dir.name + ".partial")
-    shutil.rmtree(partial_dir, ignore_errors=True)
-    try:
-        model = model.merge_and_unload(safe_merge=True).to(base_dtype)
-        model.generation_config = own_config
-        model.config.use_cache = True
-        model.save_pretrained(partial_dir)
-        tokenizer.save_pretrained(partial_dir)
-        del model
-        merged = AutoModelForCausalLM.from_pretrained(partial_dir, dtype=torch.float32, **options).eval()
-        difference = measure_difference(adapter_logits, logits_of(merged, sequences))
-        num_same = sum(
-            torch.equal(answer(merged, prompt, greedy), sequence)
-            for prompt, sequence in zip(prompts, sequences, strict=True)
-        )
-        tolerance = args.tolerance
-        if tolerance is None:
-            # rounding may move logits by so much, but never by a tenth of what the adapter does
-            tolerance = min(TOLERANCE_OF_SCALE[base_dtype] * difference.scale, adapter_effect / 10)
-        print(
-            f"largest logit difference {difference.largest:.5f} over {difference.num_tokens} tokens (tolerance "
-            f"{tolerance:.5f}; the adapter itself moves logits by up to {adapter_effect:.3f}); "
-            f"{difference.num_same_choice / difference.num_tokens:.1%} of the next tokens and {num_same} of "
-            f"{len(prompts)} answers are the same"
-        )
-        if not difference.largest <= tolerance:  # also where it is nan
-            print(f"error: {name} does not survive being merged; nothing was written", file=sys.stderr)
-            sys.exit(1)
-        os.replace(partial_dir, merged_dir)
-    finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
-    print(f"written to {merged_dir}. Next: python 3_test.py --output_dir {run} --model_name {merged_dir.name}")
+    model = model.merge_and_unload(safe_merge=True).to(base_dtype)
+    model.generation_config = own_config
+    model.config.use_cache = True
+    model.save_pretrained(partial_dir)
+    tokenizer.save_pretrained(partial_dir)
+    del model
+    merged = AutoModelForCausalLM.from_pretrained(partial_dir, dtype=torch.float32, **options).eval()
+    difference = measure_difference(adapter_logits, logits_of(merged, sequences))
+    num_same = sum(
+        torch.equal(answer(merged, prompt, greedy), sequence)
+        for prompt, sequence in zip(prompts, sequences, strict=True)
+    )
+    tolerance = args.tolerance
+    if tolerance is None:
+        # rounding may move logits by so much, but never by a tenth of what the adapter does
+        tolerance = min(TOLERANCE_OF_SCALE[base_dtype] * difference.scale, adapter_effect / 10)
+    print(
+        f"largest logit difference {difference.largest:.5f} over {difference.num_tokens} tokens (tolerance "
+        f"{tolerance:.5f}; the adapter itself moves logits by up to {adapter_effect:.3f}); "
+        f"{difference.num_same_choice / difference.num_tokens:.1%} of the next tokens and {num_same} of "
+        f"{len(prompts)} answers are the same"
+    )
+    if not difference.largest <= tolerance:  # also where it is nan
+        print(f"error: {name} does not survive being merged; nothing was written", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -23,7 +22,7 @@ from trl.data_utils import common_prefix_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first
 
-from finetuning.chat import end_of_turn_id, fit_to_template, hidden_keys
+from finetuning.chat import TEMPLATE_ERRORS, end_of_turn_id, fit_to_template, hidden_keys
 from finetuning.errors import InputError
 
 IGNORED = -100  # a label that counts in no loss
@@ -61,7 +60,9 @@ class RowPreparation(SFTTrainer):
                     num_proc=self.args.dataset_num_proc,
                     desc=f"Tokenizing {name} dataset",
                 )
-        except (TemplateError, TypeError) as error:  # roles that the template refuses, or a message in an unknown form
+        except InputError:
+            raise
+        except TEMPLATE_ERRORS as error:  # roles that the template refuses, or a message in an unknown form
             raise InputError(f"the rows cannot be phrased with the chat template: {error}") from error
 
     def cut_and_pack(self, tokenized: Dataset, name: str) -> Dataset:

@@ -23,6 +23,9 @@ from finetuning.runs import read_json
 # For base models without a chat template: plain words, and the end token that every tokenizer has.
 PLAIN_TEMPLATE = (Path(__file__).parent / "plain_chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
 
+# a chat template is code, which may raise these beside jinja's own; OverflowError for a range that would take for ever
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)  # fmt: skip
+
 
 def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
     """Load a tokenizer that can phrase messages, padded on the left for generation.
@@ -52,9 +55,9 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
         tokenizer.chat_template = PLAIN_TEMPLATE
     try:
         end_of_turn_id(tokenizer)
-    except (TemplateError, ValueError, TypeError) as error:
+    except TEMPLATE_ERRORS as error:
         raise InputError(
-            f"{name_or_path}: the chat template cannot phrase a question and its answer: {error}"
+            f"{name_or_path}: the chat template cannot phrase a question and its answer: {str(error) or type(error).__name__}"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked by position, never by its id, so the end stays trained
@@ -103,11 +106,14 @@ def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
         InputError: There is no such model, or it is of another kind.
     """
     base, kwargs = _source_of_base(name_or_path, **kwargs)
+    adapter = "" if base == name_or_path else f", the base model that {name_or_path}/adapter_config.json names"
+    if base.startswith((".", "/", "~")) and not Path(base).is_dir():
+        raise InputError(f"{base}{adapter}: no such folder; write there where it is")
     check_model_files(base)
     try:
         config = AutoConfig.from_pretrained(base, **kwargs)
-    except (OSError, ValueError) as error:
-        raise InputError(f"could not load the model {name_or_path}: {describe_failure(error)}") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # of a config with odd values, too
+        raise InputError(f"could not load the model {base}{adapter}: {describe_failure(error)}") from error
     kinds = config.architectures or []
     if config.is_encoder_decoder:  # AutoModelForCausalLM would take the decoder of some alone, without a word
         kind = "an encoder-decoder model"
@@ -130,9 +136,13 @@ def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:
         # it would take any other keyword for one of its settings
         revision = {"revision": options["revision"]} if "revision" in options else {}
         try:
-            return GenerationConfig.from_pretrained(source, **revision)
+            config = GenerationConfig.from_pretrained(source, **revision)
         except OSError:
             continue
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id or 0]
+        if not all(isinstance(token_id, int) for token_id in ends):
+            raise InputError(f"{source}: eos_token_id of generation_config.json must be ids of tokens, not {ends}")
+        return config
     return GenerationConfig.from_model_config(load_model_config(name_or_path, **kwargs))
 
 

@@ -9,16 +9,16 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
-from finetuning.errors import UNWRITABLE, InputError, PlainOutput, fail, is_main_process
+from finetuning.errors import UNWRITABLE, InputError, PlainOutput, fail, is_main_process, to_line
 from finetuning.parsing import Parser
 
 # Lowest and highest value of a key, both allowed. Keys of every step; None is always allowed where it is the default.
 RANGES = {
     "per_device_train_batch_size": (1, None), "per_device_eval_batch_size": (1, None),
     "gradient_accumulation_steps": (1, None), "max_length": (8, None), "save_total_limit": (1, None),
-    "seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1), "dataloader_num_workers": (0, None),
+    "seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1), "dataloader_num_workers": (0, None), "dataloader_prefetch_factor": (1, None),
     "dataset_num_proc": (1, None), "warmup_steps": (0, None), "weight_decay": (0, 1), "max_grad_norm": (0, None),
-    "adam_beta1": (0, 0.9999999), "adam_beta2": (0, 0.9999999), "label_smoothing_factor": (0, 1),
+    "adam_beta1": (0, 0.9999999), "adam_beta2": (0, 0.9999999), "label_smoothing_factor": (0, 0.9999999),
     "neftune_noise_alpha": (0, None), "lora_r": (1, None), "lora_alpha": (1, None), "lora_dropout": (0, 0.9999999),
     "num_prompts": (1, None), "num_samples": (1, None), "batch_size": (1, None), "max_new_tokens": (1, None),
     "top_p": (0, 1), "num_beams": (1, None), "no_repeat_ngram_size": (0, None), "top_k": (0, None), "concurrency": (1, None),
@@ -34,6 +34,7 @@ POSITIVE = {
 JUDGE_MODEL = "gpt-5.4-mini"
 REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory")  # of preflight
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+QUANT_STORAGE = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 NOT_OF_VLLM = {
     "load_in_8bit": False,
     "load_in_4bit": False,
@@ -44,6 +45,22 @@ NOT_OF_VLLM = {
 NOT_OF_ENGINE = {  # keys of step 3 that an engine cannot obey, and their neutral values
     "vllm": NOT_OF_VLLM,
     "openai": {**NOT_OF_VLLM, "batch_size": None, "dtype": None},  # the server has loaded the model in its own way
+}
+NEEDS = {  # keys with their neutral values, and the other key with the values of which they have an effect
+    "use_bnb_nested_quant": (False, "load_in_4bit", ("true",)),
+    "bnb_4bit_quant_type": ("nf4", "load_in_4bit", ("true",)),
+    "bnb_4bit_quant_storage": (None, "load_in_4bit", ("true",)),
+    "packing_strategy": ("bfd", "packing", ("true",)),
+    "eval_steps": (None, "eval_strategy", ("steps",)),
+    "eval_delay": (0, "eval_strategy", ("steps", "epoch")),
+    "eval_packing": (None, "eval_strategy", ("steps", "epoch")),
+    "liger_kernel_config": (None, "use_liger_kernel", ("true",)),
+    "hub_model_id": (None, "push_to_hub", ("true",)),
+    "hub_private_repo": (None, "push_to_hub", ("true",)),
+    "hub_revision": (None, "push_to_hub", ("true",)),
+    "eval_on_start": (False, "eval_strategy", ("steps", "epoch")),
+    "metric_for_best_model": (None, "lr_scheduler_type", ("reduce_lr_on_plateau", "greedy")),
+    "greater_is_better": (None, "lr_scheduler_type", ("reduce_lr_on_plateau", "greedy")),
 }
 
 
@@ -97,6 +114,11 @@ def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
             text = f"{key} is not known to the engine {engine}; use engine: transformers, or leave it out"
             faults.append(((key, "base_url" if engine == "openai" else "engine"), text))
     faulty = {key for keys, _ in faults for key in keys}
+    for key, (neutral, needed, effective) in NEEDS.items():
+        is_set = key not in faulty and {key, needed} <= values.keys() and values[key] not in (None, neutral)
+        if is_set and _text(values[needed]) not in effective:
+            text = f"{key} has no effect without {needed}: {' or '.join(effective)}; add it, or leave {key} out"
+            faults.append(((key, needed), text))
     if values.get("use_peft") is False and (lora := [key for key in _lora_keys(values) if key not in faulty]):
         text = f"{lora[0]} has no effect without use_peft: true; add it, or leave the lora_ keys out"
         faults.append(((lora[0], "use_peft"), text))
@@ -110,8 +132,13 @@ def find_faults(values: Mapping) -> list[tuple[tuple[str, ...], str]]:
     return faults
 
 
+def _text(value) -> str:
+    """A value as it stands in a YAML."""
+    return str(value).lower() if isinstance(value, bool) else str(getattr(value, "value", value))
+
+
 def _no(strategy) -> bool:
-    return str(getattr(strategy, "value", strategy)) == "no"
+    return _text(strategy) == "no"
 
 
 # Keys, when their values are a fault, and what to do.
@@ -141,6 +168,23 @@ CONTRADICTIONS = (
      "overwrite deletes the run that resume_from_checkpoint goes on with; keep one of them"),
     (("use_peft", "use_dora"), lambda peft, dora: dora and not peft, "use_dora has no effect without use_peft: true"),
     (("use_peft", "use_rslora"), lambda peft, rs: rs and not peft, "use_rslora has no effect without use_peft: true"),
+    (("dataloader_persistent_workers", "dataloader_num_workers"), lambda persistent, workers: persistent and workers == 0,
+     "dataloader_persistent_workers has no effect without dataloader_num_workers; set both, or neither"),
+    (("output_dir", "output_dir"), lambda folder, _: folder is not None and not folder.strip(),
+     "output_dir is empty; name a folder"),
+    (("output_dir", "output_dir"), lambda folder, _: folder is not None and to_line(folder) != folder,
+     "output_dir: {output_dir} holds a line break or another control character; choose another name"),
+    (("num_train_epochs", "max_steps"), lambda epochs, steps: steps == -1 and epochs > 100_000,
+     "num_train_epochs: {num_train_epochs} would not end; use at most 100000"),
+    (("lora_task_type", "use_peft"), lambda task, peft: peft and task != "CAUSAL_LM",
+     "lora_task_type: {lora_task_type} is for models of another kind; leave it out"),
+    (("lora_target_modules", "lora_modules_to_save"), lambda targets, saved: bool(set(targets or []) & set(saved or [])),
+     "lora_target_modules and lora_modules_to_save name the same module, which is adapted or trained as a whole; keep one"),
+    (("bnb_4bit_quant_storage", "load_in_4bit"), lambda storage, four: four and storage not in (None, *QUANT_STORAGE),
+     "bnb_4bit_quant_storage: {bnb_4bit_quant_storage} is none of " + ", ".join(QUANT_STORAGE)),
+    (("lr_scheduler_type", "lr_scheduler_kwargs"),
+     lambda kind, kwargs: _text(kind) in ("constant", "constant_with_warmup") and bool(kwargs),
+     "lr_scheduler_kwargs has no effect with lr_scheduler_type: constant; leave it out"),
     (("save_strategy", "output_dir"), lambda strategy, _: _no(strategy),
      "save_strategy: no would leave nothing to test; use steps or epoch"),
     (("save_strategy", "save_only_model"), lambda strategy, only: str(getattr(strategy, "value", strategy)) == "best",
@@ -556,7 +600,7 @@ def run_step(
             return
         main(*arguments)
     except InputError as error:
-        fail(str(error))
+        fail(to_line(str(error)))
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise

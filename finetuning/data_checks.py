@@ -20,6 +20,7 @@ NUM_PERMUTATIONS = 128
 CANDIDATES = 0.6  # similarity from which MinHash proposes pairs, lower than NEAR so that it misses few of those
 # the replacement character of a failed decoding, lone surrogates, and control characters other than tab and line ends
 UNREADABLE = re.compile("[\ufffd\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # fillers of Hangul, and Braille without dots
 
 PUNCTUATION = re.compile("[.,;:!?'\"()\\[\\]{}…“”‘’„«»、。·]")  # not the signs that arithmetic and code are made of
 MOST_ROWS = (
@@ -151,10 +152,15 @@ def check_control_tokens(texts: list[str], tokens: list[str], where: str) -> lis
     return [Finding("control_tokens", "warning", text, list(found), dict(counts))]
 
 
+def is_visible(text: str) -> bool:
+    """Whether a text has anything to read: neither white space, nor marks without width, nor blank letters."""
+    return any(c.isprintable() and not c.isspace() and c not in BLANK_LETTERS for c in text)
+
+
 def check_rows(questions: list[str], answers: list[str]) -> list[Finding]:
     """Empty, repeated and unreadable rows, and strings of bare jamo."""
     findings = []
-    empty = [i for i, (q, a) in enumerate(zip(questions, answers, strict=True)) if not q.strip() or not a.strip()]
+    empty = [i for i, pair in enumerate(zip(questions, answers, strict=True)) if not all(map(is_visible, pair))]
     if empty:
         text = f"{count(empty)} with an empty question or answer; delete them"
         findings.append(Finding("empty_rows", "refused", text, empty))

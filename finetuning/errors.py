@@ -13,6 +13,7 @@ from finetuning.credentials import hide
 
 # What would command a terminal, or turn the direction in which a line is read; line ends and tabs are let through.
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break the line, or colour it
 
 
 class InputError(ValueError):
@@ -53,6 +54,11 @@ class PlainOutput:
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
+
+
+def to_line(text: str) -> str:
+    """A text as one line, with what a terminal would obey, of names in data or files, as escapes."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def fail(message: str) -> NoReturn:

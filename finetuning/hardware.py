@@ -7,6 +7,7 @@ import os
 
 import torch
 from accelerate.utils import str_to_bool
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
 
 def env_flag(name: str) -> bool:
@@ -52,7 +53,15 @@ def choose_dtype(requested: str | None) -> torch.dtype:
 
 def choose_attention(requested: str | None, compute_dtype: torch.dtype) -> tuple[str, str | None]:
     """The attention implementation to load a model with, and the reason where it is not the one that was requested."""
-    if requested not in (None, "flash_attention_2"):
+    if requested == "flex_attention" and not accelerator_available():
+        return "sdpa", "it has no backward pass on a CPU"
+    if requested in ("eager", "sdpa", "flex_attention"):
+        return requested, None
+    if requested not in (None, "flash_attention_2"):  # FlashAttention of another version, or a kernel of the Hub
+        try:
+            lazy_import_flash_attention(requested)
+        except (ImportError, OSError, ValueError) as error:
+            return "sdpa", f"{requested} does not load ({' '.join(str(error).split())})"
         return requested, None
     problem = flash_attention_problem()
     if problem is None and compute_dtype == torch.float32:

@@ -44,6 +44,7 @@ from finetuning.configs import NOT_OF_ENGINE, TestArguments
 from finetuning.decoding import Decoder, seed_of, why_not_exact
 from finetuning.errors import InputError
 from finetuning.hardware import choose_attention
+from finetuning.loading import load_adapter
 from finetuning.memory import available_memory
 from finetuning.runs import BASE, read_json
 
@@ -159,9 +160,7 @@ def load_model(
         )
     try:
         if (Path(name_or_path) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, **settings)
+            model = load_adapter(name_or_path, **settings)
         else:
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **settings)
     except (OSError, ValueError) as error:  # there is none, or it is no causal language model

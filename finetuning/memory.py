@@ -161,9 +161,10 @@ def measure_shapes(
         outside = sum(parameter.numel() for parameter in model.parameters()) - sum(inside.values())
         trained = model
         if peft_config is not None:
+            check_adapter_names(model, peft_config)
             try:
                 trained = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
-            except ValueError as error:  # no module has the name
+            except ValueError as error:  # a module of a kind that peft cannot adapt
                 raise InputError(f"lora_target_modules: {error}") from error
     model.train()
     text_config = config.get_text_config()
@@ -182,6 +183,25 @@ def measure_shapes(
         activations=activations,
         unmeasured=unmeasured,
     )
+
+
+def check_adapter_names(model: torch.nn.Module, peft_config: PeftConfig) -> None:
+    """Refuse a name that no module or parameter of the model has: peft leaves it out where others are found."""
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for key, names in (
+        ("target_modules", modules),
+        ("modules_to_save", modules),
+        ("target_parameters", parameters),
+    ):
+        wanted = getattr(peft_config, key) or []
+        for name in [] if isinstance(wanted, str) else sorted(wanted):  # a text is `all-linear`, or an expression
+            if not any(known == name or known.endswith(f".{name}") for known in names):
+                ends = sorted({known.rpartition(".")[2] for known in names} - {""})
+                ends = [end for end in ends if not end.isdigit() and key != "target_parameters"]
+                raise InputError(
+                    f"lora_{key}: {name} is nowhere in the model" + (f", which has {', '.join(ends)}" if ends else "")
+                )
 
 
 def _kept_bytes(backbone: torch.nn.Module, batch: Batch, device: str, compute: torch.dtype | None, masked: bool) -> int:

@@ -28,7 +28,7 @@ except ModuleNotFoundError:  # requirements-judge.txt, for steps 4 and 5
     from finetuning.plain_parser import PlainParser as TrlParser
 
 from finetuning.credentials import MASK, hide, holds_secret, is_secret, mask_arguments, remember
-from finetuning.errors import fail, is_main_process
+from finetuning.errors import fail, is_main_process, to_line
 from finetuning.renames import FSDP_CONFIG_KEYS, RENAMES, Change
 
 # variables that Python, its libraries or the launcher read when they start, which is before any YAML is read
@@ -37,7 +37,6 @@ READ_AT_START = re.compile(
     r"|TORCH_LOGS|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|PATH|TMPDIR"
 )
 UNWRITABLE = re.compile("[\x00\ud800-\udfff]")  # no file and no tokenizer takes these
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break the line, or colour it
 # what YAML 1.1 reads as another number than the one that stands there: 010 is 8, and 1:30 is 90
 TRAP = re.compile(r"[-+]?0[0-7_]+|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 
@@ -98,8 +97,7 @@ class Problem:
 
     def __str__(self) -> str:
         parts = [self.source, self.key, self.text]
-        text = hide(": ".join(part for part in parts if part))
-        return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        return to_line(hide(": ".join(part for part in parts if part)))
 
 
 def read_yaml(path: Path, problems: list[Problem], including: tuple[Path, ...] = ()) -> list[Setting]:
@@ -355,6 +353,8 @@ class Parser(TrlParser):
         self._problems: list[Problem] = []
 
     def error(self, message: str):
+        if "invalid dict value" in message:
+            message += "; write a mapping in the YAML"
         fail_with([*self._problems, Problem("command line", None, message.removeprefix("argument "))])
 
     def parse_args_and_config(self, args: list[str] | None = None) -> tuple:

@@ -34,6 +34,7 @@ from finetuning.data_checks import (
     check_rows,
     check_template,
     check_turns,
+    is_visible,
     question_of,
 )
 from finetuning.eda import plot_lengths
@@ -180,7 +181,7 @@ def check_labels(
             "template in the same token"
         )
         findings.append(Finding("terminators_agree", "refused", text, numbers=numbers))
-    if share < NO_END:
+    if labels.answers and share < NO_END:
         common = ", ".join(f"{name(i)} ({n})" for i, n in labels.last_tokens.most_common(3))
         text = (
             f"only {percent(share)} of the {'rows with labels' if unit == 'rows' else unit} end in a token at which generation stops ({stops}), so the "
@@ -188,7 +189,7 @@ def check_labels(
             "the end token as one token, labels must keep it, and max_length must not cut it off"
         )
         findings.append(Finding("terminator", "refused", text, numbers=numbers))
-    elif not others:
+    elif labels.answers and not others:
         level = "ok" if share == 1 else "warning"
         text = f"{percent(share)} of the answers end in {', '.join(name(i) for i in labels.last_tokens if i in ends)}, "
         text += f"generation stops at {stops}"
@@ -348,7 +349,13 @@ def plan_training(prepared: Dataset, num_rows: int, args: SFTConfig) -> dict:
     """Steps, tokens and checkpoints of the run that these arguments describe."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     per_step = args.per_device_train_batch_size * world_size * args.gradient_accumulation_steps
-    batches = math.ceil(len(prepared) / (args.per_device_train_batch_size * world_size))
+    batches = len(prepared) / (args.per_device_train_batch_size * world_size)
+    if args.dataloader_drop_last and batches < 1:
+        raise InputError(
+            f"dataloader_drop_last: the {len(prepared)} sequences do not fill one batch of "
+            f"{args.per_device_train_batch_size * world_size}, so nothing would be trained; leave it out"
+        )
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     steps_per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     ids = prepared.with_format("arrow")[:]["input_ids"].combine_chunks()
@@ -364,7 +371,7 @@ def plan_training(prepared: Dataset, num_rows: int, args: SFTConfig) -> dict:
         "steps": steps,
         "epochs": round(steps / steps_per_epoch, 2),
         "sequences_per_step": per_step,
-        "rows_per_step": round(per_step * num_rows / max(1, len(prepared)), 1),
+        "rows_per_step": round(min(1, per_step / max(1, len(prepared))) * num_rows, 1),
         "tokens_per_epoch": tokens,
         "tokens": round(tokens * steps / steps_per_epoch),
         "packing_efficiency": round(tokens / (len(prepared) * args.max_length), 3) if args.packing else None,
@@ -378,6 +385,27 @@ def describe_plan(plan: dict) -> str:
         f"{plan['steps']} steps ({plan['epochs']} epochs) of {plan['rows_per_step']:g} rows in "
         f"{plan['sequences_per_step']} sequences{packing}; {plan['tokens']:,} tokens; {plan['checkpoints']} checkpoints"
     )
+
+
+def check_schedule(plan: dict, num_sequences: int, args: SFTConfig) -> list[Finding]:
+    """What of the batch, of the learning rate's schedule and of the evaluation does not fit into the plan."""
+    texts = []
+    if plan["sequences_per_step"] > num_sequences:
+        texts.append(
+            f"a step is to take {plan['sequences_per_step']} sequences and there are {num_sequences}, so it takes fewer; "
+            "lower gradient_accumulation_steps or per_device_train_batch_size"
+        )
+    if args.warmup_steps and args.lr_scheduler_type == "constant":
+        texts.append(
+            f"warmup_steps: {args.warmup_steps} has no effect with lr_scheduler_type: constant; use constant_with_warmup"
+        )
+    elif args.get_warmup_steps(plan["steps"]) >= plan["steps"]:
+        texts.append(
+            f"warmup_steps: {args.warmup_steps} is all of the {plan['steps']} steps, so learning_rate is never reached"
+        )
+    if args.eval_strategy != "no" and args.eval_delay > plan["epochs" if args.eval_strategy == "epoch" else "steps"]:
+        texts.append(f"eval_delay: {args.eval_delay} is longer than the run, so nothing is evaluated")
+    return [Finding("schedule", "warning", "; ".join(texts))] if texts else []
 
 
 # The preview
@@ -480,10 +508,11 @@ def inspect(
     report.findings += check_conversations(tokenized, control_tokens(tokenizer, end_ids))
     questions = [question_of(prompt) for prompt in tokenized["prompt"]]
     said = [learned_texts(*row) for row in conversations_of(tokenized)]
-    answers = ["\n".join(texts) if all(text.strip() for text in texts) else "" for texts in said]  # "" counts as empty
+    answers = ["\n".join(texts) if all(map(is_visible, texts)) else "" for texts in said]  # "" counts as empty
     report.findings += check_rows(questions, answers)
     report.findings += check_leaks(questions, {name: texts for name, texts in held_out.items() if texts})
     report.plan = plan_training(prepared, len(tokenized), args)
+    report.findings += check_schedule(report.plan, len(prepared), args)
     report.plan["labelled_share"] = round(labels.supervised / max(1, labels.tokens), 4)
     places = np.linspace(0, len(tokenized) - 1, num=min(preview_rows, len(tokenized)), dtype=int).tolist()
     for place in places:

@@ -127,6 +127,11 @@ def open_run(
         InputError: The folder holds another run, or there is no such checkpoint.
     """
     requested = None if requested is None else str(requested)
+    if run.exists() and not run.is_dir():
+        raise InputError(f"output_dir: {run} is a file; choose a folder")
+    for key in ("model_name_or_path", "dataset_name"):
+        if run.resolve() == Path(record["config"][key]).resolve():
+            raise InputError(f"output_dir: {run} is {key} itself; choose another output_dir")
     if overwrite and run.exists():  # what is in the folder is deleted when training begins, not before
         needed = [requested, record["config"]["model_name_or_path"], record["config"]["dataset_name"]]
         for path in filter(None, needed):

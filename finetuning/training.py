@@ -4,7 +4,9 @@ complete and stand once, and training that survives SIGTERM.
 """
 
 import contextlib
+import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,17 +22,28 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import trl.trainer.utils
 from accelerate import PartialState
-from accelerate.utils import DistributedType
-from peft import PeftModel
+from accelerate.utils import DistributedType, DynamoBackend
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    get_scheduler,
+)
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from trl import SFTConfig, SFTTrainer
+from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.utils import is_liger_kernel_available
+from trl import SFTConfig, SFTTrainer, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
 from finetuning.chat import end_token_ids
@@ -46,6 +59,7 @@ from finetuning.checkpoints import (
 )
 from finetuning.errors import InputError, is_main_process
 from finetuning.hardware import accelerator_available, bf16_available, env_flag, tf32_available
+from finetuning.model_arguments import ModelArguments
 from finetuning.records import delete_run, save_record
 from finetuning.runs import INCOMPLETE, RUN_FILE, list_checkpoints
 
@@ -53,6 +67,8 @@ assert hasattr(trl.trainer.utils, "_use_triton"), "trl has renamed _use_triton, 
 # trl projects only the positions that have a label onto the vocabulary where it has Triton, and all positions elsewhere, so
 # that compilers see constant shapes. Nothing is compiled on a CPU, and most positions are of the question: skip them there too.
 trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass
@@ -71,6 +87,10 @@ class TrainingArguments(SFTConfig):
             "choices": ["auto", "true", "false"],
         },
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Show in place of a loss that is no number (NaN) the mean of those before it."},
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Older name of activation_checkpointing, which decides."}
     )
@@ -84,9 +104,10 @@ class TrainingArguments(SFTConfig):
         if self.hub_token is not None:  # every checkpoint has these arguments in its training_args.bin
             os.environ["HF_TOKEN"] = self.hub_token
             self.hub_token = None
+        self._check_compiler()
         self._choose_precision()
         self._choose_sharding(world_size)
-        self._choose_loggers()
+        self._choose_packages()
         super().__post_init__()
         if self.fsdp:
             # Rank 0 alone loads the weights when this is set, and the wrapper hands them on only if it is told the same:
@@ -114,7 +135,20 @@ class TrainingArguments(SFTConfig):
             self.hardware_choices["bf16"] = f"off, this device has none; {'fp16' if cuda else 'float32'} instead"
             self.bf16, self.fp16 = False, cuda
 
+    def _check_compiler(self) -> None:
+        backends = [backend.value.lower() for backend in DynamoBackend]
+        if self.torch_compile_backend is not None and self.torch_compile_backend.lower() not in backends:
+            raise ValueError(f"torch_compile_backend: {self.torch_compile_backend} is none of {', '.join(backends)}")
+        if self.torch_compile_mode is not None and self.torch_compile_mode not in COMPILE_MODES:
+            raise ValueError(f"torch_compile_mode: {self.torch_compile_mode} is none of {', '.join(COMPILE_MODES)}")
+
     def _choose_sharding(self, world_size: int) -> None:
+        if self.use_cpu and self.activation_offloading:
+            self.activation_offloading = False
+            self.hardware_choices["activation_offloading"] = "off, there is no GPU to take activations from"
+        if world_size == 1 and self.ddp_backend is not None:
+            self.ddp_backend = None
+            self.hardware_choices["ddp_backend"] = "off, there is only one process (start more with torchrun)"
         if str(self.fsdp).lower() in ("true", "false"):  # as the command line gives it
             self.fsdp = str(self.fsdp).lower() == "true"
         requested = env_flag("ACCELERATE_USE_FSDP") if self.fsdp is None else bool(self.fsdp)
@@ -144,8 +178,12 @@ class TrainingArguments(SFTConfig):
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
-    def _choose_loggers(self) -> None:
-        """What is not installed is left out: a run is not lost for the want of a logger."""
+    def _choose_packages(self) -> None:
+        """What is not installed is left out: a run is not lost for the want of a logger, or of a faster kernel."""
+        if self.use_liger_kernel and (self.use_cpu or not is_liger_kernel_available()):
+            self.use_liger_kernel, self.liger_kernel_config = False, None
+            reason = "the CPU has no such kernels" if self.use_cpu else "liger-kernel is not installed"
+            self.hardware_choices["use_liger_kernel"] = f"off, {reason}"
         wanted = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
         known = ("all", "none", *INTEGRATION_TO_CALLBACK)
         unknown = [name for name in wanted if name not in known]
@@ -160,6 +198,38 @@ class TrainingArguments(SFTConfig):
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Take a step with the optimizer and the schedule on a model of two layers, before data and model are loaded.
+
+    Raises:
+        InputError: A package for them is not installed, or they do not take what optim_args and lr_scheduler_kwargs say.
+    """
+    trial = copy.copy(args)
+    if args.optim_target_modules is not None:  # names of modules that this model does not have
+        trial.optim_target_modules = "all-linear"
+    with torch.random.fork_rng(devices=[]):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).to(args.device)
+    key = "optim"
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(trial, model)
+        if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & settings.keys():
+            return  # it takes apart the model itself
+        optimizer = kind(model.parameters(), **settings)
+        model(torch.ones(1, 64, device=args.device)).sum().backward()
+        optimizer.step()
+        trial.optim_args = None
+        without = Trainer.get_optimizer_cls_and_kwargs(trial, model)[1]
+        if args.optim_args and without == settings:
+            raise ValueError(f"optim_args: {args.optim_args} changes nothing of {args.optim.value}; leave it out")
+        key, num_steps = "lr_scheduler_type", args.max_steps if args.max_steps > 0 else 100
+        get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(num_steps), num_steps, args.lr_scheduler_kwargs
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:  # each of many packages its own
+        value = getattr(args, key).value
+        raise InputError(f"{key}: {value} cannot be used as it is set: {' '.join(str(error).split())}") from error
 
 
 def on_main_process(function: Callable):
@@ -186,6 +256,28 @@ def embedding_names(name_or_path: str, revision: str, trust_remote_code: bool) -
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     return [name.split(".")[-1] for name, module in model.named_modules() if any(module is e for e in embeddings)]
+
+
+def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **source) -> PeftConfig | None:
+    """The adapter that the arguments describe, or None.
+
+    Args:
+        new_ids: Ids of added tokens, whose embeddings are trained: an adapter could neither read nor write them otherwise.
+        source: revision and trust_remote_code of the model.
+    """
+    config = get_peft_config(model_args)
+    if config is None:
+        return None
+    config.revision = model_args.model_revision
+    embeddings = embedding_names(model_args.model_name_or_path, **source)
+    if new_ids:
+        config.modules_to_save = [*(config.modules_to_save or []), *embeddings]
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
+    trained = {name.split(".")[-1] for name in [*targets, *(config.modules_to_save or [])]}
+    is_tied = AutoConfig.from_pretrained(model_args.model_name_or_path, **source).tie_word_embeddings
+    # what is learned by one of two tied embeddings must be learned by both, as the merged model has one weight for them
+    config.ensure_weight_tying = is_tied and not trained.isdisjoint(embeddings)
+    return config
 
 
 def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) -> PreTrainedModel:
@@ -238,16 +330,38 @@ class ResumableSFTTrainer(SFTTrainer):
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except (ValueError, ImportError) as error:  # a setting that the libraries refuse only here
+            raise InputError(" ".join(str(error).split())) from error
         self._logged_tokens = 0
         self._logged_at = time.perf_counter()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        broken = [
+            key for key in ("loss", "grad_norm", "eval_loss", "train_loss") if not math.isfinite(logs.get(key, 0))
+        ]
+        if broken and not self.args.fp16:  # whose scaler leaves steps out until it has found its scale
+            raise InputError(
+                f"step {self.state.global_step}: {broken[0]} is {logs[broken[0]]}, and every weight will be; lower "
+                "learning_rate, and see that the model's own weights are numbers. Start over with --overwrite true"
+            )
         if "loss" in logs:  # wall-clock time since the last line, with what was saved and evaluated in between
             now = time.perf_counter()
             logs["tokens_per_second"] = (self._total_train_tokens - self._logged_tokens) / (now - self._logged_at)
             self._logged_tokens, self._logged_at = self._total_train_tokens, now
         super().log(logs, start_time)
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except (
+            OSError,
+            HfHubHTTPError,
+            ValueError,
+        ) as error:  # nobody is logged in, or the Hub refuses or cannot be reached
+            reason = " ".join(str(error).split())
+            raise InputError(f"push_to_hub: {reason} Log in with `hf auth login`, or leave it out") from error
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None is written: run.json says more, and a card would stand in the run's folder as if it held a model."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import CONFIG, ROOT, SMALL, TRAIN, command, run, run_step, train
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
 from finetuning import preflight
@@ -15,9 +16,10 @@ from finetuning.batches import RowPreparation, build_collator
 from finetuning.chat import load_tokenizer
 from finetuning.data import TRAINING_FEATURES, find_row_format, to_training_row
 from finetuning.data_checks import check_leaks, check_rows, find_leaks, normalize
-from finetuning.memory import Batch, Shapes, plan_memory
+from finetuning.errors import InputError
+from finetuning.memory import Batch, Shapes, check_adapter_names, plan_memory
 from finetuning.model_arguments import ModelArguments
-from finetuning.training import TrainingArguments
+from finetuning.training import TrainingArguments, build_adapter_config
 
 MODEL = str(ROOT / "demo/model")
 QUESTIONS = [
@@ -619,3 +621,78 @@ def test_a_secret_under_another_key_is_refused_and_not_printed(tmp_path):
     secret = "hf_" + "a" * 34
     refused = train(tmp_path / "other", "--run_name", secret, check=False)
     assert refused.returncode == 2 and "run_name" in refused.stderr and secret not in refused.stderr + refused.stdout
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"warmup_steps": 9}, "warmup_steps: 9 is all of the 4 steps, so learning_rate is never reached"),
+        ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, "warmup_steps: 2 has no effect with lr_scheduler_type"),
+        ({"gradient_accumulation_steps": 50}, "a step is to take 100 sequences and there are 10, so it takes fewer"),
+        ({"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 9}, "longer than the run, so nothing is evaluated"),
+        ({"warmup_steps": 2}, None),
+    ],
+)
+def test_what_never_comes_within_the_steps_of_the_run_is_said(tmp_path, settings, said):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", max_steps=4, per_device_train_batch_size=2, **settings
+    )
+    prepared = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 10})
+    findings = preflight.check_schedule(preflight.plan_training(prepared, 10, args), len(prepared), args)
+    assert [said in finding.text for finding in findings] == ([] if said is None else [True])
+
+
+def test_a_batch_that_is_never_full_is_refused_where_the_last_one_is_dropped(tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=16, dataloader_drop_last=True
+    )
+    with pytest.raises(InputError, match="the 10 sequences do not fill one batch of 16, so nothing would be trained"):
+        preflight.plan_training(Dataset.from_dict({"input_ids": [[1]] * 10}), 10, args)
+
+
+@pytest.mark.parametrize("text", ["", " \u3000", "\u200b\u200d", "\ufeff", "\u3164", "\u2800"])
+def test_a_row_without_anything_to_read_is_empty(text):
+    assert "empty_rows" in [f.check for f in check_rows(["a question"], [text])]
+    assert "empty_rows" not in [f.check for f in check_rows(["a question"], [text + "👨‍👩‍👧"])]
+
+
+@pytest.mark.parametrize(
+    "key, names",
+    [
+        ("target_modules", ["q_proj", "q_porj"]),
+        ("modules_to_save", ["embd_tokens"]),
+        ("target_parameters", ["a.weight"]),
+    ],
+)
+def test_a_name_that_an_adapter_would_leave_out_in_silence_is_refused(key, names):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL))
+    check_adapter_names(model, LoraConfig(target_modules=["v_proj", "self_attn.k_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(InputError, match=f"lora_{key}: {names[-1]} is nowhere in the model"):
+        check_adapter_names(model, LoraConfig(**{"target_modules": ["v_proj"], key: names}))
+
+
+@pytest.mark.parametrize("trained, tied", [(["embed_tokens"], True), (["lm_head"], True), (["q_proj"], False)])
+def test_tied_embeddings_stay_tied_under_an_adapter(trained, tied):
+    args = ModelArguments(model_name_or_path=MODEL, use_peft=True, lora_target_modules=["v_proj"], lora_modules_to_save=trained)  # fmt: skip
+    assert build_adapter_config(args, [], revision="main", trust_remote_code=False).ensure_weight_tying == tied
+
+
+def test_training_ends_where_the_loss_is_no_number(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(MODEL).save_pretrained(tmp_path / "model")
+    arguments = [
+        "--config",
+        CONFIG,
+        *SMALL,
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    status, printed = run_step(TRAIN, tmp_path / "printed", *arguments)
+    assert status == 2 and "Traceback" not in printed and "step 1: loss is nan" in printed, printed
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from finetuning.configs import OTHER_STEPS, POSITIVE, RANGES, ScriptArguments, find_faults
 from finetuning.credentials import is_secret
+from finetuning.errors import InputError
 from finetuning.model_arguments import ModelArguments
 from finetuning.parsing import Parser
 from finetuning.renames import RENAMES
-from finetuning.training import TrainingArguments
+from finetuning.training import TrainingArguments, check_optimizer
 
 SCRIPT = "1_train_full_fine_tuning.py"
 ARGUMENTS = (ScriptArguments, TrainingArguments, ModelArguments)
@@ -167,6 +168,11 @@ OUT_OF_RANGE = [
     ("save_steps: 3.7", 1, None, "save_steps must be an integer if bigger than 1", "save_steps: 3"),
     ("num_train_epochs: -1", 1, "num_train_epochs", "must be more than 0, got -1", "num_train_epochs: 0.1"),
     ("learning_rate: 5", 1, "learning_rate", "5 cannot learn; write it as 2e-5", "learning_rate: 1"),
+    ("label_smoothing_factor: 1", 1, "label_smoothing_factor", "got 1", "label_smoothing_factor: 0.1"),
+    ("dataloader_prefetch_factor: 0\ndataloader_num_workers: 1", 1, "dataloader_prefetch_factor", "must be at least 1", "seed: 1"),
+    ("num_train_epochs: 1e300", 1, None, "num_train_epochs: 1e+300 would not end", "num_train_epochs: 1e3"),
+    ("torch_compile_backend: nonsense", 1, None, "torch_compile_backend: nonsense is none of", "torch_compile_backend: inductor"),
+    ("torch_compile_mode: fast", 1, None, "torch_compile_mode: fast is none of default", "torch_compile_mode: max-autotune"),
     ("weight_decay: 1.5", 1, "weight_decay", "at least 0 and at most 1, got 1.5", "weight_decay: 1"),
     ("lora_dropout: 1\nuse_peft: true", 1, "lora_dropout", "got 1", "lora_dropout: 0.1\nuse_peft: true"),
     ("per_device_train_batch_size: 0", 1, "per_device_train_batch_size", "at least 1", "per_device_train_batch_size: 1"),
@@ -245,6 +251,21 @@ CONTRADICTIONS = [
     ("save_strategy: no", (1,), "would leave nothing to test", "save_strategy: epoch"),
     ("load_best_model_at_end: true", (1,), "step 5 chooses the checkpoint", "load_best_model_at_end: false"),
     ("deepspeed: zero3.json", (1,), "write fsdp: true instead", "deepspeed: ~"),
+    ("hub_model_id: a/b", (1,), "no effect without push_to_hub: true", "hub_model_id: a/b\npush_to_hub: true"),
+    ("dataloader_persistent_workers: true", (1,), "set both", "dataloader_persistent_workers: true\ndataloader_num_workers: 1"),
+    ("liger_kernel_config: {rope: true}", (1,), "no effect without use_liger_kernel", "liger_kernel_config: {rope: true}\nuse_liger_kernel: true"),
+    ("use_peft: true\nlora_task_type: SEQ_CLS", (1, 2), "for models of another kind", "use_peft: true"),
+    ("use_peft: true\nlora_target_modules: [q_proj]\nlora_modules_to_save: [q_proj]", (2, 3), "name the same module", "use_peft: true\nlora_target_modules: [q_proj]\nlora_modules_to_save: [lm_head]"),
+    ("use_peft: true\nload_in_4bit: true\nbnb_4bit_quant_storage: uint9", (2, 3), "uint9 is none of uint8", "use_peft: true\nload_in_4bit: true\nbnb_4bit_quant_storage: uint8"),
+    ("bnb_4bit_quant_type: fp4", (1,), "no effect without load_in_4bit: true", "use_peft: true\nload_in_4bit: true\nbnb_4bit_quant_type: fp4"),
+    ("use_bnb_nested_quant: true", (1,), "no effect without load_in_4bit: true", "use_peft: true\nload_in_4bit: true\nuse_bnb_nested_quant: true"),
+    ("packing: false\npacking_strategy: wrapped", (1, 2), "no effect without packing: true", "packing_strategy: wrapped"),
+    ("eval_steps: 5", (1,), "no effect without eval_strategy: steps", "eval_steps: 5\neval_strategy: steps"),
+    ("eval_strategy: epoch\neval_steps: 5", (1, 2), "no effect without eval_strategy: steps", "eval_strategy: epoch"),
+    ("eval_on_start: true", (1,), "no effect without eval_strategy: steps or epoch", "eval_on_start: true\neval_strategy: epoch"),
+    ("eval_packing: true", (1,), "no effect without eval_strategy: steps or epoch", "eval_packing: true\neval_strategy: epoch"),
+    ("metric_for_best_model: loss", (1,), "no effect without lr_scheduler_type: reduce_lr_on_plateau", "seed: 1"),
+    ("lr_scheduler_type: constant\nlr_scheduler_kwargs: {a: 1}", (1, 2), "no effect with lr_scheduler_type: constant", "lr_scheduler_kwargs: {a: 1}"),
     ("dataloader_prefetch_factor: 2", (1,), "dataloader_num_workers", "dataloader_num_workers: 1\ndataloader_prefetch_factor: 2"),
 ]  # fmt: skip
 
@@ -271,6 +292,35 @@ def test_keys_that_contradict_each_other_are_both_named(tmp_path, wrong, lines, 
 )
 def test_faults_that_would_be_taken_in_silence(tmp_path, wrong, arguments):
     assert refuse(write(tmp_path / "config.yaml", wrong), *NEEDED, *arguments)
+
+
+@pytest.mark.parametrize(
+    "wrong, message, right",
+    [
+        ("optim: lomo", "optim: lomo cannot be used as it is set: You need to install `lomo_optim`", "optim: adafactor"),
+        ("optim: stable_adamw", "You need to install `torch-optimi`", "optim: adagrad"),
+        ("optim: adamw_torch_4bit", "You need to have `torchao", "optim: sgd"),
+        ("optim: adamw_anyprecision", "torchdistx", "optim: lion_8bit"),
+        ("optim_args: foo=1", "optim_args: foo=1 changes nothing of adamw_torch", "optim: sgd\noptim_args: momentum=0.5"),
+        ("optim: sgd\noptim_args: momentum", "optim: sgd cannot be used", "optim: rmsprop\noptim_args: alpha=0.5"),
+        ("lr_scheduler_type: cosine_with_min_lr", "One of min_lr", "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0}"),
+        ("lr_scheduler_kwargs: {num_cycles: 1}", "unexpected keyword argument 'num_cycles'", "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 1}"),
+        ("lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: many}", "could not convert", "lr_scheduler_type: cosine"),
+        ("lr_scheduler_type: warmup_stable_decay", "num_decay_steps", "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 5}"),
+        ("lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {lr_end: 1}", "must be smaller", "lr_scheduler_type: polynomial"),
+    ],
+)  # fmt: skip
+def test_an_optimizer_or_schedule_that_cannot_run_is_said_before_anything_is_loaded(tmp_path, wrong, message, right):
+    def check(text: str) -> None:
+        path = write(tmp_path / "config.yaml", text)
+        parser = Parser(ARGUMENTS, check=find_faults, other_steps=OTHER_STEPS)
+        arguments = ["--config", str(path), "--output_dir", str(tmp_path / "run"), *NEEDED]
+        check_optimizer(parser.parse_args_and_config(arguments)[1])
+
+    check(right)
+    with pytest.raises(InputError) as error:
+        check(wrong)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 # Several problems in one file
