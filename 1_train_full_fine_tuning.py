@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback  # noqa: E402
 from trl import get_quantization_config  # noqa: E402
 
 from finetuning.batches import RowPreparation  # noqa: E402
-from finetuning.chat import add_tokens, load_model_config, load_tokenizer  # noqa: E402
+from finetuning.chat import add_tokens, load_tokenizer  # noqa: E402
 from finetuning.checkpoints import check_resumable  # noqa: E402
 from finetuning.data import load_training_rows, tokens_to_add  # noqa: E402
 from finetuning.hardware import bf16_available, choose_attention  # noqa: E402
@@ -49,6 +49,7 @@ from finetuning.training import (  # noqa: E402
     SaveOnTermination,
     TrainingArguments,
     build_adapter_config,
+    check_model,
     check_optimizer,
     load_with_new_tokens,
     on_main_process,
@@ -133,7 +134,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     run = Path(training_args.output_dir)
     settings = choose_model_settings(model_args, training_args)
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    load_model_config(model_args.model_name_or_path, **source)  # refuses a model of another kind before it costs time
+    check_model(model_args.model_name_or_path, **source)  # before it costs time
     train_rows, eval_rows, row_format = load_training_rows(script_args)
     chat_template = read_chat_template(training_args.chat_template_path)
     training_args.chat_template_path = None  # it is in the tokenizer from here on

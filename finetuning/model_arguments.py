@@ -2,6 +2,7 @@
 The arguments of step 1 about the model. Imports trl, without torch.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from trl import ModelConfig
@@ -23,5 +24,9 @@ class ModelArguments(ModelConfig):
     )
 
     def __post_init__(self):
+        targets = self.lora_target_modules
         super().__post_init__()
+        # trl takes a single name out of its list, and peft then for an expression that no module's whole name matches
+        if isinstance(targets, list) and len(targets) == 1 and re.fullmatch(r"[\w.]+", targets[0]):
+            self.lora_target_modules = targets
         Checked.__post_init__(self)

@@ -24,6 +24,7 @@ from finetuning.runs import (
     RUN_FILE,
     checkpoint_step,
     last_checkpoint,
+    read_json,
     read_run,
     write_json,
 )
@@ -149,6 +150,15 @@ def open_run(
         checkpoint = Path(requested)
         if not (checkpoint / "trainer_state.json").is_file() or (checkpoint / INCOMPLETE).exists():
             raise InputError(f"resume_from_checkpoint: {checkpoint} is no complete checkpoint")
+        is_adapter, use_peft = (checkpoint / "adapter_config.json").is_file(), bool(record["config"].get("use_peft"))
+        if is_adapter != use_peft:
+            kind = "an adapter" if is_adapter else "a whole model"
+            raise InputError(f"resume_from_checkpoint: {checkpoint} is {kind}, and use_peft is {str(use_peft).lower()}")
+        rank = read_json(checkpoint / "adapter_config.json").get("r") if is_adapter else None
+        if is_adapter and rank != record["config"]["lora_r"]:
+            raise InputError(
+                f"resume_from_checkpoint: {checkpoint} has lora_r: {rank}, and not {record['config']['lora_r']}"
+            )
     if not (run / RUN_FILE).is_file():
         if requested is not None and requested.lower() == "true":
             raise InputError(f"resume_from_checkpoint: there is no run in {run} to resume")

@@ -46,7 +46,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
-from finetuning.chat import end_token_ids
+from finetuning.chat import end_token_ids, load_model_config
 from finetuning.checkpoints import (
     OPTIMIZER_FOLDER,
     SCHEDULER_FILE,
@@ -198,6 +198,15 @@ class TrainingArguments(SFTConfig):
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+def check_model(name_or_path: str, **source) -> None:
+    """Refuse a model that cannot be trained: one of another kind, or an adapter."""
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        raise InputError(
+            f"model_name_or_path: {name_or_path} is an adapter; merge it with 2_merge_lora.py, and name the merged model"
+        )
+    load_model_config(name_or_path, **source)
 
 
 def check_optimizer(args: TrainingArguments) -> None:

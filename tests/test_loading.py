@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetuning.configs import MergeArguments
 from finetuning.errors import InputError
 from finetuning.loading import load_adapter
+from finetuning.model_arguments import ModelArguments
+from finetuning.training import check_model
 
 BASE = str(ROOT / "demo" / "model")
 
@@ -152,3 +154,14 @@ def test_the_adapter_to_merge_is_found_or_the_reason_said(adapter, tmp_path, nam
     args = MergeArguments(model_name=name and name.format(run=run))
     with contextlib.nullcontext() if said is None else pytest.raises(InputError, match=said):
         assert MERGE["find_adapter"](run, args)[1:] == (str(run / "checkpoint-2"), run / "checkpoint-2-merged")
+
+
+def test_a_single_target_of_an_adapter_is_a_name():
+    args = ModelArguments(model_name_or_path=BASE, use_peft=True, lora_target_modules=["k_proj"])
+    assert args.lora_target_modules == ["k_proj"]
+
+
+def test_an_adapter_is_no_model_to_train(adapter):
+    with pytest.raises(InputError, match="is an adapter; merge it with 2_merge_lora.py"):
+        check_model(str(adapter))
+    check_model(BASE)
