@@ -80,7 +80,9 @@ def test_a_success_counts_however_often_it_failed_before(run_dir):
 def test_an_evaluation_of_another_answer_does_not_count(run_dir):
     add_evaluations(run_dir, "checkpoint-10", [9] * 20)
     path = run_dir / "predictions" / "checkpoint-10.jsonl"
-    path.write_text(path.read_text().replace("question number 0", "question number zero"))
+    rows = read_rows(path)
+    rows[0]["prediction"] += "!"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert summarize(load_samples(run_dir)).loc["checkpoint-10", "judged"] == 19
 
 
