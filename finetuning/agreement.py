@@ -136,7 +136,7 @@ def measure_jury(scores: dict[str, list[dict[str, float]]]) -> JuryAgreement | N
     }
     return JuryAgreement(
         means={judge: float(row.mean()) for judge, row in zip(judges, overall, strict=True)},
-        disagreement=float(overall.std(axis=0, ddof=1).mean()),
+        disagreement=float(overall.std(axis=0, ddof=1).mean()) if len(judges) > 1 else math.nan,
         alpha=_alpha(overall, "interval"),
         alphas={criterion: _alpha(table, "ordinal") for criterion, table in by_criterion.items()},
         num_samples=num_samples,
@@ -144,7 +144,7 @@ def measure_jury(scores: dict[str, list[dict[str, float]]]) -> JuryAgreement | N
 
 
 def _alpha(table: np.ndarray, level: str) -> float:
-    if np.ptp(table) == 0 or table.shape[1] < 2:
+    if np.ptp(table) == 0 or min(table.shape) < 2:
         return math.nan
     return float(krippendorff.alpha(reliability_data=table, level_of_measurement=level))
 

@@ -21,6 +21,7 @@ from finetuning.agreement import (
     rank_correlation,
 )
 from finetuning.comparison import bootstrap_interval, holm, share_interval
+from finetuning.errors import InputError
 from finetuning.judge import pair_hash
 from finetuning.results import iterate_rows, read_info
 from finetuning.runs import EVALUATIONS, HUMAN_AGREEMENT_FILE, is_there, read_json
@@ -326,12 +327,14 @@ def _turned(better: str) -> str:
 def _load_jury(folder: Path, prefix: str, hashes: dict[tuple[str, str], str]) -> list[dict]:
     """Rows of the table of juries."""
     scores: dict[str, dict[str, dict]] = defaultdict(dict)  # by model and judge, the evaluation of each sample
+    jury_of: dict[str, list[str]] = {}
     for path in sorted((folder / "judges").glob("*/*.jsonl")):
         mean = folder / path.name
         members = read_info(mean, JUDGES_INFO)["identity"]["judge_model"] if is_there(mean) else None
         judge = read_info(path, JUDGES_INFO)["identity"]["judge_model"]
         if not isinstance(members, list) or judge not in members:
             continue  # its part in a jury was given up
+        jury_of[path.stem] = members
         scores[path.stem][judge] = {
             row["id"]: {name: judged["score"] for name, judged in row["evaluation"].items()}
             for row in iterate_rows(path, EVALUATION)
@@ -339,6 +342,12 @@ def _load_jury(folder: Path, prefix: str, hashes: dict[tuple[str, str], str]) ->
         }
     rows = []
     for model, by_judge in scores.items():
+        lost = [judge for judge in jury_of[model] if judge not in by_judge]
+        if lost:
+            raise InputError(
+                f"{folder / 'judges'} has no rows of {', '.join(lost)} for {model}, which are in its mean; take them from a copy, or "
+                "start 4_openai_test.py with the same --judges again"
+            )
         common = sorted(set.intersection(*map(set, by_judge.values())))
         agreement = measure_jury({judge: [its[i] for i in common] for judge, its in by_judge.items()})
         if agreement is None:

@@ -13,6 +13,7 @@ from conftest import ROOT, make_run, run
 from judge_servers import evaluation
 from large_run import add_all_kinds_of_rows, write_run
 
+from finetuning.agreement import measure_jury
 from finetuning.errors import InputError
 from finetuning.headline import build_headline
 from finetuning.judge import Evaluation, prediction_hash
@@ -416,6 +417,14 @@ def test_pairs_juries_and_people_reach_the_verdict_and_the_tables(full_run, caps
     main(ScoreArguments(output_dir=[str(full_run)]))
     assert len(list((full_run / "scores").glob("*.csv"))) == 3
     assert 'id="judges-and-people"' not in (full_run / "report.html").read_text()
+
+
+def test_a_judge_of_a_jury_whose_rows_are_lost_is_named(full_run):
+    (full_run / "qa_evaluation_results/judges/strict/checkpoint-2.jsonl").unlink()
+    with pytest.raises(InputError, match="judges has no rows of strict for checkpoint-2, which are in its mean"):
+        load_opinions([full_run], load_samples(full_run))
+    alone = measure_jury({"strict": [{"clarity": 3}, {"clarity": 5}]})
+    assert alone.means == {"strict": 4} and np.isnan([alone.alpha, alone.disagreement]).all()
 
 
 def test_what_was_said_of_answers_that_have_changed_does_not_count(full_run):
