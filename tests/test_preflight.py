@@ -71,11 +71,20 @@ def with_template(template: str):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_right_rows_pass(tmp_path, tokenizer, packing):
-    learned, loss, found, report = look(tmp_path, rows_of(), tokenizer, packing=packing)
+    batch_size = 1 if packing else 4  # sequences: the four rows are packed into one
+    learned, loss, found, report = look(
+        tmp_path, rows_of(), tokenizer, packing=packing, per_device_train_batch_size=batch_size
+    )
     assert learned.count(tokenizer.eos_token_id) == 4 and loss > 0
     assert {finding.level for finding in found.values()} == {"ok"}
     assert found["terminator"].numbers["rows"] == 4
-    assert report.plan["rows_per_step"] == (16 if packing else 4)
+    assert report.plan["rows_per_step"] == 4
+
+
+def test_a_step_of_more_sequences_than_there_are_is_said(tmp_path, tokenizer):
+    _, _, found, report = look(tmp_path, rows_of(), tokenizer, packing=True)
+    assert found["schedule"].level == "warning" and "take 4 sequences and there are 1" in found["schedule"].text
+    assert report.plan["rows_per_step"] == 16
 
 
 @pytest.mark.parametrize("end", ["", "</s>", "\\n### End"])
