@@ -84,7 +84,7 @@ def test_right_rows_pass(tmp_path, tokenizer, packing):
 def test_a_step_of_more_sequences_than_there_are_is_said(tmp_path, tokenizer):
     _, _, found, report = look(tmp_path, rows_of(), tokenizer, packing=True)
     assert found["schedule"].level == "warning" and "take 4 sequences and there are 1" in found["schedule"].text
-    assert report.plan["rows_per_step"] == 16
+    assert report.plan["rows_per_step"] == 4  # what it takes
 
 
 @pytest.mark.parametrize("end", ["", "</s>", "\\n### End"])
