@@ -49,5 +49,5 @@ class SoftStop:
         self._loop.call_soon_threadsafe(self._announce)  # a signal may come in the middle of another print
 
     def _announce(self) -> None:
+        self.event.set()  # before it is said, as the second signal may come at once
         print(f"\n{self._describe()}; Ctrl-C again drops them", file=sys.stderr, flush=True)
-        self.event.set()
