@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import krippendorff
 import numpy as np
-import pandas as pd
 import scipy.stats
+from numpy.typing import ArrayLike
 
 NUM_RESAMPLES = 2000
 FEWEST_RANKED = 5  # answers, under which a rank correlation says nothing
@@ -46,7 +46,7 @@ def rank_correlation(first: Iterable[float], second: Iterable[float]) -> Estimat
     return Estimate(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half), n)
 
 
-def correlation_within_models(first: pd.DataFrame, second: pd.DataFrame, num_resamples: int = 500) -> Estimate:
+def correlation_within_models(first: ArrayLike, second: ArrayLike, num_resamples: int = 500) -> Estimate:
     """How far two scores rank the answers of a model alike: Spearman's correlation within each model, their mean.
 
     Each model counts with the number of its answers. Over the answers of all models together, scores would correlate as
@@ -56,7 +56,7 @@ def correlation_within_models(first: pd.DataFrame, second: pd.DataFrame, num_res
     Args:
         first, second: One row a sample, one column a model; NaN where there is no score.
     """
-    first, second = (table.to_numpy(dtype=float) for table in (first, second))
+    first, second = (np.asarray(table, float) for table in (first, second))
     known = ~(np.isnan(first) | np.isnan(second))
     first, second = (np.where(known, table, np.nan)[known.any(axis=1)] for table in (first, second))
     num_samples, num_answers = len(first), int(known.sum())

@@ -62,8 +62,8 @@ def remember(secret: str | None) -> None:
 
 def known_secrets() -> list[str]:
     """Secrets of the environment and those remembered, the longest first, as one may be a part of another."""
-    found = {value.strip() for name, value in os.environ.items() if is_secret(name) and len(value.strip()) >= SHORTEST}
-    return sorted(_given | found, key=len, reverse=True)
+    found = {os.environ[name].strip() for name in os.environ if is_secret(name)}
+    return sorted(_given | {value for value in found if len(value) >= SHORTEST}, key=len, reverse=True)
 
 
 def hide(text: str) -> str:

@@ -43,6 +43,8 @@ class LiveJudging:
         self._earlier: dict[Path, dict[str, dict]] = {}
         self._counts: collections.Counter[str] = collections.Counter()
         self._spent = 0.0
+        self._workers: set[asyncio.Task] = set()
+        self._fault: BaseException | None = None  # after which nothing more is sent
 
     async def run(self) -> int | None:
         """Judge until all is judged, the budget is used up or a signal asks to stop; gives that signal.
@@ -52,13 +54,13 @@ class LiveJudging:
         """
         endpoint = endpoint_of(self.args)
         with SoftStop(asyncio.get_running_loop(), self._describe_wait) as stop:
-            rate = RateControl(
+            self._rate = RateControl(
                 self.args.concurrency or CONCURRENCY, self.args.requests_per_minute, self.args.tokens_per_minute, stop.event
             )  # fmt: skip
             async with endpoint.open_client() as client:
                 self.judges = {
                     name: Judge(
-                        endpoint, client, name, self.args, rate, self.budget, plan.price, plan.tokens_per_byte,
+                        endpoint, client, name, self.args, self._rate, self.budget, plan.price, plan.tokens_per_byte,
                         plan.completion_tokens,
                     )
                     for name, plan in self.plans.items()
@@ -68,7 +70,7 @@ class LiveJudging:
                 with tqdm(total=num_items, initial=num_items - num_missing, unit="answer") as self._progress:
                     for job in self.work.jobs:
                         self._finish_if_complete(job)
-                    await self._ask_all(rate)
+                    await self._ask_all()
             return stop.signal
 
     def _describe_wait(self) -> str:
@@ -87,47 +89,58 @@ class LiveJudging:
             judge.has_replied = judge.has_replied or any(row["status"] == "ok" for row in iterate_rows(job.path))
         return num_items
 
-    async def _ask_all(self, rate: RateControl) -> None:
-        waiting = self.work.requests()
-        running: set[asyncio.Task] = set()
-        finished: asyncio.Queue[asyncio.Task] = asyncio.Queue()
-        request: tuple[Job, Item] | None = next(waiting, None)
-        fault: InputError | None = None
+    async def _ask_all(self) -> None:
+        self._waiting = self.work.requests()
+        self._next = next(self._waiting, None)
         try:
             while True:
-                without_money = False
-                while (
-                    request is not None and fault is None and not rate.stop.is_set() and len(running) < int(rate.limit)
-                ):
-                    job, item = request
-                    judge = self.judges[job.judge_model]
-                    if judge.is_trying:
-                        break
-                    if not self.budget.set_aside(judge.most_cost(item, job.form)):
-                        without_money = True  # until others have cost less than they could
-                        break
-                    judge.is_trying = not judge.is_tried
-                    task = asyncio.create_task(self._ask(judge, job, item))
-                    task.add_done_callback(finished.put_nowait)
-                    running.add(task)
-                    request = next(waiting, None)
-                if not running:
+                while len(self._workers) < int(self._rate.limit) and (request := self._take()) is not None:
+                    self._workers.add(asyncio.create_task(self._work(*request)))
+                if not self._workers:
                     break
-                task = await finished.get()
-                running.discard(task)
-                error = task.exception()  # looked at in any case, or asyncio complains
-                fault = fault or error or next((j.fault for j in self.judges.values() if j.fault), None)
-            self.budget.exhausted |= without_money
-            if fault is not None:
-                raise fault
+                done, self._workers = await asyncio.wait(self._workers, return_when=asyncio.FIRST_COMPLETED)
+                for worker in done:
+                    self._fault = self._fault or worker.exception()  # looked at in any case, or asyncio complains
+            if self._fault is not None:
+                raise self._fault
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            for worker in self._workers:
+                worker.cancel()
+            await asyncio.gather(*self._workers, return_exceptions=True)
+
+    def _take(self) -> tuple[Job, Item] | None:
+        """The next request if it may leave, with money set aside for it."""
+        self._fault = self._fault or next((judge.fault for judge in self.judges.values() if judge.fault), None)
+        if self._next is None or self._fault is not None or self._rate.stop.is_set():
+            return None
+        job, item = self._next
+        judge = self.judges[job.judge_model]
+        if judge.is_trying:
+            return None
+        if not self.budget.set_aside(judge.most_cost(item, job.form)):
+            self.budget.exhausted |= not self._workers  # else others may yet cost less than they could
+            return None
+        judge.is_trying = not judge.is_tried
+        self._next = next(self._waiting, None)
+        return job, item
+
+    async def _work(self, job: Job, item: Item) -> None:
+        """Ask for one item after the other, as long as there are as many workers as there may be requests in flight.
+
+        A worker goes on by itself, since one that is started anew would wait until all replies that came together with
+        its own have been read.
+        """
+        request: tuple[Job, Item] | None = (job, item)
+        while request is not None:
+            await self._ask(self.judges[request[0].judge_model], *request)
+            request = self._take() if len(self._workers) == int(self._rate.limit) else None
 
     async def _ask(self, judge: Judge, job: Job, item: Item) -> None:
         try:
             row = await judge.judge(item, job.form)
+        except InputError as error:
+            self._fault = self._fault or error
+            return
         finally:
             judge.is_trying = False
         if row is None:

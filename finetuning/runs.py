@@ -12,6 +12,7 @@ Imports without torch.
 """
 
 import fnmatch
+import functools
 import hashlib
 import json
 import math
@@ -40,7 +41,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 def to_json(content, **options) -> str:
     """JSON that every reader takes: a number that is none (NaN, infinity), which JSON does not have, is null."""
-    return json.dumps(_without_nan(content), ensure_ascii=False, allow_nan=False, **options)
+    write = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False, **options)
+    try:
+        return write(content)
+    except ValueError:
+        return write(_without_nan(content))
 
 
 def _without_nan(content):
