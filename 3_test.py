@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetuning.configs import NOT_OF_ENGINE, TestArguments, run_step
-from finetuning.errors import InputError, is_main_process
+from finetuning.errors import InputError, is_main_process, to_line
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
@@ -320,7 +320,7 @@ def measure(file: RowFile, args: TestArguments, name: str) -> None:
     file.write_info(metrics=metrics)
     errors = collections.Counter(row["error"] for row in iterate_rows(file.path) if row["finish_reason"] == "error")
     for error, count in errors.most_common(3):
-        print(f"{name}: {count} of {metrics['num_samples']} samples have no answer: {error}")
+        print(f"{name}: {count} of {metrics['num_samples']} samples have no answer: {to_line(error)}")
     removed = metrics["removed_tokens"]
     if removed:
         print(f"{name}: removed from the answers: " + ", ".join(f"{token} {n}" for token, n in removed.items()))

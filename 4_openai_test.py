@@ -29,11 +29,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from openai import OpenAI
-
 from finetuning.configs import JudgeArguments, run_step, split_names
-from finetuning.errors import InputError
-from finetuning.human_scores import HumanScore, read_human_scores
+from finetuning.errors import InputError, to_line
+from finetuning.human_scores import HumanScore, read_earlier_scores, read_human_scores
 from finetuning.judge import (
     Form,
     Item,
@@ -46,8 +44,8 @@ from finetuning.judge import (
     load_rubric,
     pairs_to_judge,
 )
-from finetuning.judge_batches import BatchJudge, check_pending, clear_batches, under_way
-from finetuning.judge_client import Budget, client_settings, cost_of, endpoint_of, has_key
+from finetuning.judge_batches import BatchClient, BatchJudge, check_pending, clear_batches, under_way
+from finetuning.judge_client import Budget, cost_of, endpoint_of, has_key
 from finetuning.judge_work import Work, make_plans
 from finetuning.results import RowFile, check_identity, iterate_rows, read_info
 from finetuning.runs import EVALUATIONS, PREDICTIONS, file_name, find_run, names_of_files, shorten
@@ -186,7 +184,7 @@ def main(args: JudgeArguments) -> None:
     run = find_run(args.output_dir)
     jobs = build_jobs(run, args)
     check_identities(run, jobs, args)
-    human = read_labels(jobs, args)
+    human = read_labels(run, jobs, args)
     in_batches = {job.path: under_way(job.path) for job in jobs} if args.mode == "batch" and not args.overwrite else {}
     work = Work(jobs, args.retry_failed, args.overwrite, in_batches)
     plans = make_plans(work, judges_of(args), args)
@@ -221,9 +219,9 @@ def main(args: JudgeArguments) -> None:
         clear_batches(jobs, args)
         try:
             if args.mode == "batch":
-                with OpenAI(**client_settings(args)) as client:
+                with BatchClient(args) as api:
                     prices = {model: plan.price for model, plan in plans.items()}
-                    budget.exhausted = not BatchJudge(client, jobs, work, files, prices, args).run()
+                    budget.exhausted = not BatchJudge(api, jobs, work, files, prices, args).run()
                     Work(jobs, args.retry_failed).write_known(files)  # of what batches have judged for one of several
             elif num_missing:
                 from finetuning.judge_live import LiveJudging  # takes half a second
@@ -250,7 +248,7 @@ def main(args: JudgeArguments) -> None:
     print(f"Written to {run / EVALUATIONS}. Next: 5_score_notebook.ipynb, or make report")
 
 
-def read_labels(jobs: list[Job], args: JudgeArguments) -> list[HumanScore]:
+def read_labels(run: Path, jobs: list[Job], args: JudgeArguments) -> list[HumanScore]:
     """The scores of people, if there are any, checked before anything is sent.
 
     Raises:
@@ -259,6 +257,7 @@ def read_labels(jobs: list[Job], args: JudgeArguments) -> list[HumanScore]:
     if args.human is None:
         return []
     labels = read_human_scores(Path(args.human), jobs[0].form.criteria)
+    read_earlier_scores(run / EVALUATIONS)  # which these are added to in the end
     names = list(dict.fromkeys(job.path.stem for job in jobs))
     if len(names) > 1 and any(label.model is None for label in labels):
         raise InputError(
@@ -287,7 +286,9 @@ def report(
         print(combine_jury(path, its_jobs))
     one_model = {model: judges for path in its_juries for model, judges in read_info(path)["one_model"].items()}
     for model, judges in one_model.items():
-        print(f"warning: {' and '.join(judges)} all replied as {model}: one model asked several times is no jury")
+        print(
+            f"warning: {' and '.join(judges)} all replied as {to_line(model)}: one model asked several times is no jury"
+        )
     if human:
         names = list(dict.fromkeys(job.path.stem for job in jobs))
         answers = {(job.path.stem, item.row["id"]): item.row["prediction_hash"] for job in jobs for item in job.items()}

@@ -5,11 +5,13 @@ Imports without torch; what needs torch (the training arguments, which subclass 
 """
 
 import math
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 from finetuning.errors import UNWRITABLE, InputError, PlainOutput, fail, is_main_process, to_line
+from finetuning.interrupts import Terminated, terminable
 from finetuning.parsing import Parser
 
 # Lowest and highest value of a key, both allowed. Keys of every step; None is always allowed where it is the default.
@@ -32,7 +34,8 @@ POSITIVE = {
 }  # fmt: skip
 
 JUDGE_MODEL = "gpt-5.4-mini"
-REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory")  # of preflight
+# checks of preflight that refuse a run
+REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory", "positions")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 QUANT_STORAGE = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 NOT_OF_VLLM = {
@@ -251,6 +254,8 @@ CONTRADICTIONS = (
     (("judges", "judge_model"), lambda judges, name: judges is not None and name != JUDGE_MODEL,
      "judges and judge_model: {judge_model} exclude each other; name every judge with judges"),
     (("judge_model", "judge_language"), lambda name, _: not name.strip(), "judge_model is empty; name a model"),
+    (("judge_model", "judges"), lambda name, judges: any(to_line(text) != text for text in (name, *(judges or ()))),
+     "judge_model and judges: a name holds a line break or another control character; write it without"),
     (("mode", "requests_per_minute"), lambda mode, value: mode == "batch" and value is not None,
      "requests_per_minute has no effect with mode: batch; leave it out"),
     (("mode", "tokens_per_minute"), lambda mode, value: mode == "batch" and value is not None,
@@ -368,6 +373,12 @@ class MergeArguments(RunArguments):
     )
     merged_dir: str | None = field(
         default=None, metadata={"help": "Where to write the merged model. Unset: <adapter>-merged, beside the adapter."}
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run code that comes with the base model. For the run's own adapters it is run if training did so."
+        },
     )
     num_prompts: int = field(default=4, metadata={"help": "Test samples on which adapter and merged model must agree."})
     tolerance: float | None = field(
@@ -598,7 +609,8 @@ def run_step(
             if is_main_process():
                 print("\n".join(parser.describe(arguments, reasons)))
             return
-        main(*arguments)
+        with terminable():
+            main(*arguments)
     except InputError as error:
         fail(to_line(str(error)))
     except OSError as error:
@@ -608,7 +620,7 @@ def run_step(
             f"{error.filename or 'a file that this step writes'}: {error.strerror}. What stood there still does: make room, or give permission or another place, and start "
             "the same command again"
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if is_main_process():
             print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + 2)
+        sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))

@@ -26,6 +26,7 @@ from finetuning.errors import InputError
 OPENAI_URL = "https://api.openai.com/v1"
 LONGEST_WAIT = 600.0  # seconds of a Retry-After that are worth waiting for
 LONGEST_BACKOFF = 8.0  # seconds between two attempts where the endpoint names none
+SLOWEST = 50_000  # bytes of a file that are sent or fetched in a second, at least
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,16 @@ class Endpoint:
         """A client that makes each attempt once, and leaves its time to `attempt`."""
         return AsyncOpenAI(base_url=self.url, api_key=read_key() or "none", max_retries=0, timeout=None)
 
-    async def attempt(self, request: Awaitable):
+    async def attempt(self, request: Awaitable, num_bytes: int = 0):
         """What a request gives.
+
+        Args:
+            num_bytes: Of a file that is sent, which has time of its own.
 
         Raises:
             TimeoutError: Its last byte has not come in time; the client's own limit is between two bytes.
         """
-        async with asyncio.timeout(self.timeout):
+        async with asyncio.timeout(self.timeout + num_bytes / SLOWEST):
             return await request
 
     def describe(self, error: Exception) -> str:

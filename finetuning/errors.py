@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from finetuning.credentials import hide
@@ -38,9 +39,26 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        InputError: It is in a file system such as /proc, which says that it does not exist and lets none be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise InputError(f"{folder} cannot be made: no folder can be made there; choose another place") from None
+
+
 def is_main_process() -> bool:
     """Whether this process speaks for all that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def to_plain(text: str) -> str:
+    """A text on whose lines nothing commands the terminal: what would is shown as an escape."""
+    return COMMANDS.sub(_escape, text)
 
 
 class PlainOutput:
@@ -50,7 +68,7 @@ class PlainOutput:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
+        return self._stream.write(to_plain(text))
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
@@ -58,7 +76,11 @@ class PlainOutput:
 
 def to_line(text: str) -> str:
     """A text as one line, with what a terminal would obey, of names in data or files, as escapes."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL.sub(_escape, text)
+
+
+def _escape(found: re.Match) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 def fail(message: str) -> NoReturn:

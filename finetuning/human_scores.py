@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.errors import InputError
+from finetuning.runs import HUMAN_AGREEMENT_FILE, is_there, read_json
+from finetuning.schemas import HUMAN_AGREEMENT
 
 
 @dataclass
@@ -18,6 +20,18 @@ class HumanScore:
     model: str | None
     measure: str
     score: float
+
+
+def read_earlier_scores(folder: Path) -> list[dict]:
+    """The rows of scores of people that stand beside evaluations.
+
+    Raises:
+        InputError: Their file cannot be read.
+    """
+    path = folder / HUMAN_AGREEMENT_FILE
+    if not is_there(path):
+        return []
+    return read_json(path, HUMAN_AGREEMENT, "take it from a copy, or delete it with its scores").get("scores", [])
 
 
 def read_human_scores(path: Path, criteria: tuple[str, ...]) -> list[HumanScore]:

@@ -1,12 +1,42 @@
 """
-Stopping a step that has requests in flight: what was asked for is waited for, as it may be paid for. Imports without torch.
+Stopping a step with what is open closed; what was asked of an endpoint is waited for, as it may be paid for. Imports without
+torch.
 """
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM raise as Ctrl-C does, where the default is to end the process at once.
+
+    Not under torchrun: ranks that wait for each other would not hear of it, and torchrun kills what goes on.
+    """
+    process = os.getpid()
+
+    def on_signal(number: int, frame) -> None:
+        if os.getpid() != process:  # a worker that was forked from this one, which nobody waits for
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        raise Terminated
+
+    replaces = os.environ.get("WORLD_SIZE", "1") == "1" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if replaces:
+        signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        if replaces:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class SoftStop:

@@ -14,13 +14,16 @@ for before: one that was only written, or that the endpoint refused, is dropped 
 its file at the endpoint is deleted where that can be done. Imports without torch.
 """
 
+import asyncio
 import contextlib
+import itertools
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx2
 from openai import (
@@ -28,7 +31,6 @@ from openai import (
     APIStatusError,
     AuthenticationError,
     InternalServerError,
-    OpenAI,
     OpenAIError,
     PermissionDeniedError,
 )
@@ -38,15 +40,15 @@ from tqdm import tqdm
 
 from finetuning.configs import JudgeArguments
 from finetuning.credentials import hide
-from finetuning.endpoint import describe_error, show_url
+from finetuning.endpoint import SLOWEST, seconds_to_wait, show_url
 from finetuning.errors import InputError
 from finetuning.judge import Form, Item, Job, item_key
 from finetuning.judge_client import (
     Budget,
     add_usage,
     build_request,
-    client_settings,
     cost_of,
+    endpoint_of,
     failure,
     most_cost,
     prompt_bytes,
@@ -110,6 +112,10 @@ class PendingBatch:
         for path in (self.requests, self.items, self.output):
             path.unlink(missing_ok=True)
 
+    def is_whole(self) -> bool:
+        """Whether each request has its line in the output that was fetched."""
+        return sum(1 for _ in iterate_rows(self.output)) >= self.state["num_requests"]
+
     def read_items(self) -> dict[str, dict]:
         """What names the row of each request, by custom id.
 
@@ -153,9 +159,9 @@ def clear_batches(jobs: list[Job], args: JudgeArguments) -> None:
     unsent = [batch for job in jobs for batch in _batches(job.path, UNSENT)]
     unwanted = [batch for job in jobs for batch in open_batches(job.path)] if args.overwrite else []
     if unsent or unwanted:
-        with OpenAI(**client_settings(args)) as client:
+        with BatchClient(args) as api:
             for batch in unsent + unwanted:
-                BatchClient(client, 0).give_up(batch)
+                api.give_up(batch)
 
 
 def check_pending(job: Job, args: JudgeArguments) -> None:
@@ -220,14 +226,38 @@ def write_batches(job: Job, requests: Iterable[tuple[Item, dict, float]], attemp
 
 
 class BatchClient:
-    """The Batch API of one endpoint."""
+    """The Batch API of the judge's endpoint, to be asked within `with`. None of its requests costs money by itself."""
 
-    def __init__(self, client: OpenAI, poll_seconds: float):
-        self.client, self.poll_seconds = client, poll_seconds
+    def __init__(self, args: JudgeArguments):
+        self.endpoint, self.max_retries = endpoint_of(args), args.max_retries
+        self.poll_seconds = args.poll_seconds or POLL_SECONDS
+        self.client = self.endpoint.open_client()
+        self.address = show_url(str(self.client.base_url))
+        self._runner = asyncio.Runner()
 
-    @property
-    def endpoint(self) -> str:
-        return show_url(str(self.client.base_url))
+    def __enter__(self) -> "BatchClient":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._runner.run(self.client.close())
+        self._runner.close()
+
+    def _ask(self, request: Callable[[], Coroutine], max_retries: int | None = None, num_bytes: int = 0):
+        """What a request gives, over as many attempts as it takes, each of which has a deadline.
+
+        Args:
+            request: Starts an attempt.
+            num_bytes: Of a file that is sent.
+        """
+        max_retries = self.max_retries if max_retries is None else max_retries
+        for num_attempts in itertools.count(1):
+            try:
+                return self._runner.run(self.endpoint.attempt(request(), num_bytes))
+            except (OpenAIError, TimeoutError) as error:
+                wait = seconds_to_wait(error, num_attempts) if num_attempts <= max_retries else None
+                if wait is None:
+                    raise
+            time.sleep(wait)
 
     def submit(self, batch: PendingBatch) -> None:
         """Bring a batch to the endpoint, or find it there if a kill has left that open.
@@ -240,9 +270,12 @@ class BatchClient:
             if batch.state["status"] == "uploaded":
                 found = self._find(batch)
             else:
-                with batch.requests.open("rb") as file:
-                    uploaded = self.client.files.create(file=(f"{batch.key}.jsonl", file), purpose="batch")
-                batch.record(status="uploaded", input_file_id=uploaded.id, endpoint=self.endpoint)
+                with batch.requests.open("rb") as file:  # from whose beginning each attempt sends it
+                    uploaded = self._ask(
+                        lambda: self.client.files.create(file=(f"{batch.key}.jsonl", file), purpose="batch"),
+                        num_bytes=batch.requests.stat().st_size,
+                    )
+                batch.record(status="uploaded", input_file_id=uploaded.id, endpoint=self.address)
             found = found or self._create(batch)
             batch.record(status="submitted", batch_id=found)
             print(f"batch {found}: submitted with {batch.state['num_requests']:,} requests", flush=True)
@@ -254,15 +287,17 @@ class BatchClient:
             if i and (found := self._find(batch)) is not None:
                 return found
             try:
-                # the client would try again by itself, and have two of them
-                created = self.client.with_options(max_retries=0).batches.create(
-                    input_file_id=batch.state["input_file_id"],
-                    endpoint=ENDPOINT,
-                    completion_window=WINDOW,
-                    metadata={"key": batch.key},
+                created = self._ask(
+                    lambda: self.client.batches.create(
+                        input_file_id=batch.state["input_file_id"],
+                        endpoint=ENDPOINT,
+                        completion_window=WINDOW,
+                        metadata={"key": batch.key},
+                    ),
+                    max_retries=0,  # else there could be two of them
                 )
                 return created.id
-            except (OpenAIError, AttributeError) as error:  # a proxy's page has no id
+            except (OpenAIError, TimeoutError, AttributeError) as error:  # a proxy's page has no id
                 if not _may_have_arrived(error):
                     self.delete_files(batch)
                     batch.record(status="written")
@@ -274,24 +309,28 @@ class BatchClient:
     def _find(self, batch: PendingBatch) -> str | None:
         """The id of the batch at the endpoint, if it was submitted."""
         self._check_endpoint(batch)
-        for found in self.client.batches.list(limit=100):  # the newest first
-            if found.metadata is not None and found.metadata.get("key") == batch.key:
-                return found.id
-            if 0 < (found.created_at or 0) < batch.state["created"] - CLOCKS_APART:
-                return None
-        return None
+
+        async def look_through() -> str | None:
+            async for found in self.client.batches.list(limit=100):  # the newest first
+                if found.metadata is not None and found.metadata.get("key") == batch.key:
+                    return found.id
+                if 0 < (found.created_at or 0) < batch.state["created"] - CLOCKS_APART:
+                    return None
+            return None
+
+        return self._ask(look_through)
 
     def _check_endpoint(self, batch: PendingBatch) -> None:
-        if batch.state["endpoint"] != self.endpoint:
+        if batch.state["endpoint"] != self.address:
             raise InputError(
-                f"a batch is under way at {batch.state['endpoint']}, and this start asks {self.endpoint}; set --base_url "
+                f"a batch is under way at {batch.state['endpoint']}, and this start asks {self.address}; set --base_url "
                 f"to go on with it, or give it up by deleting {batch.path}"
             )
 
     def look(self, batch: PendingBatch) -> Batch:
         self._check_endpoint(batch)
         with self._explained(batch):
-            return self.client.batches.retrieve(batch.state["batch_id"])
+            return self._ask(lambda: self.client.batches.retrieve(batch.state["batch_id"]))
 
     def wait(self, batch: PendingBatch) -> Batch:
         """Look again and again until the batch has ended; it goes on at the endpoint if this does not."""
@@ -324,22 +363,28 @@ class BatchClient:
         with self._explained(batch), partial.open("wb") as file:
             for file_id in (found.output_file_id, found.error_file_id):
                 if file_id is not None:
-                    with self.client.files.with_streaming_response.content(file_id) as response:
-                        for chunk in response.iter_bytes():
-                            file.write(chunk)
+                    self._runner.run(self._fetch(file_id, file))
                     file.write(b"\n")  # whether or not the file ended in one
         partial.replace(batch.output)
         batch.record(status="downloaded", ended=found.status, files=[found.output_file_id, found.error_file_id])
 
+    async def _fetch(self, file_id: str, file: BinaryIO) -> None:
+        async with (
+            asyncio.timeout(self.endpoint.timeout) as limit,
+            self.client.files.with_streaming_response.content(file_id) as response,
+        ):
+            async for chunk in response.iter_bytes():
+                file.write(chunk)
+                limit.reschedule(limit.when() + len(chunk) / SLOWEST)
+
     def delete_files(self, batch: PendingBatch) -> None:
         """Leave no questions and answers at the endpoint, as far as it can be asked now."""
-        if batch.state.get("endpoint") != self.endpoint:
+        if batch.state.get("endpoint") != self.address:
             return
-        client = self.client.with_options(max_retries=0)
         for file_id in (batch.state.get("input_file_id"), *batch.state.get("files", [])):
             if file_id is not None:
-                with contextlib.suppress(OpenAIError, ValueError):  # they expire by themselves, too
-                    client.files.delete(file_id)
+                with contextlib.suppress(OpenAIError, TimeoutError, ValueError):  # they expire by themselves, too
+                    self._ask(lambda name=file_id: self.client.files.delete(name), max_retries=0)
 
     def give_up(self, batch: PendingBatch) -> None:
         """Cancel a batch whose rows nobody wants any more, or drop one that was never submitted."""
@@ -348,8 +393,8 @@ class BatchClient:
             print(f"batch {batch.key}: was never submitted, so it costs nothing and is dropped")
         else:
             if "batch_id" in batch.state:
-                with contextlib.suppress(OpenAIError, ValueError):  # it may have ended
-                    self.client.batches.cancel(batch.state["batch_id"])
+                with contextlib.suppress(OpenAIError, TimeoutError, ValueError):  # it may have ended
+                    self._ask(lambda: self.client.batches.cancel(batch.state["batch_id"]))
             print(f"batch {batch.state.get('batch_id', batch.key)}: given up; what it has done until now is paid for")
         batch.finish("given up")
 
@@ -364,24 +409,24 @@ class BatchClient:
             ) from error
         except httpx2.HTTPError as error:  # in the middle of a download
             raise InputError(
-                f"the connection to {self.endpoint} broke: {error}. Nothing is lost; the same command goes on"
+                f"the connection to {self.address} broke: {error}. Nothing is lost; the same command goes on"
             ) from error
         except InputError:
             raise
-        except (OpenAIError, AttributeError, TypeError, ValueError) as error:
+        except (OpenAIError, TimeoutError, AttributeError, TypeError, ValueError) as error:
             unsent = batch.state["status"] in UNSENT
             if isinstance(error, APIStatusError) and error.status_code in ABSENT:
                 if unsent:
-                    text = f"{self.endpoint} has no Batch API ({describe_error(error)}); use --mode live"
+                    text = f"{self.address} has no Batch API ({self.endpoint.describe(error)}); use --mode live"
                 else:
                     name = batch.state.get("batch_id", batch.key)
                     text = (
-                        f"{self.endpoint} does not know the batch {name} ({describe_error(error)}): it has expired, or "
+                        f"{self.address} does not know the batch {name} ({self.endpoint.describe(error)}): it has expired, or "
                         f"belongs to another key. Where it is lost, delete {batch.path}: its answers are judged again"
                     )
             else:
                 text = (
-                    f"the Batch API at {self.endpoint} cannot be used now: {describe_error(error)}. Nothing is lost; the "
+                    f"the Batch API at {self.address} cannot be used now: {self.endpoint.describe(error)}. Nothing is lost; the "
                     f"same command goes on{', and --mode live needs no Batch API' if unsent else ''}"
                 )
             raise InputError(text) from error
@@ -389,7 +434,7 @@ class BatchClient:
 
 def _may_have_arrived(error: Exception) -> bool:
     """Whether what was asked for may have been done, although the answer is an error."""
-    return isinstance(error, APIConnectionError) or (
+    return isinstance(error, (TimeoutError, APIConnectionError)) or (
         isinstance(error, InternalServerError) and error.status_code not in ABSENT
     )
 
@@ -418,7 +463,7 @@ class BatchJudge:
         prices: Of each judge.
     """
 
-    client: OpenAI
+    api: BatchClient
     jobs: list[Job]
     work: Work
     files: list[RowFile]
@@ -431,7 +476,7 @@ class BatchJudge:
         Replies that were cut off or do not fit the form go into a second batch, with twice the limit. With
         `collect`, nothing is sent or waited for.
         """
-        api = BatchClient(self.client, self.args.poll_seconds or POLL_SECONDS)
+        api = self.api
         unread: set[tuple[Path, str]] = set()  # rows of first attempts, collected now, that cannot be read
         enough = True
         for attempt in range(1, NUM_ATTEMPTS + 1):
@@ -444,6 +489,8 @@ class BatchJudge:
             unread = set()
             for job, file in zip(self.jobs, self.files, strict=True):
                 for batch in open_batches(job.path):
+                    if batch.state["status"] == "downloaded" and not batch.is_whole():
+                        batch.record(status="submitted")  # the endpoint has its replies until they are rows
                     if batch.state["status"] == "submitted":
                         found = api.look(batch) if self.args.collect else api.wait(batch)
                         if found.status not in (*ENDED, "failed"):
@@ -517,6 +564,11 @@ class BatchJudge:
         print(
             f"batch {batch.state['batch_id']}: {batch.state['ended']}, {num_replies:,} of "
             f"{batch.state['num_requests']:,} requests have a reply"
+            + (
+                "; the next start of --mode batch asks for the others"
+                if num_replies < batch.state["num_requests"]
+                else ""
+            )
         )
         if without_schema:
             print("the endpoint takes no JSON schema; --mode live asks for replies in words")

@@ -70,16 +70,6 @@ def has_key(args: JudgeArguments) -> bool:
     return bool(read_key()) or endpoint_of(args).url != OPENAI_URL
 
 
-def client_settings(args: JudgeArguments) -> dict:
-    """What the client of the Batch API is made with, none of whose requests costs money by itself."""
-    return {
-        "base_url": endpoint_of(args).url,
-        "api_key": read_key() or "none",
-        "timeout": args.timeout,
-        "max_retries": args.max_retries,
-    }
-
-
 class Stopped(Exception):
     """An attempt is not made, as nothing more is to be sent."""
 

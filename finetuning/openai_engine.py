@@ -28,7 +28,7 @@ from finetuning.credentials import hide
 from finetuning.data import TestSamples
 from finetuning.decoding import seed_of
 from finetuning.endpoint import Endpoint, seconds_to_wait
-from finetuning.errors import InputError
+from finetuning.errors import InputError, to_line
 from finetuning.inference import Answer, AnswerReader, Prompt
 from finetuning.interrupts import SoftStop
 
@@ -63,7 +63,7 @@ def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> 
         ]
         if len(matching) == 1:
             found[name] = matching[0]
-            print(f"{name}: served as {matching[0]}")
+            print(f"{name}: served as {to_line(matching[0])}")
     missing = [name for name in models if name not in found]
     if missing and (model_name != "all" or not found):
         raise InputError(

@@ -206,6 +206,8 @@ def serve(stub: StubJudge):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             found = stub.get(self.path)
+            if found == "drip":
+                return self.drip()
             self.send(*(200, {}, found) if found is not None else (404, {}, {"error": {"message": "no such thing"}}))
 
         def do_POST(self):
@@ -213,14 +215,7 @@ def serve(stub: StubJudge):
             if reply == "echo":
                 reply = 400, {}, {"error": {"message": f"cannot read {dict(self.headers)}"}}
             if reply == "drip":
-                self.send_response(200)
-                self.send_header("Content-Length", "1000")
-                self.end_headers()
-                with contextlib.suppress(OSError):  # until the client has had enough
-                    for _ in range(1000):
-                        self.wfile.write(b" ")
-                        time.sleep(0.1)
-                return
+                return self.drip()
             if reply == "hang up":
                 self.send_response(200)
                 self.send_header("Content-Length", "1000")
@@ -230,6 +225,15 @@ def serve(stub: StubJudge):
                 self.connection.close()
                 return
             self.send(*reply)
+
+        def drip(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            with contextlib.suppress(OSError):  # until the client has had enough
+                for _ in range(1000):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
 
         def do_DELETE(self):
             stub.deleted.append(self.path.split("/")[-1])

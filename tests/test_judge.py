@@ -26,6 +26,7 @@ from conftest import ROOT, command, end_step, make_run, run_step, start_step, wa
 from judge_servers import StubJudge, completion, evaluation, serve, start_llama_server
 
 from finetuning.endpoint import read_retry_after
+from finetuning.interrupts import SoftStop
 from finetuning.judge import Evaluation
 from finetuning.judge_client import RateControl
 from finetuning.results import iterate_rows, read_rows
@@ -195,6 +196,25 @@ def test_a_second_interrupt_ends_at_once_and_says_what_it_may_have_cost(run_dir,
         assert end_step("4_openai_test.py") == 130 and time.monotonic() - interrupted < 10
     (row,) = evaluations(run_dir)
     assert row["error"] == "given up before its reply came" and row["possible_cost"] > 0
+
+
+def test_an_interrupt_that_was_ignored_at_the_start_stays_so_and_sigterm_stops(capsys):
+    """As under `nohup command &`."""
+
+    async def wait() -> int | None:
+        with SoftStop(asyncio.get_running_loop(), lambda: "waiting for what is in flight") as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not await stop.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await stop.sleep(10)
+            return stop.signal
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert asyncio.run(wait()) == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.count("waiting") == 1
 
 
 def test_an_attempt_has_a_deadline_however_slowly_its_reply_comes(run_dir):
@@ -948,7 +968,39 @@ def test_a_judge_is_measured_against_people(tmp_path):
     assert found["spearman"]["value"] == pytest.approx(scipy.stats.spearmanr(given, human).statistic)
     assert found["kendall"]["value"] == pytest.approx(scipy.stats.kendalltau(given, human).statistic)
     assert found["kappa"]["low"] < found["kappa"]["value"] < found["kappa"]["high"] <= 1
-    assert "1 of 41 scores" in printed and "judge and people on overall, 40 answers: Spearman 0.9" in printed
+    assert (
+        "1 of 41 scores" in printed and "judge and people on overall, within models, 40 scores: Spearman 0.9" in printed
+    )
+
+
+def test_scores_of_people_add_to_those_of_earlier_starts(run_dir, tmp_path):
+    def start(url, lines: str, *args) -> tuple[str, list]:
+        (tmp_path / "labels.csv").write_text(lines)
+        printed = judge(run_dir, url, "--human", tmp_path / "labels.csv", *args).printed
+        written = json.loads((run_dir / "qa_evaluation_results" / "human_agreement.json").read_text())
+        return printed, [(row["model"], row["id"][-1], row["score"]) for row in written["scores"]]
+
+    with serve(StubJudge(evaluation(5))) as url:
+        start(url, "id,model,score\nsample0000,base,3\nsample0001,base,4\n")
+        printed, found = start(
+            url,
+            "id,score\nsample0001,9\n" + "".join(f"sample000{i},7\n" for i in (2, 3)),
+            "--model_name",
+            "checkpoint-10",
+        )
+        assert found == [
+            ("base", "0", 3),
+            ("base", "1", 4),
+            *(("checkpoint-10", i, s) for i, s in (("1", 9), ("2", 7), ("3", 7))),
+        ]
+        assert "2 scores of people from earlier starts count, too" in printed and "replaced" not in printed
+        assert "judge and people on overall, within models, 5 scores: Spearman not defined" in printed
+        printed, found = start(url, "id,model,score\nsample0001,base,8\n")
+        assert "4 scores of people from earlier starts count, too" in printed and len(found) == 5
+        assert "1 score of people from earlier starts are replaced, as" in printed
+        (run_dir / "qa_evaluation_results" / "human_agreement.json").write_text("{")
+        result = judge(run_dir, url, "--human", tmp_path / "labels.csv", check=False)
+        assert result.returncode == 2 and "human_agreement.json:1 is no JSON" in result.printed
 
 
 @pytest.mark.parametrize(
@@ -1009,6 +1061,8 @@ def test_a_server_without_probabilities_is_said_so(run_dir):
         (["--compare", "base", "checkpoint-10", "--judges", "a,b"], "compare asks one judge"),
         (["--judges", "a"], "a jury has two or more"),
         (["--judges", "gpt,GPT"], "differ in capitals only"),
+        (["--judges", "gpt,x\nWritten to here"], "a name holds a line break"),
+        (["--judge_model", "x\x1b[2J"], "a name holds a line break"),
         (["--compare", "../predictions/base", "checkpoint-10"], "no predictions of `../predictions/base`"),
         (["--compare", "base", "checkpoint-10", "--model_name", "base"], "compare names the models itself"),
         (

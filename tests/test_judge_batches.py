@@ -10,12 +10,19 @@ from types import SimpleNamespace
 import pytest
 from conftest import end_step, make_run, run_step, start_step, wait_until
 from judge_servers import StubBatches, StubJudge, evaluation, serve
-from openai import OpenAI
 
 from finetuning.configs import JudgeArguments
 from finetuning.errors import InputError
 from finetuning.judge import Evaluation
-from finetuning.judge_batches import BatchClient, check_pending, open_batches, spent_on, under_way, write_batches
+from finetuning.judge_batches import (
+    BatchClient,
+    PendingBatch,
+    check_pending,
+    open_batches,
+    spent_on,
+    under_way,
+    write_batches,
+)
 from finetuning.results import read_rows
 from finetuning.tables import load_samples
 
@@ -157,13 +164,14 @@ def start_and_leave(run_dir, stub, url, *args, by: int = signal.SIGINT) -> None:
     process = start_step(STEP, run_dir.with_name("printed"), *arguments_for(run_dir, *args), **environment)
     wait_until(lambda: len(stub.batches) >= wanted and stub.num_looks)
     os.kill(process, by)
-    assert end_step(STEP) == (130 if by == signal.SIGINT else -by)
+    assert end_step(STEP) == (-by if by == signal.SIGKILL else 128 + by)
 
 
-def test_a_batch_can_be_collected_later(run_dir):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_batch_can_be_collected_later(run_dir, by):
     stub = StubBatches(evaluation(6), looks=10_000)
     with serve(stub) as url:
-        start_and_leave(run_dir, stub, url)
+        start_and_leave(run_dir, stub, url, by=by)
         assert "the same command goes on" in run_dir.with_name("printed").read_text()
         printed = judge(run_dir, url, "--collect", "true").printed
         assert "in_progress; start with --collect true again later" in printed and evaluations(run_dir) == []
@@ -366,7 +374,7 @@ def test_a_batch_that_was_never_submitted_does_not_stand_in_the_way_of_live_judg
             result = judge(run_dir, url, *models, check=False)
             assert result.returncode == 2 and said in result.printed and "--mode live" in result.printed
         refused = judge(run_dir, "http://127.0.0.1:9/v1", *models, check=False)
-        assert refused.returncode == 2 and "Connection refused" in refused.printed
+        assert refused.returncode == 2 and "All connection attempts failed" in refused.printed
         stub.where, stub.refusal = "/batches", (404, {}, {"error": {"message": "no such path"}})
         result = judge(run_dir, url, *models, check=False)
         assert result.returncode == 2 and "has no Batch API" in result.printed and stub.deleted == ["file-0"]
@@ -396,6 +404,58 @@ def pending(tmp_path):
     return batch, job
 
 
+def connect(url: str, **settings) -> BatchClient:
+    return BatchClient(JudgeArguments(mode="batch", base_url=url, max_retries=0, **settings))
+
+
+class Dripping(StubBatches):
+    """Sends what is asked for at a path that ends in `where` a byte at a time."""
+
+    where = ""
+
+    def get(self, path):
+        return "drip" if path.split("?")[0].endswith(self.where) else super().get(path)
+
+    def post(self, path, body):
+        return "drip" if path.endswith(self.where) else super().post(path, body)
+
+
+def test_each_request_about_a_batch_has_a_deadline_however_slowly_its_reply_comes(pending, monkeypatch):
+    monkeypatch.setattr("finetuning.judge_batches.WAITS", (0,))
+    batch, _ = pending
+    with serve(stub := Dripping(evaluation(6), looks=1)) as url, connect(url, timeout=0.3) as api:
+        for stub.where, ask in (
+            ("/files", api.submit),
+            ("/batches", api.submit),  # and may have arrived
+            ("/batches", api.submit),  # where it is looked for
+            ("nowhere", api.submit),
+            ("/batch-0", api.look),
+            ("/content", lambda batch: api.download(batch, api.look(batch))),
+            ("nowhere", lambda batch: api.download(batch, api.look(batch))),
+        ):
+            if stub.where == "nowhere":
+                ask(batch)
+                continue
+            with pytest.raises(InputError, match=r"no reply within 0.3 s \(--timeout\). Nothing is lost"):
+                ask(batch)
+    assert batch.state["status"] == "downloaded" and batch.is_whole()
+
+
+def test_replies_that_were_deleted_before_they_were_rows_are_fetched_again(run_dir):
+    with serve(stub := StubBatches(evaluation(6), "unanswered", looks=10_000)) as url:
+        start_and_leave(run_dir, stub, url, "--model_name", "checkpoint-10")
+        (path,) = (run_dir / "qa_evaluation_results" / "batches").glob("*[!l].json")
+        stub.look_at(dict(stub.batches["batch-0"]))
+        stub.looks = 0
+        batch = PendingBatch(path, json.loads(path.read_text()))
+        with connect(url) as api:
+            api.download(batch, api.look(batch))
+        batch.output.write_text(batch.output.read_text().splitlines(keepends=True)[0])  # of six
+        printed = judge(run_dir, url, "--collect", "true").printed
+        assert "completed, 6 of 6 requests have a reply" in printed and "judged 1 of 6" in printed
+    assert len(stub.requests) == 6
+
+
 @pytest.mark.parametrize(
     ("reply", "status"),
     [("hang up", "uploaded"), ((502, {}, "bad gateway"), "uploaded"), ((405, {}, "no"), "written"), (PAGE, "written"),
@@ -407,8 +467,8 @@ def test_a_submission_counts_unless_it_was_surely_refused(pending, monkeypatch, 
     batch, job = pending
     stub = WithoutBatches(evaluation(6))
     stub.where, stub.refusal = "/batches", reply
-    with serve(stub) as url, OpenAI(base_url=url, api_key="x", max_retries=0) as client, pytest.raises(InputError):
-        BatchClient(client, 0).submit(batch)
+    with serve(stub) as url, connect(url) as api, pytest.raises(InputError):
+        api.submit(batch)
     assert batch.state["status"] == status
     assert len(under_way(job.path)) == (status == "uploaded") and spent_on(job.path) == 0.01 * (status == "uploaded")
     live = JudgeArguments(mode="live")
@@ -421,14 +481,14 @@ def test_a_submission_counts_unless_it_was_surely_refused(pending, monkeypatch, 
 
 def test_a_batch_that_is_lost_or_damaged_is_named_with_the_way_out(pending):
     batch, job = pending
-    with serve(StubBatches(evaluation(6))) as url, OpenAI(base_url=url, api_key="x", max_retries=0) as client:
-        api = BatchClient(client, 0)
+    with serve(StubBatches(evaluation(6))) as url, connect(url) as api:
         api.submit(batch)
         with (
             serve(StubBatches(evaluation(6))) as other,
+            connect(other) as elsewhere,
             pytest.raises(InputError, match=f"under way at {url}.*{other}"),
         ):
-            BatchClient(client.with_options(base_url=other), 0).look(batch)
+            elsewhere.look(batch)
         batch.record(batch_id="batch-7")
         with pytest.raises(InputError, match=f"does not know the batch batch-7 .*delete {batch.path}: its answers"):
             api.look(batch)

@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import functools
 import json
 import mmap
 import os
@@ -15,7 +16,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train
+from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train, wait_until
 from transformers import BartConfig, BertConfig, GenerationConfig, MambaConfig, MambaForCausalLM, T5Config, ViTConfig
 
 from finetuning import scores
@@ -116,6 +117,12 @@ def test_thirty_kills_at_random_moments_change_nothing(answered_run, tmp_path):
         run_dir = shutil.copytree(answered_run, tmp_path / name / "run")
         shutil.rmtree(run_dir / "predictions")
         generator, seen = random.Random(0), []
+        if num_kills:
+            process = start_step("3_test.py", tmp_path / "printed", "--output_dir", run_dir, *arguments)
+            wait_until(functools.partial(predictions, run_dir, "base"))
+            os.kill(process, signal.SIGTERM)
+            assert end_step("3_test.py") == 128 + signal.SIGTERM
+            assert (tmp_path / "printed").read_text().endswith("stopped; the same command goes on from here\n")
         for _ in range(num_kills):
             process = start_step("3_test.py", tmp_path / "printed", "--output_dir", run_dir, *arguments)
             time.sleep(generator.uniform(0.1, 1.2))
@@ -490,6 +497,19 @@ def test_code_that_comes_with_a_model_of_others_runs_only_where_it_is_asked_for(
     assert not loading_options({}, "base", in_run=True, trust_remote_code=False)["trust_remote_code"]
 
 
+def test_step_3_runs_the_code_of_no_model_but_the_runs_own(answered_run, tmp_path):
+    """Though training was allowed to run that of its base model."""
+    ran, other = tmp_path / "ran", shutil.copytree(DEMO, tmp_path / "other")
+    (other / "odd.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ValueError('it has run')")
+    odd = {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config"}}
+    write_json(other / "config.json", read_json(other / "config.json") | odd)
+    record = read_json(answered_run / "run.json")
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "run.json", record | {"config": record["config"] | {"trust_remote_code": True}})
+    status, printed = answer(tmp_path / "run", "--model_name", other, "--num_samples", 1, check=False)
+    assert status == 2 and "code of its own; read that code" in printed and not ran.exists()
+
+
 @pytest.mark.parametrize("quantised", ["load_in_8bit", "load_in_4bit"])
 def test_quantised_weights_answer(quantised):
     engine = load_demo({quantised: True}, max_new_tokens=12)
@@ -555,7 +575,7 @@ def test_an_adapter_is_trained_under_fsdp_merged_and_answers_alike(tmp_path):
     result = train(run_dir, *lora, "--fsdp", "true", num_processes=2)
     assert json.loads((run_dir / "run.json").read_text())["parallelism"]["kind"] == "fsdp2", result.stdout
     names = {f.name for f in (run_dir / "checkpoint-10").iterdir()}
-    assert {"adapter_model.safetensors", "generation_config.json", "tokenizer.json"} <= names
+    assert {"adapter_model.safetensors", "base_model.json", "generation_config.json", "tokenizer.json"} <= names
     assert not any(name.startswith(("model", "pytorch_model")) for name in names)
 
     losses = read_losses(run_dir)
