@@ -5,6 +5,7 @@ Imports without torch.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike
 
-NUM_RESAMPLES = 2000
-FEWEST_RANKED = 5  # answers, under which a rank correlation says nothing
+from finetuning.wording import plural
+
+NUM_RESAMPLES = 500
+FEWEST_RANKED = 5  # answers, under which nothing is said of agreement
 
 
 @dataclass
@@ -46,39 +49,55 @@ def rank_correlation(first: Iterable[float], second: Iterable[float]) -> Estimat
     return Estimate(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half), n)
 
 
-def correlation_within_models(first: ArrayLike, second: ArrayLike, num_resamples: int = 500) -> Estimate:
+def correlation_within_models(first: ArrayLike, second: ArrayLike) -> Estimate:
     """How far two scores rank the answers of a model alike: Spearman's correlation within each model, their mean.
-
-    Each model counts with the number of its answers. Over the answers of all models together, scores would correlate as
-    soon as both prefer the same model. Answers to the same sample are not independent, so whole samples are resampled
-    (percentile bootstrap).
 
     Args:
         first, second: One row a sample, one column a model; NaN where there is no score.
     """
-    first, second = (np.asarray(table, float) for table in (first, second))
+    return _estimate_within_models(_spearman, np.asarray(first, float), np.asarray(second, float))
+
+
+def _spearman(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.corrcoef(scipy.stats.rankdata(first), scipy.stats.rankdata(second))[0, 1])
+
+
+def _estimate_within_models(statistic: Callable, first: np.ndarray, second: np.ndarray) -> Estimate:
+    """Mean of a statistic of two scores within each model.
+
+    Each model counts with the number of its scores. Over the answers of all models together, scores would agree as soon
+    as both prefer the same model. Answers to the same sample are not independent, so whole samples are resampled
+    (percentile bootstrap).
+
+    Args:
+        first, second: Samples x models, or samples x models x people; NaN where there is no score.
+    """
     known = ~(np.isnan(first) | np.isnan(second))
-    first, second = (np.where(known, table, np.nan)[known.any(axis=1)] for table in (first, second))
-    num_samples, num_answers = len(first), int(known.sum())
-    if num_samples < FEWEST_RANKED:
-        return Estimate(math.nan, math.nan, math.nan, num_answers)
+    by_sample_and_model = known.sum(axis=tuple(range(2, known.ndim)))
+    # a model of few scores is in no resample, either, which might draw them more than once
+    models = by_sample_and_model.sum(axis=0) >= FEWEST_RANKED
+    has_scores = by_sample_and_model[:, models].any(axis=1)
+    first, second = (np.where(known, table, np.nan)[has_scores][:, models] for table in (first, second))
+    value, num_scores = _mean_within_models(statistic, first, second)
+    if len(first) < FEWEST_RANKED or num_scores == 0:
+        return Estimate(math.nan, math.nan, math.nan, int(known.sum()))
     rng = np.random.default_rng(0)
-    drawn = (rng.integers(num_samples, size=num_samples) for _ in range(num_resamples))
-    values = np.array([_mean_spearman(first[rows], second[rows]) for rows in drawn])
+    drawn = (rng.integers(len(first), size=len(first)) for _ in range(NUM_RESAMPLES))
+    values = np.array([_mean_within_models(statistic, first[rows], second[rows])[0] for rows in drawn])
     low, high = np.nanquantile(values, [0.025, 0.975]) if not np.isnan(values).all() else (math.nan, math.nan)
-    return Estimate(_mean_spearman(first, second), float(low), float(high), num_answers)
+    return Estimate(value, float(low), float(high), num_scores)
 
 
-def _mean_spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean over the columns of Spearman's correlation, by their numbers of values; constant columns have none."""
-    total, weights = 0.0, 0
-    for x, y in zip(first.T, second.T, strict=True):
+def _mean_within_models(statistic: Callable, first: np.ndarray, second: np.ndarray) -> tuple[float, int]:
+    """The mean over the models, and the number of scores that it is from; a model of few or of equal scores has none."""
+    total, num_scores = 0.0, 0
+    for model in range(first.shape[1]):
+        x, y = first[:, model], second[:, model]
         x, y = x[~np.isnan(x)], y[~np.isnan(y)]
         if len(x) >= FEWEST_RANKED and np.ptp(x) > 0 and np.ptp(y) > 0:
-            x, y = scipy.stats.rankdata(x), scipy.stats.rankdata(y)
-            total += len(x) * np.corrcoef(x, y)[0, 1]
-            weights += len(x)
-    return total / weights if weights else math.nan
+            total += len(x) * statistic(x, y)
+            num_scores += len(x)
+    return (total / num_scores if num_scores else math.nan), num_scores
 
 
 def weighted_kappa(first: np.ndarray, second: np.ndarray) -> float:
@@ -113,7 +132,7 @@ class JuryAgreement:
             "not defined (too few answers, or all scores are equal)" if math.isnan(self.alpha) else f"{self.alpha:.2f}"
         )
         return (
-            f"jury on {self.num_samples} answers: means {means}; standard deviation between the judges {self.disagreement:.2f}; "
+            f"jury on {plural(self.num_samples, 'answer')}: means {means}; standard deviation between the judges {self.disagreement:.2f}; "
             f"Krippendorff's alpha {alpha}"
         )
 
@@ -149,43 +168,31 @@ def _alpha(table: np.ndarray, level: str) -> float:
     return float(krippendorff.alpha(reliability_data=table, level_of_measurement=level))
 
 
-def measure_against_people(pairs: list[tuple[str, float, float]]) -> dict[str, Estimate]:
-    """Agreement of the judge with people.
+def measure_against_people(pairs: list[tuple[str, str, float, float]]) -> dict[str, Estimate]:
+    """Agreement of the judge with people within each model.
 
     Args:
-        pairs: (id of the sample, the judge's score, a person's) for each answer that has both. Answers to the same
-            sample are not independent, so the intervals resample samples (percentile bootstrap).
+        pairs: (model, id of the sample, the judge's score, a person's) for each answer that has both; several people may
+            have scored an answer.
 
     Returns:
         spearman, kendall (tau-b) and kappa (quadratic weights).
     """
-    judge, human = (np.array([pair[i] for pair in pairs], float) for i in (1, 2))
+    models = {model: place for place, model in enumerate(dict.fromkeys(pair[0] for pair in pairs))}
+    samples = {sample: place for place, sample in enumerate(dict.fromkeys(pair[1] for pair in pairs))}
+    people = Counter((model, sample) for model, sample, _, _ in pairs)
+    judge = np.full((len(samples), len(models), max(people.values(), default=1)), math.nan)
+    human = judge.copy()
+    for model, sample, by_judge, by_person in pairs:
+        people[model, sample] -= 1
+        place = samples[sample], models[model], people[model, sample]
+        judge[place], human[place] = by_judge, by_person
     statistics: dict[str, Callable] = {
-        "spearman": lambda a, b: scipy.stats.spearmanr(a, b).statistic,
+        "spearman": _spearman,
         "kendall": lambda a, b: scipy.stats.kendalltau(a, b).statistic,
         "kappa": weighted_kappa,
     }
-    rows_of: dict[str, list[int]] = {}
-    for i, (sample_id, _, _) in enumerate(pairs):
-        rows_of.setdefault(sample_id, []).append(i)
-    groups = [np.array(rows) for rows in rows_of.values()]
-    rng = np.random.default_rng(0)
-    resamples = [
-        np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]) for _ in range(NUM_RESAMPLES)
-    ] if len(groups) >= 3 else []  # fmt: skip
-    return {name: _with_interval(statistic, judge, human, resamples) for name, statistic in statistics.items()}
-
-
-def _with_interval(statistic: Callable, first: np.ndarray, second: np.ndarray, resamples: list) -> Estimate:
-    def value_of(a, b) -> float:
-        return float(statistic(a, b)) if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0 else math.nan
-
-    value = value_of(first, second)
-    if math.isnan(value) or not resamples:
-        return Estimate(value, math.nan, math.nan, len(first))
-    values = np.array([value_of(first[rows], second[rows]) for rows in resamples])
-    low, high = np.nanquantile(values, [0.025, 0.975]) if not np.isnan(values).all() else (math.nan, math.nan)
-    return Estimate(value, float(low), float(high), len(first))
+    return {name: _estimate_within_models(statistic, judge, human) for name, statistic in statistics.items()}
 
 
 @dataclass

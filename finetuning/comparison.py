@@ -136,8 +136,13 @@ class Comparison:
     detectable: float
 
     @property
+    def is_shown(self) -> bool:
+        """Whether the samples show that the two differ."""
+        return self.p < LEVEL
+
+    @property
     def is_clear(self) -> bool:
-        return self.difference > 0 and self.p < LEVEL
+        return self.difference > 0 and self.is_shown
 
     def turned(self) -> "Comparison":
         """The same, seen from the other model."""

@@ -16,11 +16,12 @@ from finetuning.agreement import (
     measure_jury,
     rank_correlation,
 )
-from finetuning.human_scores import HumanScore
+from finetuning.human_scores import HumanScore, read_earlier_scores
 from finetuning.judge import Item, Job, identity_of_jury, item_key
 from finetuning.judge_client import add_usage
 from finetuning.results import RowFile, iterate_rows
-from finetuning.runs import HUMAN_AGREEMENT_FILE, write_json
+from finetuning.runs import HUMAN_AGREEMENT_FILE, names_of_files, write_json
+from finetuning.wording import plural, say_p, say_share
 
 
 def summarize(job: Job, file: RowFile, limit: int | None) -> str:
@@ -68,7 +69,7 @@ def summarize(job: Job, file: RowFile, limit: int | None) -> str:
         line += (
             f", expected {statistics.fmean(expected):.2f}" if expected else ", no log-probabilities from the endpoint"
         )
-    line += f", {usage['prompt_tokens'] + usage['completion_tokens']:,} tokens"
+    line += f", {plural(usage['prompt_tokens'] + usage['completion_tokens'], 'token')}"
     line += f", ${sum(costs):.6g}" if costs else ""
     line += f", {num_shared} shared with another model" if num_shared else ""
     failed = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "ok")
@@ -97,11 +98,11 @@ def _summarize_pairs(job: Job, file: RowFile, info: dict) -> str:
     if counts.num_pairs == 0:
         return "no pair was judged in both orders"
     first, second = job.compares
-    line = f"{first} is better in {counts.wins} of {counts.num_pairs} pairs, {second} in {counts.losses}, neither in {counts.ties}"
+    line = f"{first} is better in {counts.wins} of {plural(counts.num_pairs, 'pair')}, {second} in {counts.losses}, neither in {counts.ties}"
     if counts.wins + counts.losses:
-        line += f"; sign test p = {counts.p:.3g}"
+        line += f"; sign test p {say_p(counts.p)}"
     if counts.first_place == counts.first_place:  # not nan
-        line += f"\n  {counts.first_place:.0%} of the preferences were for the answer that stood first"
+        line += f"\n  {say_share(counts.first_place)} of the preferences were for the answer that stood first"
     num_same = len(same & {sample for sample, orders in replies.items() if len(orders) == 2})
     info["num_same"] = num_same
     if num_same:
@@ -109,7 +110,7 @@ def _summarize_pairs(job: Job, file: RowFile, info: dict) -> str:
     if num_same == counts.num_pairs:
         return line
     return line + (
-        f"\n  flip rate {counts.flips / (counts.num_pairs - num_same):.0%}: so often the other answer was preferred once "
+        f"\n  flip rate {say_share(counts.flips / (counts.num_pairs - num_same))}: so often the other answer was preferred once "
         "their order changed, which is a tie"
     )
 
@@ -191,40 +192,60 @@ def compare_with_people(
 ) -> str:
     """How far the evaluations of some models agree with the scores of people, in lines; also written beside them.
 
-    The scores themselves are written as well, each with the hash of its answer, for step 5.
+    The scores themselves are written as well, each with the hash of its answer, for step 5. Those of earlier starts stay, but
+    for the ones of the same answers under the same measure.
 
     Args:
         labels: Where the scores are from.
         answers: Hash of each answer as it is now, by model and id.
     """
-    evaluations = {}
-    for name in names:
-        for row in iterate_rows(folder / f"{name}.jsonl"):
-            if row["status"] == "ok" and answers.get((name, row["id"])) == row["prediction_hash"]:
-                by_criterion = {criterion: judged["score"] for criterion, judged in row["evaluation"].items()}
-                evaluations[name, row["id"]] = {**by_criterion, "overall": statistics.fmean(by_criterion.values())}
-    pairs, num_unknown = defaultdict(list), 0
-    for label in scores:
-        judged = evaluations.get((label.model or names[0], label.id))
-        num_unknown += judged is None
-        if judged is not None:
-            pairs[label.measure].append((label.id, judged[label.measure], label.score))
-    lines, found = [], {}
-    if num_unknown:
-        lines.append(
-            f"{num_unknown} of {len(scores)} scores in {labels} are of answers without a judgement, and are left out"
-        )
-    for measure, values in pairs.items():
-        estimates = measure_against_people(values)
-        found[measure] = {name: asdict(estimate) for name, estimate in estimates.items()}
-        lines.append(
-            f"judge and people on {measure}, {len(values)} answers: Spearman {estimates['spearman']}, "
-            f"Kendall's tau-b {estimates['kendall']}, weighted kappa {estimates['kappa']}"
-        )
     rows = []
     for label in scores:
         model = label.model or names[0]
         if (model, label.id) in answers:
             rows.append({**asdict(label), "model": model, "prediction_hash": answers[model, label.id]})
-    write_json(folder / HUMAN_AGREEMENT_FILE, {"labels": str(labels), "agreement": found, "scores": rows})
+    given: dict[tuple[str, str, str], set[float]] = defaultdict(set)
+    for row in rows:
+        given[_answer_and_measure(row)].add(row["score"])
+    earlier = read_earlier_scores(folder)
+    kept = [row for row in earlier if _answer_and_measure(row) not in given]
+    evaluations = {}
+    for name in {row["model"] for row in kept + rows}.intersection(names_of_files(folder, "all")):
+        for row in iterate_rows(folder / f"{name}.jsonl"):
+            if row["status"] == "ok":
+                by_criterion = {criterion: judged["score"] for criterion, judged in row["evaluation"].items()}
+                judged = {**by_criterion, "overall": statistics.fmean(by_criterion.values())}
+                evaluations[name, row["id"], row["prediction_hash"]] = judged
+    pairs, num_judged = defaultdict(list), 0
+    for row in kept + rows:
+        judged = evaluations.get((row["model"], row["id"], row["prediction_hash"]), {})
+        if row["measure"] in judged:  # the criteria of an earlier start may have been others
+            pairs[row["measure"]].append((row["model"], row["id"], judged[row["measure"]], row["score"]))
+            num_judged += 1
+    lines, found = [], {}
+    num_unknown = len(kept) + len(scores) - num_judged
+    if kept:
+        lines.append(f"{plural(len(kept), 'score')} of people from earlier starts count, too")
+    num_replaced = sum(row["score"] not in given.get(_answer_and_measure(row), {row["score"]}) for row in earlier)
+    if num_replaced:
+        lines.append(
+            f"{plural(num_replaced, 'score')} of people from earlier starts are replaced, as {labels} has others of the same answers; "
+            "what several people say of one answer belongs into one file"
+        )
+    if num_unknown:
+        lines.append(
+            f"{num_unknown} of {plural(len(kept) + len(scores), 'score')} of people: of answers without a judgement, left out"
+        )
+    for measure, values in pairs.items():
+        estimates = measure_against_people(values)
+        found[measure] = {name: asdict(estimate) for name, estimate in estimates.items()}
+        lines.append(
+            f"judge and people on {measure}, within models, {plural(estimates['spearman'].num_samples, 'score')}: Spearman {estimates['spearman']}, "
+            f"Kendall's tau-b {estimates['kendall']}, weighted kappa {estimates['kappa']}"
+        )
+    write_json(folder / HUMAN_AGREEMENT_FILE, {"labels": str(labels), "agreement": found, "scores": kept + rows})
     return "\n".join(lines)
+
+
+def _answer_and_measure(row: dict) -> tuple[str, str, str]:
+    return row["model"], row["id"], row["measure"]

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from finetuning.agreement import (
@@ -20,7 +21,7 @@ from finetuning.agreement import (
     measure_jury,
     rank_correlation,
 )
-from finetuning.comparison import bootstrap_interval, holm, share_interval
+from finetuning.comparison import LEVEL, bootstrap_interval, holm, share_interval
 from finetuning.errors import InputError
 from finetuning.judge import pair_hash
 from finetuning.results import iterate_rows, read_info
@@ -28,9 +29,9 @@ from finetuning.runs import EVALUATIONS, HUMAN_AGREEMENT_FILE, is_there, read_js
 from finetuning.schemas import COMPARISON, COMPARISON_INFO, EVALUATION, HUMAN_AGREEMENT, JUDGES_INFO
 from finetuning.tables import name_runs
 from finetuning.verdict import Verdict
+from finetuning.wording import say_number, say_p, say_share
 
 ALL_MODELS = "all models"
-FEWEST_SCORES = 5  # of people, under which nothing is said about agreement
 UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0)
 WORDS = {
     "en": {
@@ -40,12 +41,12 @@ WORDS = {
         "unlike the scores": ", although the scores say that {second} is better: read the samples on which they differ.",
         "beyond the scores": ", which the scores do not show.",
         "not scored": ".",
-        "pair unclear": "Side by side, {judge} does not show that {first} or {second} is better: {wins} against {losses}, {ties} ties{p}",
+        "pair unclear": "Side by side, {judge} does not show that {first} or {second} is better: {wins} against {losses}, ties: {ties}{p}",
         "p": " (sign test p {p})",
         "neither the scores": "; nor do the scores.",
         "but the scores": ", although the scores say that {better} is better.",
         "order": (
-            "In {flips} of these {num} samples the preference changed with the order of the answers, which is a tie; {first_place} of all "
+            "Samples in which the preference changed with the order of the answers, which is a tie: {flips} of {num}; {first_place} of all "
             "preferences were for the answer that stood first."
         ),
         "no pair": "No pair of answers of {first} and {second} was judged in both orders.",
@@ -55,13 +56,13 @@ WORDS = {
         "jury unknown": "not defined",
         "jury alone": "Alone, {choices}.",
         "jury choice": "{judge} would put {model} first",
-        "people": "People gave {num} scores to the answers of {models}.",
-        "people agree": "Judge and people agree on the overall score with a rank correlation of {spearman} and a weighted kappa of {kappa}, over {num} scores.",
+        "people": "Scores that people gave to the answers of {models}: {num}.",
+        "people agree": "Within each model, judge and people agree on the overall score with a rank correlation of {spearman} and a weighted kappa of {kappa}, over {num} scores.",
         "estimate": "{value} (95 % {low} to {high})",
-        "people few": "Only {num} scores of people have one of the judge beside them, which is too few to say how far they agree.",
-        "people best": "People give {model} the highest mean.",
+        "people few": "Scores of people beside one of the judge: {num}, of which too few differ within a model to say how far they agree.",
+        "people best": "People give the highest mean to {model}.",
         "people again": "{file} has no scores of people in it; start 4_openai_test.py with --human again.",
-        "people changed": "{num} scores of people are of answers that have changed since, and are left out.",
+        "people changed": "Scores of people of answers that have changed since, which are left out: {num}.",
     },
     "ko": {
         "pair": "나란히 견주면 {judge}은(는) 우열을 가린 샘플 {decided}개 중 {wins}개에서 {second}보다 {first}을(를) 낫다고 합니다{share}",
@@ -81,9 +82,9 @@ WORDS = {
         "jury alone": "하나씩 보면 {choices}.",
         "jury choice": "{judge}의 1위는 {model}",
         "people": "사람이 매긴 점수가 {num}개 있습니다 (모델: {models}).",
-        "people agree": "종합 점수에서 심사 모델과 사람은 점수 {num}개에 대해 순위 상관 {spearman}, 가중 kappa {kappa}입니다.",
+        "people agree": "각 모델 안에서 심사 모델과 사람의 종합 점수는 점수 {num}개에 대해 순위 상관 {spearman}, 가중 kappa {kappa}입니다.",
         "estimate": "{value} (95 % {low}~{high})",
-        "people few": "사람과 심사 모델의 점수가 함께 있는 것이 {num}개뿐이라 얼마나 일치하는지 말할 수 없습니다.",
+        "people few": "사람과 심사 모델의 점수가 함께 있는 것은 {num}개이며, 한 모델 안에서 서로 다른 것이 너무 적어 얼마나 일치하는지 말할 수 없습니다.",
         "people best": "사람의 평균이 가장 높은 모델은 {model}입니다.",
         "people again": "{file}에 사람의 점수가 없습니다. 4_openai_test.py를 --human과 함께 다시 실행하십시오.",
         "people changed": "사람의 점수 {num}개는 그 뒤에 바뀐 답변의 것이라 뺐습니다.",
@@ -113,7 +114,7 @@ class PairResult:
 
     @property
     def is_clear(self) -> bool:
-        return self.p < 0.05
+        return self.p < LEVEL
 
     @property
     def winner(self) -> str:
@@ -134,7 +135,7 @@ class PairResult:
         if counts.num_pairs == 0:
             return words["no pair"].format(first=self.first, second=self.second)
         scores = next((c for c in verdict.against(self.winner) if c.other == self.loser), None)
-        p = "< 0.001" if self.p < 0.001 else f"= {self.p:.3f}"
+        p = say_p(self.p)
         if self.is_clear:
             share, low, high = self.share, self.low, self.high
             if self.winner == self.second:
@@ -142,11 +143,11 @@ class PairResult:
             text = words["pair"].format(
                 judge=self.judge, first=self.winner, second=self.loser, wins=max(counts.wins, counts.losses),
                 decided=counts.wins + counts.losses,
-                share=words["share"].format(share=f"{share:.0%}", low=f"{low:.0%}", high=f"{high:.0%}", p=p),
+                share=words["share"].format(share=say_share(share), low=say_share(low), high=say_share(high), p=p),
             )  # fmt: skip
             if scores is None:
                 return text + words["not scored"]
-            if scores.p >= 0.05:
+            if not scores.is_shown:
                 return text + words["beyond the scores"]
             return text + words["as the scores" if scores.difference > 0 else "unlike the scores"].format(
                 second=self.loser
@@ -157,14 +158,14 @@ class PairResult:
         )  # fmt: skip
         if scores is None:
             return text + words["not scored"]
-        if scores.p >= 0.05:
+        if not scores.is_shown:
             return text + words["neither the scores"]
         return text + words["but the scores"].format(better=self.winner if scores.difference > 0 else self.loser)
 
     def say_order(self, language: str) -> str:
         """How often the order of the answers decided."""
         return WORDS[language]["order"].format(
-            flips=self.counts.flips, num=self.counts.num_pairs, first_place=f"{self.counts.first_place:.0%}"
+            flips=self.counts.flips, num=self.counts.num_pairs, first_place=say_share(self.counts.first_place)
         )
 
 
@@ -224,11 +225,11 @@ class Opinions:
         alphas = self.jury["alpha"].dropna()
         alpha = words["jury unknown"]
         if len(alphas):
-            alpha = " – ".join(dict.fromkeys((f"{alphas.min():.2f}", f"{alphas.max():.2f}")))
+            alpha = " – ".join(dict.fromkeys((say_number(alphas.min(), 2), say_number(alphas.max(), 2))))
         found = [words["jury"].format(judges=", ".join(self.jury["judge"].unique()), alpha=alpha)]
         if self.jury["model"].nunique() > 1:
             choices = [
-                words["jury choice"].format(judge=judge, model=its.loc[its["mean"].idxmax(), "model"])
+                words["jury choice"].format(judge=judge, model=_highest(its.set_index("model")["mean"]))
                 for judge, its in self.jury.groupby("judge", sort=False)
             ]
             found.append(words["jury alone"].format(choices=", ".join(choices)))
@@ -241,19 +242,25 @@ class Opinions:
         if overall.empty:
             return found
         whole = overall.loc[ALL_MODELS]
-        if int(whole["judged"]) < FEWEST_SCORES:
+        if math.isnan(whole["spearman"]):
             found.append(words["people few"].format(num=int(whole["judged"])))
         else:
             estimates = {
                 name: words["estimate"].format(
-                    value=f"{whole[name]:.2f}", low=f"{whole[f'{name}_low']:.2f}", high=f"{whole[f'{name}_high']:.2f}"
+                    value=say_number(whole[name], 2), low=say_number(whole[f"{name}_low"], 2),
+                    high=say_number(whole[f"{name}_high"], 2),
                 )
                 for name in ("spearman", "kappa")
-            }
-            found.append(words["people agree"].format(num=int(whole["judged"]), **estimates))
+            }  # fmt: skip
+            found.append(words["people agree"].format(num=int(whole["within_models"]), **estimates))
         if len(models) > 1:
-            found.append(words["people best"].format(model=overall.drop(ALL_MODELS)["mean"].idxmax()))
+            found.append(words["people best"].format(model=_highest(overall.drop(ALL_MODELS)["mean"])))
         return found
+
+
+def _highest(means: pd.Series) -> str:
+    """The model with the highest mean, or all that have it."""
+    return ", ".join(means.index[np.isclose(means, means.max(), rtol=0, atol=1e-9)])
 
 
 def load_opinions(runs: list[Path], samples: pd.DataFrame) -> Opinions:
@@ -384,10 +391,11 @@ def _measure_people(scores: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame
                 "mean_high": high, "judged": len(judged), "judge_mean": judged["judge"].mean(),
             }  # fmt: skip
             if model == ALL_MODELS:
-                pairs = list(judged[["id", "judge", "score"]].itertuples(index=False, name=None))
+                pairs = list(judged[["model", "id", "judge", "score"]].itertuples(index=False, name=None))
                 estimates = measure_against_people(pairs)
             else:
                 estimates = {"spearman": rank_correlation(judged["judge"], judged["score"]), "kappa": UNKNOWN}
+            row["within_models"] = estimates["spearman"].num_samples
             for name in ("spearman", "kappa"):
                 row |= {
                     name: estimates[name].value,

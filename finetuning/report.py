@@ -28,7 +28,7 @@ from finetuning.plots import (
     plot_measures,
     plot_training,
 )
-from finetuning.runs import EDA, PREFLIGHT_FILE, is_there, read_json, read_run, to_json
+from finetuning.runs import EDA, PREFLIGHT_FILE, is_there, read_json, read_run, to_json, write_whole
 from finetuning.schemas import FULL_RUN_RECORD, PREFLIGHT
 from finetuning.tables import (
     COUNTS,
@@ -40,6 +40,7 @@ from finetuning.tables import (
     name_runs,
 )
 from finetuning.verdict import DECIMALS, Verdict
+from finetuning.wording import plural, say_number, say_p
 
 HERE = Path(__file__).parent
 
@@ -86,7 +87,7 @@ def build_comparisons(verdict: Verdict) -> list[list]:
         c = next(c for c in verdict.against(first) if c.other == second)
         cells = [first, second, _cell(c.difference, decimals, c.low, c.high, "+"), _p_cell(c.p)]
         cells += [_cell(c.wins, 0), _cell(c.ties, 0), _cell(c.losses, 0), _cell(c.detectable, decimals)]
-        found.append({"kind": "" if c.p < 0.05 else "unclear", "cells": cells})
+        found.append({"kind": "" if c.is_shown else "unclear", "cells": cells})
     return found
 
 
@@ -142,12 +143,12 @@ def _cell(value: float, decimals: int, low: float = math.nan, high: float = math
     """A cell of a table: its text, its interval, and the number that it sorts by."""
     if math.isnan(value):
         return {"text": "-", "interval": "", "number": None}
-    interval = "" if math.isnan(low) else f"{low:{sign}.{decimals}f} – {high:{sign}.{decimals}f}"
-    return {"text": f"{value:{sign}.{decimals}f}", "interval": interval, "number": float(value)}
+    interval = "" if math.isnan(low) else f"{low:{sign}z.{decimals}f} – {high:{sign}z.{decimals}f}"
+    return {"text": say_number(value, decimals, sign), "interval": interval, "number": float(value)}
 
 
 def _p_cell(p: float) -> dict:
-    return {"text": "< 0.0001", "interval": "", "number": p} if p < 0.0001 else _cell(p, 4)
+    return {**_cell(p, 4), "text": "-" if math.isnan(p) else say_p(p, 4).removeprefix("= ")}
 
 
 def build_samples(samples: pd.DataFrame, models: list[str], criteria: list[str], opinions: Opinions) -> list[dict]:
@@ -234,12 +235,12 @@ def write_report(
         "samples": build_samples(samples, models, criteria, opinions),
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["plural"] = plural
     template = environment.from_string((HERE / "report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(
         title=" · ".join(named),
         records={name: read_run(run, FULL_RUN_RECORD) for name, run in named.items()},
-        num_samples=len(data["samples"]),
-        num_models=len(models),
+        counts=samples.groupby("run")[["id", "model"]].nunique().to_dict("index"),
         headline=headline,
         verdict=verdict,
         opinions=opinions,
@@ -263,6 +264,5 @@ def write_report(
     )
     path = folder / "report.html"
     folder.mkdir(parents=True, exist_ok=True)
-    # a text of a model may hold half a character
-    path.write_text(page, encoding="utf-8", errors="replace")
+    write_whole(path, page)
     return path

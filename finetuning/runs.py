@@ -56,12 +56,21 @@ def _without_nan(content):
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` so that a reader, or a start after a kill, finds the old file or the new one and never a part."""
+def write_whole(path: Path, text: str, errors: str = "replace") -> None:
+    """Write a text so that a reader, or a start after a kill, finds the old file or the new one and never a part.
+
+    Args:
+        errors: What becomes of half a character, which a text of a model or the name of a file may hold.
+    """
     partial = path.with_name(path.name + ".partial")
     with naming(partial):
-        partial.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors=errors)
         os.replace(partial, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` as a whole, as `write_whole` does."""
+    write_whole(path, to_json(content, indent=2) + "\n", errors="backslashreplace")  # which JSON reads as it was
 
 
 def read_json(path: Path, schema: TypeAdapter = ANY_OBJECT, remedy: str = "make it again") -> dict:
@@ -218,6 +227,11 @@ def names_of_files(folder: Path, model_name: str) -> list[str]:
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"{folder} is no folder; move it away")
     names = sorted((f.stem for f in folder.glob("*.jsonl")), key=lambda name: (checkpoint_step(name), name))
+    odd = next((name for name in names if not name.isprintable()), None)
+    if odd is not None:
+        raise InputError(
+            f"{folder}: the name of {odd}.jsonl holds a line break or the like; rename it, or move it away"
+        )
     if model_name == "all":
         return names
     return [name for name in names if fnmatch.fnmatchcase(name, model_name)]

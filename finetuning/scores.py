@@ -27,7 +27,7 @@ from finetuning.errors import InputError, naming
 from finetuning.headline import Headline, build_headline
 from finetuning.judges_and_people import Opinions, load_opinions
 from finetuning.report import write_report
-from finetuning.runs import find_run, write_json
+from finetuning.runs import find_run, write_json, write_whole
 from finetuning.tables import criteria_of, format_table, load_runs, print_table, summarize
 from finetuning.verdict import decide
 
@@ -123,7 +123,7 @@ def _write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a table, with `'` in front of a text that a spreadsheet would take for a formula, and run."""
     texts = table.select_dtypes(exclude="number").columns
     table = table.assign(**{column: table[column].map(_without_formula) for column in texts})
-    table.to_csv(path, index=False)
+    write_whole(path, table.to_csv(index=False))
 
 
 def _without_formula(cell):

@@ -25,6 +25,7 @@ from finetuning.runs import (
 )
 from finetuning.schemas import EVALUATION, EVALUATION_INFO, PREDICTION, PREDICTION_INFO, TRAINING_LOG, PredictionRow
 from finetuning.verdict import COVERAGE_NEEDED, DECIMALS, Verdict
+from finetuning.wording import say_number, say_p, say_share
 
 ROUGE_COLUMNS = ["rouge1", "rouge2", "rougeL"]
 JUDGED = {"overall": ("judge overall", 2), "expected_overall": ("judge expected", 2)}
@@ -297,7 +298,9 @@ def format_cells(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
         table[column] = summary[column].astype(str)
     if "coverage" in summary and summary["judged"].any():
         table["coverage"] = [
-            "-" if math.isnan(share) else f"{share:.0%}" + (" (not ranked)" if share < COVERAGE_NEEDED else "")
+            "-"
+            if math.isnan(share)
+            else say_share(share, COVERAGE_NEEDED) + (" (not ranked)" if share < COVERAGE_NEEDED else "")
             for share in summary["coverage"]
         ]
     for measure in measures_in(summary):
@@ -360,10 +363,11 @@ def format_comparisons(verdict: Verdict) -> pd.DataFrame:
             {
                 "model": c.better,
                 "minus": c.other,
-                "difference": f"{c.difference:.{decimals}f} [{c.low:.{decimals}f}, {c.high:.{decimals}f}]",
-                "p (Holm)": f"{c.p:.4f}",
+                "difference": say_number(c.difference, decimals)
+                + ("" if math.isnan(c.low) else f" [{c.low:z.{decimals}f}, {c.high:z.{decimals}f}]"),
+                "p (Holm)": say_p(c.p, 4).removeprefix("= "),
                 "better, equal, worse": f"{c.wins}, {c.ties}, {c.losses}",
-                "detectable": "-" if math.isnan(c.detectable) else f"{c.detectable:.{decimals}f}",
+                "detectable": "-" if math.isnan(c.detectable) else say_number(c.detectable, decimals),
                 "shown": "yes" if c.is_clear else "no",
             }
         )

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from finetuning.agreement import Estimate, correlation_within_models
-from finetuning.comparison import LEVEL, Comparison, bootstrap_interval, compare_all, fewest_samples
+from finetuning.comparison import Comparison, bootstrap_interval, compare_all, fewest_samples
+from finetuning.wording import say_number, say_p, say_share
 
 COVERAGE_NEEDED = 0.95  # of its answers a model must have a score of, to be ranked
 SAMPLES_NEEDED = 0.8  # of the samples that are compared a model must have a score of, to be ranked
@@ -36,11 +37,11 @@ WORDS = {
             "ROUGE and chrF are undefined, as no reference has a text, so nothing can be ranked; let step 4 judge the answers, "
             "or test on samples with references."
         ),
-        "undefined": "{samples} have no {measure}, as their references have no word in them; they are left out.",
+        "undefined": "Left out as they have no {measure}, since no reference of theirs has a word in it: {samples}.",
         "unranked": "{model} is shown but not ranked: only {coverage} of its answers have a judgement, under {needed}.",
         "lacking": "{model} is shown but not ranked: it has a score of only {share} of the samples that are compared, under {needed}.",
         "no common": "There is no sample that every model has a score of; answer the same samples with each of them.",
-        "left out": "Compared on the {samples} that every ranked model has a score of; {left_out} others are left out.",
+        "left out": "Compared on the {samples} that every ranked model has a score of; left out: {left_out}.",
         "held out": ("{best} was chosen on {chosen}; the figures here are of {samples} that had no part in it."),
         "same samples": (
             "{best} was chosen on the same {samples} that its figures are from, which makes them a little too good; "
@@ -52,6 +53,7 @@ WORDS = {
         "better than one": "{other} by {figures}",
         "worse": "{best} is worse than {list}.",
         "close one": "{other} (difference {difference}{points}; {details})",
+        "equal one": "{other}",
         "figures": "{difference}{points} ({details})",
         "interval": "95 % {low} to {high}; ",
         "details": "{interval}{p}; better in {wins}, worse in {losses} of {num}",
@@ -62,9 +64,9 @@ WORDS = {
         "detectable": "With {samples}, nothing under about {detectable}{points} could be seen (with a probability of 80 %).",
         "more samples": "Answer more samples to tell them apart.",
         "too few": "So few samples ({num}) cannot show a difference, however large: at least {needed} are needed for {models} models.",
-        "and others": "{list} and {num} others, all of them further behind",
+        "and others": "{list} and {num} others",
         "baseline": "Against {baseline}: {list}.",
-        "baseline many": "Against {baseline}, {better} of the other models are better, {worse} worse, and {same} not shown to differ.",
+        "baseline many": "Against {baseline}, of the {num} other models: {better} better, {worse} worse, {same} not shown to differ.",
         "baseline better": "{model} is better by {figures}",
         "baseline worse": "{model} is worse (difference {difference}{points}; {details})",
         "baseline same": "{model} is not shown to differ (difference {difference}{points}; {details})",
@@ -74,7 +76,7 @@ WORDS = {
             "to stop."
         ),
         "metric": (
-            "Within each model, ROUGE-1 and the judge agree with a rank correlation of {value} (95 % {low} to {high}; {num} answers)."
+            "Within each model, ROUGE-1 and the judge agree with a rank correlation of {value} ({interval}{num} answers)."
         ),
         "p note": "p-values are of approximate randomisation, adjusted for all {num} comparisons between models (Holm).",
         "p note one": "The p-value is of approximate randomisation.",
@@ -102,7 +104,7 @@ WORDS = {
         "unranked": "{model}: 보이기는 하지만 순위에는 들지 않습니다. 답변 중 {coverage}만 심사되어 {needed}에 못 미칩니다.",
         "lacking": "{model}: 보이기는 하지만 순위에는 들지 않습니다. 비교한 샘플 중 {share}에만 점수가 있어 {needed}에 못 미칩니다.",
         "no common": "모든 모델이 점수를 가진 샘플이 없습니다. 모델마다 같은 샘플에 답하게 하십시오.",
-        "left out": "순위에 든 모든 모델이 점수를 가진 {samples}로 비교했습니다. 나머지 {left_out}개는 뺐습니다.",
+        "left out": "순위에 든 모든 모델이 점수를 가진 {samples}로 비교했습니다. 뺀 것: {left_out}.",
         "held out": "{best}: {chosen}로 골랐고, 여기의 수치는 선택에 쓰이지 않은 {samples}의 것입니다.",
         "same samples": (
             "{best}: 수치를 낸 바로 그 {samples}로 골랐으므로 수치가 실제보다 조금 좋게 나옵니다. `--holdout 0.5`는 절반으로 "
@@ -114,6 +116,7 @@ WORDS = {
         "better than one": "{other} (차이 {figures})",
         "worse": "{best}이(가) 다음보다 못합니다: {list}.",
         "close one": "{other} (차이 {difference}{points}, {details})",
+        "equal one": "{other}",
         "figures": "{difference}{points} ({details})",
         "interval": "95 % {low}~{high}, ",
         "details": "{interval}{p}, {num}개 중 {wins}개에서 낫고 {losses}개에서 못함",
@@ -124,9 +127,9 @@ WORDS = {
         "detectable": "{samples}로는 약 {detectable}{points} 아래의 차이를 볼 수 없었습니다 (확률 80 % 기준).",
         "more samples": "구별하려면 더 많은 샘플에 답하게 하십시오.",
         "too few": "샘플이 {num}개뿐이면 아무리 큰 차이도 보일 수 없습니다. 모델 {models}개에는 적어도 {needed}개가 필요합니다.",
-        "and others": "{list}, 그리고 더 뒤처진 {num}개",
+        "and others": "{list} 외 {num}개",
         "baseline": "{baseline}과(와) 견주면: {list}.",
-        "baseline many": "{baseline}과(와) 견주면 다른 모델 중 {better}개가 낫고, {worse}개가 못하며, {same}개는 다르다고 할 수 없습니다.",
+        "baseline many": "{baseline}과(와) 견주면 다른 모델 {num}개 중 {better}개가 낫고, {worse}개가 못하며, {same}개는 다르다고 할 수 없습니다.",
         "baseline better": "{model}이(가) {figures} 낫습니다",
         "baseline worse": "{model}이(가) 못합니다 (차이 {difference}{points}, {details})",
         "baseline same": "{model}은(는) 다르다고 할 수 없습니다 (차이 {difference}{points}, {details})",
@@ -135,7 +138,7 @@ WORDS = {
             "{best}의 답변 중 {share}만 스스로 끝났습니다. --max_new_tokens를 늘리십시오. 그래도 같다면 모델이 멈추는 법을 배우지 못한 "
             "것입니다."
         ),
-        "metric": "각 모델 안에서 ROUGE-1과 심사 모델의 순위 상관은 {value}입니다 (95 % {low}~{high}, 답변 {num}개).",
+        "metric": "각 모델 안에서 ROUGE-1과 심사 모델의 순위 상관은 {value}입니다 ({interval}답변 {num}개).",
         "p note": "p값은 근사 무작위화 검정의 것이며, 모델 사이의 비교 {num}개 모두에 대해 보정했습니다 (Holm).",
         "p note one": "p값은 근사 무작위화 검정의 것입니다.",
     },
@@ -210,7 +213,7 @@ def choose_measure(samples: pd.DataFrame) -> tuple[str, tuple[str, dict], dict[s
     if answered["overall"].isna().all():
         return measure, ("not judged" if answered["status"].isna().all() else "none judged", {}), {}
     worst = coverage.idxmin()
-    figures = {"coverage": f"{coverage[worst]:.0%}", "model": worst}
+    figures = {"coverage": say_share(coverage[worst], COVERAGE_NEEDED), "model": worst}
     return measure, ("few judged", figures), {}
 
 
@@ -281,6 +284,10 @@ def decide(samples: pd.DataFrame, baseline: str = "base", holdout: float = 0.0) 
     return verdict
 
 
+def say_samples(num: int, words: dict[str, str]) -> str:
+    return words["sample" if num == 1 else "samples"].format(num=num)
+
+
 class _Speaker:
     """Puts a verdict into the words of one language."""
 
@@ -304,29 +311,31 @@ class _Speaker:
             found.append(words["undefined"].format(samples=samples, measure=words[verdict.measure]))
         if verdict.num_left_out:
             samples = self._samples(verdict.num_samples + (verdict.num_chosen_on or 0))
-            found.append(words["left out"].format(samples=samples, left_out=verdict.num_left_out))
+            found.append(words["left out"].format(samples=samples, left_out=self._samples(verdict.num_left_out)))
         if not verdict.comparisons:
             found.append(words["alone"].format(best=verdict.best))
         else:
             found += self._comparisons()
         if verdict.stop_rate < STOPPING_NEEDED:
-            found.append(words["not stopping"].format(best=verdict.best, share=f"{verdict.stop_rate:.0%}"))
+            found.append(
+                words["not stopping"].format(best=verdict.best, share=say_share(verdict.stop_rate, STOPPING_NEEDED))
+            )
         agreement = verdict.agreement
         if not math.isnan(agreement.value):
-            value, low, high = (f"{number:.2f}" for number in (agreement.value, agreement.low, agreement.high))
-            found.append(words["metric"].format(value=value, low=low, high=high, num=agreement.num_samples))
+            value, low, high = (say_number(number, 2) for number in (agreement.value, agreement.low, agreement.high))
+            interval = "" if math.isnan(agreement.low) else words["interval"].format(low=low, high=high)
+            found.append(words["metric"].format(value=value, interval=interval, num=agreement.num_samples))
         return found
 
     def _unranked(self) -> list[str]:
         verdict, found = self.verdict, []
         for name, share in verdict.unranked.items():
             if name in verdict.lacking:
-                text = self.words["lacking"].format(model=name, share=f"{share:.0%}", needed=f"{SAMPLES_NEEDED:.0%}")
+                key, needed = "lacking", SAMPLES_NEEDED
             else:
-                text = self.words["unranked"].format(
-                    model=name, coverage=f"{share:.0%}", needed=f"{COVERAGE_NEEDED:.0%}"
-                )
-            found.append(text)
+                key, needed = "unranked", COVERAGE_NEEDED
+            share = say_share(share, needed)
+            found.append(self.words[key].format(model=name, share=share, coverage=share, needed=f"{needed:.0%}"))
         return found
 
     def _why_none(self) -> str:
@@ -335,7 +344,7 @@ class _Speaker:
         return "no references" if self.verdict.num_undefined else "no answers"
 
     def _samples(self, num: int) -> str:
-        return self.words["sample" if num == 1 else "samples"].format(num=num)
+        return say_samples(num, self.words)
 
     def _comparisons(self) -> list[str]:
         verdict, words, best = self.verdict, self.words, self.verdict.best
@@ -349,7 +358,7 @@ class _Speaker:
             found.append(words["worse"].format(best=best, list=self._list(worse, "close one")))
         equal = [c for c in against if c.ties == c.num_samples]
         if equal:
-            found.append(words["all equal"].format(best=best, list=", ".join(c.other for c in equal)))
+            found.append(words["all equal"].format(best=best, list=self._list(equal, "equal one")))
         close = [c for c in against if c not in (*clear, *worse, *equal)]
         same = [c for c in close if math.isclose(c.difference, 0, abs_tol=1e-9)]
         if same:
@@ -367,11 +376,11 @@ class _Speaker:
             others = [c for c in verdict.against(verdict.baseline) if c.other != best]
             if len(others) > MOST_NAMED:
                 counts = {
-                    "same": sum(c.p >= LEVEL for c in others),
+                    "same": sum(not c.is_shown for c in others),
                     "better": sum(c.turned().is_clear for c in others),
                     "worse": sum(c.is_clear for c in others),
                 }
-                found.append(words["baseline many"].format(baseline=verdict.baseline, **counts))
+                found.append(words["baseline many"].format(baseline=verdict.baseline, num=len(others), **counts))
             elif others:
                 texts = [self._against_baseline(c.turned()) for c in others]
                 found.append(words["baseline"].format(baseline=verdict.baseline, list="; ".join(texts)))
@@ -418,7 +427,7 @@ class _Speaker:
         )  # fmt: skip
 
     def _against_baseline(self, c: Comparison) -> str:
-        key = "baseline same" if c.p >= LEVEL else "baseline better" if c.difference > 0 else "baseline worse"
+        key = "baseline same" if not c.is_shown else "baseline better" if c.difference > 0 else "baseline worse"
         return self._one(c, key)
 
     def _figures(self, c: Comparison) -> str:
@@ -428,10 +437,13 @@ class _Speaker:
 
     def _details(self, c: Comparison) -> str:
         interval = self.words["interval"].format(low=self._number(c.low), high=self._number(c.high))
-        p = "p < 0.001" if c.p < 0.001 else f"p = {c.p:.3f}"
         return self.words["details"].format(
-            interval="" if math.isnan(c.low) else interval, p=p, wins=c.wins, losses=c.losses, num=c.num_samples
+            interval="" if math.isnan(c.low) else interval,
+            p=f"p {say_p(c.p)}",
+            wins=c.wins,
+            losses=c.losses,
+            num=c.num_samples,
         )
 
     def _number(self, value: float) -> str:
-        return f"{value:.{self.decimals}f}"
+        return say_number(value, self.decimals)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from finetuning.agreement import correlation_within_models, rank_correlation
+from finetuning.agreement import correlation_within_models, measure_against_people, rank_correlation
 from finetuning.comparison import (
     bootstrap_interval,
     compare_all,
@@ -162,6 +162,23 @@ def test_a_difference_between_models_is_no_correlation_within_them():
     pooled = scipy.stats.spearmanr(judge.melt()["value"], rouge.melt()["value"]).statistic
     found = correlation_within_models(judge, rouge)
     assert pooled > 0.7 and abs(found.value) < 0.1 and found.low < 0 < found.high
+
+
+def test_a_difference_between_models_is_no_agreement_with_people():
+    models, ids = ["base"] * 60 + ["checkpoint-1"] * 60, [*map(str, range(60))] * 2
+    judge, human = (np.concatenate([RNG.normal(3, 1, 60), RNG.normal(8, 1, 60)]) for _ in range(2))
+    assert scipy.stats.spearmanr(judge, human).statistic > 0.7
+    pairs = list(zip(models, ids, judge, human, strict=True))
+    for estimate in measure_against_people(pairs).values():
+        assert abs(estimate.value) < 0.3 and estimate.low < 0 < estimate.high and estimate.num_samples == 120
+    few = [*pairs[:60], *pairs[60:64]]  # of checkpoint-1, about which so few say nothing
+    found, alone = measure_against_people(few), measure_against_people(pairs[:60])
+    assert found["kappa"] == alone["kappa"] and found["kappa"].num_samples == 60
+    assert alone["kendall"].value == pytest.approx(scipy.stats.kendalltau(judge[:60], human[:60]).statistic)
+    assert all(math.isnan(estimate.value) for estimate in measure_against_people([*pairs[:4], *pairs[60:64]]).values())
+    twice = measure_against_people([*pairs[:60], *pairs[:60]])  # of two people, who say the same
+    assert twice["spearman"].value == pytest.approx(alone["spearman"].value)
+    assert twice["spearman"].low == pytest.approx(alone["spearman"].low)
 
 
 def test_a_correlation_of_few_answers_is_none():

@@ -338,7 +338,10 @@ def test_judges_and_people_are_on_the_page_and_in_its_samples(full_run, open_pag
     page = open_page(full_run, "?lang=en#judges-and-people")
     said = page.inner_text("#judges-and-people")
     assert "Side by side, strict prefers checkpoint-2800 to checkpoint-2900" in said
-    assert "The scores are the means of a jury: kind, strict." in said and "People gave 24 scores" in said
+    assert (
+        "The scores are the means of a jury: kind, strict." in said
+        and "Scores that people gave to the answers of checkpoint-2800, checkpoint-2900: 24." in said
+    )
     assert page.locator("#pairs-table tbody tr").count() == 1 and page.locator("#jury-table tbody tr").count() == 60
     assert page.locator("#people-table tbody tr").count() == 3
     page.click("#jury-table th button:text-is('mean')")

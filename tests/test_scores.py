@@ -32,6 +32,7 @@ from finetuning.tables import (
     summarize,
 )
 from finetuning.verdict import choose_measure, decide, find_lacking, is_held_out
+from finetuning.wording import say_number, say_p, say_share
 
 CRITERIA = list(Evaluation.model_fields)
 GOOD = [f"#Person1# asks question number {i} about the old house" for i in range(20)]
@@ -129,7 +130,7 @@ def test_the_judge_decides_where_all_are_judged(run_dir):
 
 def test_models_are_ranked_on_the_samples_that_all_have(tmp_path):
     run_dir = make_run(tmp_path / "run", {"checkpoint-9": FAIR, "checkpoint-10": GOOD[:5]})
-    expected = "Compared on the 5 samples that every ranked model has a score of; 15 others are left out."
+    expected = "Compared on the 5 samples that every ranked model has a score of; left out: 15 samples."
     assert expected in verdict_of(run_dir).sentences
 
 
@@ -161,8 +162,8 @@ def test_with_a_holdout_the_best_is_chosen_on_other_samples_than_it_is_reported_
 def test_many_models_are_summed_up(tmp_path):
     models = {"base": POOR, **{f"checkpoint-{i}": FAIR for i in range(1, 8)}, "checkpoint-9": GOOD}
     verdict = verdict_of(make_run(tmp_path / "run", models))
-    assert any("and 5 others, all of them further behind" in sentence for sentence in verdict.sentences)
-    assert any("Against base, 7 of the other models are better, 0 worse" in sentence for sentence in verdict.sentences)
+    assert any(re.search(r"worse in 0 of 20\) and 5 others\.$", sentence) for sentence in verdict.sentences)
+    assert any("of the 7 other models: 7 better, 0 worse, 0 not" in sentence for sentence in verdict.sentences)
     assert max(map(len, verdict.sentences)) < 600
 
 
@@ -180,7 +181,7 @@ def test_rouge_and_the_judge_are_correlated_within_models(run_dir):
     expected = scipy.stats.spearmanr(its["rouge1"], its["overall"]).statistic
     assert verdict.agreement.value == pytest.approx(expected)
     found = next(sentence for sentence in verdict.sentences if "Within each model" in sentence)
-    assert f"a rank correlation of {expected:.2f}" in found and "60 answers" in found
+    assert f"a rank correlation of {expected:.2f}" in found and "20 answers" in found
 
 
 # --- Each sentence is true --------------------------------------------------------------------------------------------
@@ -203,7 +204,9 @@ def sentences(models, baseline="base", holdout=0.0, **columns):
     stopped = pd.DataFrame({"stopped": 1.0}, index=list(models))
     headlines = [build_headline(verdict, stopped, []).say(language) for language in ("en", "ko")]
     for sentence in (*verdict.say("en"), *verdict.say("ko"), *headlines[0], *headlines[1]):
-        assert "nan" not in sentence and "{" not in sentence and not re.search(r"\b1 samples", sentence)
+        assert "nan" not in sentence and "{" not in sentence and "-0.000" not in sentence
+        assert not re.search(r"\b1 (samples|others|answers|of the other models are)|\b0\.000 (more|less)", sentence)
+    verdict.headline = headlines[0][0]
     return verdict, " ".join(verdict.sentences)
 
 
@@ -277,7 +280,7 @@ def test_samples_without_a_measure_and_models_without_an_answer_are_counted():
         "checkpoint-2": [None] * 10,
     }
     _, text = sentences(models)
-    assert "2 samples have no ROUGE-1, as their references have no word in them; they are left out" in text
+    assert "Left out as they have no ROUGE-1, since no reference of theirs has a word in it: 2 samples." in text
     assert "checkpoint-2 is shown but not ranked: it has a score of only 0%" in text
     assert "No model has an answer" in sentences({"base": [None] * 3})[1]
 
@@ -285,6 +288,78 @@ def test_samples_without_a_measure_and_models_without_an_answer_are_counted():
 def test_samples_that_are_too_few_to_be_held_out_are_said_to_be():
     _, text = sentences({"base": [0.1], "checkpoint-1": [0.2]}, holdout=0.5)
     assert "No samples were held out, as 1 sample cannot be split so" in text and "--holdout 0.5" not in text
+
+
+@pytest.mark.parametrize(
+    "num_judged, num_samples, share", [(18, 19, "94.7%"), (947, 1000, "94.7%"), (9499, 10_000, "94.99%")]
+)
+def test_a_share_under_a_limit_is_not_rounded_to_it(num_judged, num_samples, share):
+    columns = {"overall": {"base": [5.0] * num_judged + [math.nan] * (num_samples - num_judged)}}
+    _, text = sentences({"base": [0.5] * num_samples}, **columns)
+    assert f"only {share} of the answers of base have a judgement, under 95%" in text
+
+
+def test_rounding_makes_no_other_claim():
+    assert (say_share(0.996), say_share(1), say_share(0.004), say_share(1 - 1e-12)) == ("99.6%", "100%", "0.4%", "100%")
+    assert [say_p(p) for p in (0.0496, 0.05, 0.050004, 0.00099, 1)] == [
+        "= 0.0496",
+        "= 0.050",
+        "= 0.050004",
+        "< 0.001",
+        "= 1.000",
+    ]
+    assert [say_number(value, 3) for value in (0.00004, -0.00004, -1e-18, 0.12345)] == [
+        "0.00004",
+        "-0.00004",
+        "0.000",
+        "0.123",
+    ]
+
+
+HELD_OUT = [is_held_out(f"sample{i:04d}", 0.5) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    "models, settings, headline",
+    [
+        ({"base": [0.5] * 8, "checkpoint-1": [0.1] * 8}, {}, "Keep base: checkpoint-1 is worse"),
+        ({"base": [0.5] * 8, "checkpoint-1": [0.5] * 8}, {}, "Keep base: checkpoint-1 is not shown to be better"),
+        ({"base": [0.1] * 8, "checkpoint-1": [0.5] * 8}, {}, "Use checkpoint-1: better than base"),
+        ({"base": [0.5] * 8, "mine": [0.1] * 8, "checkpoint-1": [0.1] * 8}, {}, "Keep base: every other model is worse"),
+        ({"base": [0.5] * 8, "a": [None] * 8}, {}, "Use base: the only model that is ranked"),
+        (
+            {"base": [0.1] * 8, "checkpoint-1": [0.5] * 8, "checkpoint-2": [0.3] * 8, "a": [None] * 8}, {},
+            "Use checkpoint-1: better than every other model that is ranked",
+        ),
+        ({"a": [0.1, 0.3] * 8, "b": [0.3, 0.1] * 8}, {}, "Use b: no mean is higher, and these samples cannot tell it from a"),
+        (
+            {"base": [0.1] * 8, "a": [0.5] * 8, "b": [0.0, 0.05, *[0.8] * 6]}, {},
+            "Use a: the highest mean of the models that are shown to be better than base",
+        ),
+        (
+            {"a": [0.3 if held else 0.5 for held in HELD_OUT], "b": [0.2 + i / 100 if held else 0.4 for i, held in enumerate(HELD_OUT)]},
+            {"holdout": 0.5},
+            f"Use a: chosen on {20 - sum(HELD_OUT)} samples; the other {sum(HELD_OUT)} samples do not show that it is the best",
+        ),
+        (
+            {"base": [0.1] * 20, "a": [0.1 if held else 0.5 for held in HELD_OUT]}, {"holdout": 0.5},
+            f"Keep base: a, chosen on {20 - sum(HELD_OUT)} samples, is not shown to be better on the other {sum(HELD_OUT)} samples",
+        ),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_the_first_line_claims_no_more_than_is_so(models, settings, headline):
+    assert sentences(models, **settings)[0].headline == headline
+
+
+@pytest.mark.parametrize("num", [0, 1, 2, 3])
+def test_few_samples_models_and_others_are_spoken_of_in_sentences(num):
+    for num_models in (1, 2, 6):
+        models = {f"checkpoint-{i}": [0.1 * i + 0.01 * k for k in range(num)] + [None] for i in range(num_models)}
+        models |= {"base": [0.1] * (num + 1)}
+        for holdout in (0.0, 0.5):
+            verdict, text = sentences(models, holdout=holdout)
+            assert num == 0 or "left out: 1 sample." in text
 
 
 @pytest.mark.parametrize("reference", ["👍🎉", "   "])
@@ -359,10 +434,10 @@ def test_a_choice_that_the_held_out_samples_contradict_is_not_used(run_dir):
     headline = headline_of(run_dir, holdout=0.5)
     assert (
         headline.say("en")[0]
-        == f"Use checkpoint-9: base, chosen on {20 - num} samples, is worse than it on the {num} others"
+        == f"Use checkpoint-9: base, chosen on {20 - num} samples, is worse than it on the other {num} samples"
     )
     lines = headline_of(run_dir, holdout=0.5, baseline="checkpoint-9").say("en")
-    assert lines[0] == f"Keep checkpoint-9: base, chosen on {20 - num} samples, is worse on the {num} others"
+    assert lines[0] == f"Keep checkpoint-9: base, chosen on {20 - num} samples, is worse on the other {num} samples"
 
 
 def test_a_model_that_does_not_stop_is_used_with_a_warning(run_dir):
@@ -436,7 +511,7 @@ def test_what_was_said_of_answers_that_have_changed_does_not_count(full_run):
     assert len(opinions.scores) == 12 and opinions.num_changed == 12
     said = opinions.say("en", decide(samples))
     assert "No pair of answers of checkpoint-1 and checkpoint-2 was judged in both orders." in said
-    assert "12 scores of people are of answers that have changed since, and are left out." in said
+    assert "Scores of people of answers that have changed since, which are left out: 12." in said
 
 
 @pytest.mark.parametrize(
@@ -543,6 +618,8 @@ def test_runs_are_joined_on_their_samples(tmp_path, capsys):
     main(ScoreArguments(output_dir=[str(full), str(lora)]))
     printed = capsys.readouterr().out
     assert "lora/checkpoint-9" in printed and (tmp_path / "report.html").is_file() and "Against full/base" in printed
+    page = (tmp_path / "report.html").read_text()
+    assert "3 rows;\n20 test samples, 2 models;" in page and "3 rows;\n10 test samples, 2 models;" in page
 
 
 def test_runs_with_other_test_data_are_refused(tmp_path):
