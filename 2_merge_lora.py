@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.configs import MergeArguments, run_step
-from finetuning.errors import InputError
+from finetuning.errors import InputError, make_folder
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
 from finetuning.chat import base_of, load_generation_config, load_model_config, load_tokenizer  # noqa: E402
 from finetuning.data import load_test_samples  # noqa: E402
-from finetuning.inference import encode_prompts  # noqa: E402
-from finetuning.loading import load_adapter  # noqa: E402
+from finetuning.inference import encode_prompts, loading_options  # noqa: E402
+from finetuning.loading import load_adapter, refuse_quantised  # noqa: E402
 from finetuning.runs import find_models, find_run, last_checkpoint, read_json, read_run  # noqa: E402
 
 MAX_NEW_TOKENS = 64
@@ -95,7 +95,7 @@ def make_partial_folder(merged_dir: Path) -> Path:
     for folder in (merged_dir, partial_dir):
         if os.path.lexists(folder):
             raise InputError(f"{folder} exists; delete it or choose another --merged_dir")
-    partial_dir.mkdir(parents=True)
+    make_folder(partial_dir)
     return partial_dir
 
 
@@ -118,16 +118,19 @@ def main(args: MergeArguments) -> None:
 
 def merge(run: Path, record: dict, name: str, path: str, partial_dir: Path, args: MergeArguments) -> None:
     """Write the merged model into a folder, and compare it with the adapter; exits where they differ."""
-    options = {"trust_remote_code": record["config"].get("trust_remote_code", False)}
+    in_run = Path(path).resolve().parent == run.resolve()
+    options = loading_options(record["config"], name, in_run, args.trust_remote_code)
     base_path = base_of(path)
-    base_dtype = load_model_config(path, **options).dtype or torch.float32
+    base_config = load_model_config(path, **options)
+    refuse_quantised(base_config, base_path)
+    base_dtype = base_config.dtype or torch.float32
     print(f"merging {path} into {base_path} ({str(base_dtype).removeprefix('torch.')})")
     if record["config"].get("load_in_4bit") or record["config"].get("load_in_8bit"):
         print("the adapter was trained on a quantised base; it is merged into, and compared on, the unquantised one")
     if base_dtype not in TOLERANCE_OF_SCALE:
         raise InputError(f"{base_path} is in {base_dtype}; merge into a base in bfloat16, float16 or float32")
-    in_run = Path(path).resolve().parent == run.resolve()  # whose template the checkpoint may have lost
-    tokenizer = load_tokenizer(path, (record.get("chat_template") or None) if in_run else None, **options)
+    chat_template = record.get("chat_template") or None  # which the checkpoint may have lost
+    tokenizer = load_tokenizer(path, chat_template if in_run else None, **options)
     samples = load_test_samples(record["config"])[: args.num_prompts]
     encoded = encode_prompts(tokenizer, samples)
     prompts = [torch.tensor([list(prompt.token_ids)]) for prompt in encoded if prompt.error is None]

@@ -130,6 +130,14 @@ def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     )
 
 
+def own_code(config: PreTrainedConfig, revision: str | None) -> dict[str, str]:
+    """Keyword of from_config for a model that comes with code, which else would be taken from another revision of it."""
+    reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    if reference is None or "--" in reference or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return {}  # it has none, it is in another repository, or it is loaded already
+    return {"code_revision": revision or "main"}
+
+
 def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:
     """The model's own generation config, else that of the model under it, else what its config says."""
     for source, options in ((name_or_path, kwargs), _source_of_base(name_or_path, **kwargs)):

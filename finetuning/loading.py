@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
+from transformers import PreTrainedConfig
 
+from finetuning.chat import base_of
 from finetuning.errors import InputError, is_main_process
-from finetuning.model_files import check_model_files, read_header
-from finetuning.runs import read_json
+from finetuning.model_files import check_model_files, fingerprint_weights, read_header
+from finetuning.runs import read_json, write_json
 
 WEIGHTS = "adapter_model.safetensors"
+BASE_FILE = "base_model.json"  # in the folder of an adapter, of which weights it was trained on
 
 report_loading = transformers.modeling_utils.log_state_dict_report  # fails where a later version calls it otherwise
 
@@ -38,6 +41,16 @@ def refuse_made_up_weights(model, pretrained_model_name_or_path, *args, loading_
 transformers.modeling_utils.log_state_dict_report = refuse_made_up_weights
 
 
+def refuse_quantised(config: PreTrainedConfig, name_or_path: str) -> None:
+    """Refuse weights that are stored in few bits, in which no update of training or of an adapter can be kept."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{name_or_path} holds quantised weights (its config.json has a quantization_config), which can neither be "
+            "trained nor merged into; name the model in its own precision (use_peft: true with load_in_4bit: true "
+            "quantises it for the training of an adapter)"
+        )
+
+
 def load_adapter(path: str, **settings) -> PeftModel:
     """Load an adapter, and its base model under it.
 
@@ -51,7 +64,8 @@ def load_adapter(path: str, **settings) -> PeftModel:
     check_model_files(path)
     if not (folder / WEIGHTS).is_file():  # adapter_model.bin is a pickle, which can run code
         raise InputError(f"{path} has no {WEIGHTS}; copy or download it again")
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = base_of(path)
+    check_base(folder, base)
     try:
         model = AutoPeftModelForCausalLM.from_pretrained(path, **settings)
     except InputError:
@@ -76,3 +90,23 @@ def load_adapter(path: str, **settings) -> PeftModel:
                         f"{where} holds values that are no numbers (NaN, infinity), in {name}; take another"
                     )
     return model
+
+
+def record_base(adapter: Path, base: str) -> None:
+    """Write beside an adapter which weights it was trained on; those of the Hub are named by their revision."""
+    if (weights := fingerprint_weights(base)) is not None:
+        write_json(adapter / BASE_FILE, {"weights": weights})
+
+
+def check_base(adapter: Path, base: str) -> None:
+    """Refuse other weights than those that record_base has seen, to which the adapter would be added without a word."""
+    check_model_files(base)
+    weights = fingerprint_weights(base)
+    if weights is None or not (adapter / BASE_FILE).is_file():
+        return
+    trained_on = read_json(adapter / BASE_FILE).get("weights")
+    if weights != trained_on:
+        raise InputError(
+            f"{base} holds other weights ({weights}) than those that {adapter} was trained on ({trained_on}, in its "
+            f"{BASE_FILE}); bring the base model back as it was"
+        )

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import SFTConfig
 
+from finetuning.chat import own_code
 from finetuning.errors import InputError
 
 GIB = 2**30
@@ -149,7 +150,11 @@ def measure_shapes(
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=args.trust_remote_code
+                config,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=args.trust_remote_code,
+                **own_code(config, settings.get("revision")),
             )
         except ValueError as error:  # loading it would end in the same words
             raise InputError(f"{config.name_or_path} cannot be built with attention {attention}: {error}") from error

@@ -2,6 +2,7 @@
 Whether the files of a model's folder are whole, before a library trips over one. Imports without torch.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from finetuning.errors import InputError
 
 POINTER = b"version https://git-lfs"
 MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
+PIECE = 4096  # bytes of a tensor that a fingerprint reads at once
 
 
 def check_model_files(name_or_path: str) -> None:
@@ -79,3 +81,25 @@ def read_header(path: Path) -> tuple[int, dict[str, dict]]:
         raise ValueError(f"{path}: the header is no object")
     header.pop("__metadata__", None)
     return size, header
+
+
+def fingerprint_weights(name_or_path: str) -> str | None:
+    """Hash of a model's weights, however they are spread over files: of each tensor name, form and four pieces.
+
+    None for a Hub id, whose revision says which weights these are, and for a folder without safetensors.
+    """
+    folder = Path(name_or_path)
+    tensors = {}
+    for path in folder.glob("model*.safetensors") if folder.is_dir() else ():
+        header_size, in_file = read_header(path)
+        tensors |= {name: (path, 8 + header_size, tensor) for name, tensor in in_file.items()}
+    digest = hashlib.sha256()
+    for name, (path, start, tensor) in sorted(tensors.items()):
+        digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
+        begin, end = tensor["data_offsets"]
+        with path.open("rb") as file:
+            for piece in range(4):
+                place = begin + (end - begin) * piece // 4
+                file.seek(start + place)
+                digest.update(file.read(min(PIECE, end - place)))
+    return digest.hexdigest()[:16] if tensors else None

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from finetuning.headline import Headline
 from finetuning.tables import JUDGED, MEASURES, ROUGE_COLUMNS, describe_measure, measures_in
 from finetuning.verdict import WORDS as VERDICT_WORDS
-from finetuning.verdict import Verdict
+from finetuning.verdict import Verdict, say_samples
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
@@ -29,13 +29,13 @@ MOST_COLORS = len(COLORS)  # models that can be told apart in one picture
 LONGEST_NAME = 32  # letters of a model's name beside an axis
 WORDS = {  # of the pictures that the page shows first
     "en": {
-        "means": "{measure}: mean of {num} samples with its 95 % interval",
+        "means": "{measure}: mean of {samples} with its 95 % interval",
         "gains": "difference to {against}, hollow where not shown",
         "better": "to the right: better",
         "not ranked": "not ranked",
     },
     "ko": {
-        "means": "{measure}: 샘플 {num}개의 평균과 95 % 구간",
+        "means": "{measure}: {samples}의 평균과 95 % 구간",
         "gains": "{against}과(와)의 차이 (빈 점: 차이가 있다고 할 수 없음)",
         "better": "오른쪽: 더 나음",
         "not ranked": "순위에 없음",
@@ -97,7 +97,9 @@ def plot_means(verdict: Verdict, headline: Headline, language: str = "en") -> Fi
         return None
     names = [*verdict.means, *verdict.unranked]
     words = WORDS[language]
-    title = words["means"].format(measure=VERDICT_WORDS[language][verdict.measure], num=verdict.num_samples)
+    verdict_words = VERDICT_WORDS[language]
+    samples = say_samples(verdict.num_samples, verdict_words)
+    title = words["means"].format(measure=verdict_words[verdict.measure], samples=samples)
     figure, axes = _rows_of_models(names, title, "", headline.use)
     for i in range(len(verdict.means), len(names)):
         axes.text(
@@ -131,7 +133,7 @@ def plot_gains(verdict: Verdict, headline: Headline, language: str = "en") -> Fi
         axes.plot([c.low, c.high], [i, i], color=color, linewidth=1.6)
         axes.plot(
             c.difference, i, "D" if name == headline.use else "o", color=color, markersize=5,
-            markerfacecolor=color if c.p < 0.05 else "white",
+            markerfacecolor=color if c.is_shown else "white",
         )  # fmt: skip
     return figure
 
@@ -290,7 +292,7 @@ def plot_lengths(samples: pd.DataFrame, headline: Headline) -> Figure | None:
     if len(others):
         axes.plot(
             others["num_new_tokens"], others[measure], ".", color="#b0b7bd", markersize=4, markeredgewidth=0,
-            label=f"{others['model'].nunique()} others",
+            label=f"other models: {others['model'].nunique()}",
         )  # fmt: skip
     for i, name in enumerate(named):
         group = known[known["model"] == name]

@@ -7,7 +7,6 @@ refused; `allow: [<check>]` lets it through, which is recorded in preflight.json
 
 import math
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -19,12 +18,18 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetuning.batches import IGNORED, build_collator, sequences
-from finetuning.chat import control_tokens, end_of_turn_id, end_token_ids, load_generation_config
+from finetuning.chat import (
+    control_tokens,
+    end_of_turn_id,
+    end_token_ids,
+    load_generation_config,
+    load_model_config,
+)
 from finetuning.configs import ScriptArguments
 from finetuning.data import load_test_samples, tokens_to_add
 from finetuning.data_checks import (
@@ -38,7 +43,7 @@ from finetuning.data_checks import (
     question_of,
 )
 from finetuning.eda import plot_lengths
-from finetuning.errors import InputError
+from finetuning.errors import InputError, make_folder, to_line, to_plain
 from finetuning.memory import (
     Batch,
     MemoryPlan,
@@ -52,7 +57,6 @@ from finetuning.model_arguments import ModelArguments
 from finetuning.runs import EDA, PREFLIGHT_FILE, RUN_FILE, write_json
 
 LEVELS = ("refused", "allowed", "warning", "note", "ok")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # what a terminal would obey
 NO_END = 0.5  # share of the rows that must end in an end token
 NO_LABELS = 0.1  # share of the rows that may have nothing to learn from
 TAIL = 4  # tokens at the end of a row among which its end token is looked for, before white space
@@ -80,7 +84,7 @@ class Report:
                 finding.level = "allowed"
 
     def save(self, run: Path) -> None:
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         content = asdict(self)
         for finding in content["findings"]:
             finding["rows"] = finding["rows"][:100]
@@ -342,6 +346,26 @@ def check_lengths(lengths: dict, per_row: dict[str, np.ndarray], args: SFTConfig
     return [Finding("truncation", "warning", text, cut.tolist(), {"cut": len(cut), "answers_lost": len(lost)})]
 
 
+def check_positions(config: PreTrainedConfig, longest_row: int, args: SFTConfig) -> list[Finding]:
+    """Whether the model has a position for every token of a row; rows that are packed each begin at the first one."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if rope and rope.get("factor") and rope.get("original_max_position_embeddings"):
+        positions = max(positions, rope["factor"] * rope["original_max_position_embeddings"])
+    length = args.max_length if args.packing and args.packing_strategy == "wrapped" else longest_row
+    if length <= positions:
+        return []
+    text = (
+        f"sequences have up to {length} tokens, and the model positions for {positions:g} (max_position_embeddings); "
+    )
+    if rope:
+        return [
+            Finding("positions", "warning", text + f"it has never seen what lies behind: set max_length: {positions:g}")
+        ]
+    return [Finding("positions", "refused", text + f"what lies behind has no embedding: set max_length: {positions:g}")]
+
+
 # The plan
 
 
@@ -446,7 +470,7 @@ def render_preview(preview: dict, colour: bool) -> str:
     for place, (text, learned, special) in enumerate(preview["tokens"]):
         if place == preview["gap"]:
             pieces.append(f" … {preview['left_out']} tokens … ")
-        shown = CONTROL.sub("\ufffd", text).replace("\n", "⏎\n")
+        shown = to_plain(text).replace("\n", "⏎\n")  # in colour no PlainOutput does this
         if colour:
             style = ("1;" if special else "") + ("30;42" if learned else "2")
             pieces.append(f"\033[{style}m{shown}\033[0m")
@@ -542,8 +566,8 @@ def render(report: Report, colour: bool) -> str:
     for finding in sorted(report.findings, key=lambda finding: LEVELS.index(finding.level)):
         rows = ", ".join(str(row) for row in finding.rows[:8]) + (", ..." if len(finding.rows) > 8 else "")
         level = f"\033[{marks[finding.level]}m{finding.level:<8}\033[0m" if colour else f"{finding.level:<8}"
-        lines.append(f"  {level} {finding.check}: {finding.text}" + (f" (rows {rows})" if rows else ""))
-    lines.append(f"plan: {describe_plan(report.plan)}")
+        lines.append(f"  {level} {finding.check}: {to_line(finding.text)}" + (f" (rows {rows})" if rows else ""))
+    lines.append(f"plan: {to_line(describe_plan(report.plan))}")
     return "\n".join(lines)
 
 
@@ -656,7 +680,9 @@ def run_preflight(
     report, per_row = inspect(
         train_rows, prepared, collator, tokenizer, generation_config, args, held_out, script_args.preview_rows
     )
-    longest = args.max_length if args.packing else int(min(per_row["row tokens"].max(), args.max_length or 2**62))
+    longest_row = int(min(per_row["row tokens"].max(), args.max_length or 2**62))
+    notes += check_positions(load_model_config(model_args.model_name_or_path, **source), longest_row, args)
+    longest = args.max_length if args.packing else longest_row
     findings, report.memory, checkpointing = check_memory(
         args, model_args, settings, peft_config, num_added_tokens, longest, report.plan["labelled_share"]
     )

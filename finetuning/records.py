@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from finetuning.credentials import hide_all, without_secrets
 from finetuning.data import fingerprint_rows
-from finetuning.errors import InputError
+from finetuning.errors import InputError, make_folder
 from finetuning.runs import (
     EDA,
     INCOMPLETE,
@@ -28,6 +28,7 @@ from finetuning.runs import (
     read_run,
     write_json,
 )
+from finetuning.schemas import TRAINED_RUN_RECORD
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
 # What may change between a run and its continuation: where it is logged and saved, and how the same global batch is
@@ -108,6 +109,32 @@ def find_differences(old: dict, new: dict) -> list[str]:
     return [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(keys)]
 
 
+# What a checkpoint brings with it: its optimizer goes on with these, whatever the arguments say.
+OF_OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+def compare_origin(checkpoint: Path, record: dict) -> None:
+    """Say in what the run that goes on from a checkpoint of another run differs from that one.
+
+    Raises:
+        InputError: In a setting that would have no effect.
+    """
+    origin = checkpoint.resolve().parent
+    if not (origin / RUN_FILE).is_file():
+        print(f"resume_from_checkpoint: no {RUN_FILE} beside {checkpoint} says what it was trained on", flush=True)
+        return
+    old = read_run(origin, TRAINED_RUN_RECORD)
+    for key in OF_OPTIMIZER:
+        was, is_now = old["config"].get(key), record["config"].get(key)
+        if was != is_now:
+            raise InputError(
+                f"{key}: {is_now} has no effect, as the optimizer of {checkpoint} goes on with {was}; set it so, or start "
+                "with a new optimizer from the weights alone, by model_name_or_path"
+            )
+    if differences := find_differences(old, record):
+        print(f"{checkpoint} is of another run: {'; '.join(differences)}", flush=True)
+
+
 def open_run(
     run: Path, record: dict, overwrite: bool, requested: str | bool | None, look_only: bool = False
 ) -> tuple[Path | None, bool]:
@@ -159,13 +186,15 @@ def open_run(
             raise InputError(
                 f"resume_from_checkpoint: {checkpoint} has lora_r: {rank}, and not {record['config']['lora_r']}"
             )
+        if checkpoint.resolve().parent != run.resolve():
+            compare_origin(checkpoint, record)
     if not (run / RUN_FILE).is_file():
         if requested is not None and requested.lower() == "true":
             raise InputError(f"resume_from_checkpoint: there is no run in {run} to resume")
         return checkpoint, False
     if requested is not None and requested.lower() == "false":
         raise InputError(f"{run} holds a run that resume_from_checkpoint: false would mix with; use --overwrite true")
-    old = read_run(run)
+    old = read_run(run, TRAINED_RUN_RECORD)
     differences = find_differences(old, record)
     if differences:
         raise InputError(
@@ -193,7 +222,7 @@ def delete_run(run: Path) -> None:
 
 def save_record(run: Path, record: dict, **changes) -> dict:
     record = hide_all({**record, **changes})
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     write_json(run / RUN_FILE, record)
     return record
 

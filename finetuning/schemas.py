@@ -240,6 +240,23 @@ class Data(Object):
     train: Split
 
 
+class TrainedSplit(Split):
+    hash: Text
+
+
+class TrainedData(Object):
+    train: TrainedSplit
+
+
+class TrainedRunRecord(RunRecord):
+    """Of run.json, what tells whether training may go on."""
+
+    finished: Text | None
+    global_batch_size: int
+    data: TrainedData
+    chat_template: Text
+
+
 class Hardware(Object):
     devices: list[Text]
 
@@ -304,6 +321,7 @@ class TrainerState(TrainingLog):
 
 
 RUN_RECORD, FULL_RUN_RECORD = TypeAdapter(RunRecord), TypeAdapter(FullRunRecord)
+TRAINED_RUN_RECORD = TypeAdapter(TrainedRunRecord)
 PREFLIGHT, TRAINING_LOG, TRAINER_STATE = TypeAdapter(Preflight), TypeAdapter(TrainingLog), TypeAdapter(TrainerState)
 
 

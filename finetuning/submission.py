@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetuning.data import TestSamples
-from finetuning.errors import InputError, naming
+from finetuning.errors import InputError, make_folder, naming
 
 ID_COLUMNS = ("id", "fname", "idx", "uid")
 
@@ -37,7 +37,7 @@ def write_submission(path: str, rows: Iterable[dict], samples: TestSamples, answ
     dataset = samples.dataset
     id_column = next((column for column in dataset.column_names if column in ID_COLUMNS), None)
     ids = dataset[id_column] if id_column is not None else range(len(dataset))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     partial = Path(f"{path}.partial")
     with naming(partial), partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.writer(file)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 import trl.trainer.utils
 from accelerate import PartialState
 from accelerate.utils import DistributedType, DynamoBackend
@@ -46,7 +47,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
-from finetuning.chat import end_token_ids, load_model_config
+from finetuning.chat import end_token_ids, load_model_config, own_code
 from finetuning.checkpoints import (
     OPTIMIZER_FOLDER,
     SCHEDULER_FILE,
@@ -59,6 +60,7 @@ from finetuning.checkpoints import (
 )
 from finetuning.errors import InputError, is_main_process
 from finetuning.hardware import accelerator_available, bf16_available, env_flag, tf32_available
+from finetuning.loading import record_base, refuse_quantised
 from finetuning.model_arguments import ModelArguments
 from finetuning.records import delete_run, save_record
 from finetuning.runs import INCOMPLETE, RUN_FILE, list_checkpoints
@@ -206,7 +208,12 @@ def check_model(name_or_path: str, **source) -> None:
         raise InputError(
             f"model_name_or_path: {name_or_path} is an adapter; merge it with 2_merge_lora.py, and name the merged model"
         )
-    load_model_config(name_or_path, **source)
+    if Path(name_or_path).is_dir() and source.get("revision", "main") not in (None, "main"):
+        raise InputError(
+            f"model_revision: {source['revision']} has no effect, as {name_or_path} is a folder, which has one state only; "
+            "leave it out, or name a model on the Hub"
+        )
+    refuse_quantised(load_model_config(name_or_path, **source), name_or_path)
 
 
 def check_optimizer(args: TrainingArguments) -> None:
@@ -262,7 +269,9 @@ def embedding_names(name_or_path: str, revision: str, trust_remote_code: bool) -
     """Names of the modules that read and write tokens, as `modules_to_save` takes them."""
     config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, **own_code(config, revision)
+        )
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     return [name.split(".")[-1] for name, module in model.named_modules() if any(module is e for e in embeddings)]
 
@@ -289,15 +298,26 @@ def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **sourc
     return config
 
 
-def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) -> PreTrainedModel:
-    """Load a model whose tokenizer has been given tokens; their embeddings start as the mean of all others.
+def load_whole_model(name_or_path: str, new_ids: list[int], settings: dict) -> PreTrainedModel:
+    """Load a model as trl does, at its revision; embeddings of added tokens start as the mean of all others.
 
     Args:
-        new_ids: Their ids; embeddings are added where there are too few.
+        new_ids: Ids of tokens that the tokenizer has been given; embeddings are added where there are too few.
         settings: Keyword arguments of from_pretrained.
+
+    Raises:
+        InputError: It cannot be loaded with these settings.
     """
-    settings = {"device_map": None, **settings}
-    model = create_model_from_path(name_or_path, **settings)
+    source = {key: settings[key] for key in ("revision", "trust_remote_code")}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **source)
+        # trl would look its class up at the revision main, whatever the settings say
+        kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+        model = create_model_from_path(name_or_path, kind, **{"device_map": None, **settings})
+    except (ValueError, ImportError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if not new_ids:
+        return model
     known = model.get_input_embeddings().num_embeddings
     if max(new_ids) >= known:
         model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
@@ -421,6 +441,8 @@ class ResumableSFTTrainer(SFTTrainer):
             # peft would save the embeddings again, as they were and as they are, where their number has changed
             unwrapped.save_pretrained = partial(PeftModel.save_pretrained, unwrapped, save_embedding_layers=False)
         super()._save(output_dir, state_dict)
+        if isinstance(unwrapped, PeftModel):
+            record_base(Path(output_dir), unwrapped.active_peft_config.base_model_name_or_path)
         base_model.config.use_cache = self.args.use_cache
         generation_config.save_pretrained(output_dir)  # an adapter is saved without one
 

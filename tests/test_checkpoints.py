@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import trl.trainer.utils
 from conftest import CONFIG, ROOT, SMALL, TRAIN, run_step
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
@@ -23,7 +24,9 @@ from trl import SFTTrainer
 import finetuning.training
 from finetuning.checkpoints import SafeReader, check_resumable, check_weights, delete_older_checkpoints, saved_shapes
 from finetuning.errors import InputError
-from finetuning.training import ResumableSFTTrainer, failing_together
+from finetuning.records import open_run
+from finetuning.runs import list_checkpoints
+from finetuning.training import ResumableSFTTrainer, TrainingArguments, failing_together
 
 OVERRIDDEN = {  # private methods of the libraries, and the parameters that ours take
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
@@ -187,6 +190,25 @@ def test_a_checkpoint_is_complete_only_with_every_tensor(tmp_path, kind):
         check_weights(tmp_path, shapes)
 
 
+class Careless(ResumableSFTTrainer):
+    """Saves all tensors but one."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        tensors = load_file(f"{output_dir}/model.safetensors")
+        tensors.popitem()
+        save_file(tensors, f"{output_dir}/model.safetensors")
+
+
+def test_training_ends_where_a_checkpoint_lacks_a_tensor_and_leaves_it_marked(tmp_path, tokenizer):
+    rows = Dataset.from_list([{"prompt": "What is red?", "completion": " Blood."}])
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, save_steps=1, report_to="none", packing=False)
+    trainer = Careless(model=str(ROOT / "demo/model"), args=args, train_dataset=rows, processing_class=tokenizer)
+    with pytest.raises(InputError, match="checkpoint-1 lacks 1 of the .* tensors .* it stays marked as incomplete"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "INCOMPLETE").exists() and list_checkpoints(tmp_path) == []
+
+
 def test_a_full_disk_ends_saving_in_one_line(tmp_path):
     """A limit on the size of files stands in for the disk; each writer meets it in its own way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -220,3 +242,26 @@ def test_older_checkpoints_make_room_only_for_complete_ones(tmp_path):
     delete_older_checkpoints(tmp_path, 1)
     left = ["checkpoint-10", "checkpoint-15", "checkpoint-5-merged"]
     assert sorted(folder.name for folder in tmp_path.iterdir()) == left
+
+
+def test_what_a_checkpoint_of_another_run_differs_in_is_said(fsdp_run, tmp_path, capsys):
+    record = json.loads((fsdp_run / "run.json").read_text())
+    record["config"]["output_dir"] = str(tmp_path)
+    checkpoint = fsdp_run / "checkpoint-5"
+
+    def go_on(**changes) -> str:
+        changed = {**record, "config": record["config"] | changes}
+        changed["data"] = {"train": {"rows": 3, "hash": "of other rows"}}
+        assert open_run(tmp_path / "other", changed, False, str(checkpoint)) == (checkpoint, False)
+        return capsys.readouterr().out
+
+    assert open_run(tmp_path / "other", record, False, str(checkpoint)) == (checkpoint, False)
+    assert capsys.readouterr().out == ""
+    said = go_on(max_steps=77)
+    assert "checkpoint-5 is of another run: max_steps was 10 and is 77; rows of train was" in said
+    with pytest.raises(
+        InputError, match="learning_rate: 0.1 has no effect, as the optimizer of .* goes on with 0.0005"
+    ):
+        go_on(learning_rate=0.1)
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "checkpoint-5")
+    assert "no run.json beside" in go_on()

@@ -3,20 +3,24 @@
 import contextlib
 import json
 import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_run
+from conftest import ROOT, TRAIN, make_run
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetuning.configs import MergeArguments
+from finetuning.configs import MergeArguments, ScriptArguments
 from finetuning.errors import InputError
-from finetuning.loading import load_adapter
+from finetuning.loading import load_adapter, record_base
 from finetuning.model_arguments import ModelArguments
-from finetuning.training import check_model
+from finetuning.preflight import Report
+from finetuning.runs import read_json, write_json
+from finetuning.training import TrainingArguments, check_model
 
 BASE = str(ROOT / "demo" / "model")
 
@@ -122,6 +126,22 @@ def test_weights_that_a_model_lacks_are_not_made_up(base, tmp_path, change, said
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_adapter_is_added_to_no_other_weights_than_it_was_trained_on(adapter, tmp_path):
+    """However these are spread over files; those of other models have the same names and shapes."""
+    record_base(adapter, BASE)
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype="auto")
+    model.save_pretrained(other, max_shard_size="600KB")
+    assert len(list(other.glob("*.safetensors"))) > 1
+    change_config(adapter, base_model_name_or_path=str(other))
+    load_adapter(str(adapter), dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(-1)
+    model.save_pretrained(other, max_shard_size="600KB")
+    with pytest.raises(InputError, match="other holds other weights .* bring the base model back as it was"):
+        load_adapter(str(adapter), dtype=torch.float32)
+
+
 MERGE = runpy.run_path(str(ROOT / "2_merge_lora.py"), run_name="imported")
 
 
@@ -165,3 +185,97 @@ def test_an_adapter_is_no_model_to_train(adapter):
     with pytest.raises(InputError, match="is an adapter; merge it with 2_merge_lora.py"):
         check_model(str(adapter))
     check_model(BASE)
+
+
+def test_quantised_weights_are_neither_trained_nor_merged_into(adapter, tmp_path):
+    base = shutil.copytree(BASE, tmp_path / "quantised")
+    config = read_json(base / "config.json")
+    write_json(base / "config.json", config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    run = make_run(tmp_path / "run", {})
+    adapter.rename(run / "checkpoint-2")
+    change_config(run / "checkpoint-2", base_model_name_or_path=str(base))
+    for refuse in (
+        lambda: check_model(str(base)),
+        lambda: MERGE["main"](MergeArguments(output_dir=str(run), model_name="checkpoint-2")),
+    ):
+        with pytest.raises(InputError, match="quantised holds quantised weights"):
+            refuse()
+
+
+def test_a_revision_of_a_folder_is_refused():
+    with pytest.raises(InputError, match="model_revision: v9 has no effect, as .* is a folder"):
+        check_model(BASE, revision="v9")
+    check_model(BASE, revision="main")
+
+
+def test_a_folder_where_none_can_be_made_is_one_line():
+    for make in (lambda: MERGE["make_partial_folder"](Path("/proc/run")), lambda: Report().save(Path("/proc/run"))):
+        with pytest.raises(InputError, match="no folder can be made there; choose another place"):
+            make()
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+class OddModel(LlamaForCausalLM):
+    config_class = OddConfig
+"""
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch) -> str:
+    """A model with code of its own, which the cache of the Hub has at the revision `v9` and at no other."""
+    repository = tmp_path / "hub" / "models--org--odd"
+    folder = shutil.copytree(BASE, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v9").write_text("0" * 40)
+    (folder / "odd.py").write_text(CODE)
+    classes = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"}
+    changes = {"model_type": "odd", "architectures": ["OddModel"], "auto_map": classes, "dtype": "float32"}
+    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
+    monkeypatch.setattr("sys.path", sys.path.copy())  # which the library appends to
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):  # which the arguments set
+        monkeypatch.setenv(name, "false")
+    return "org/odd"
+
+
+def test_the_revision_and_the_code_of_the_base_are_those_of_training_in_resuming_and_merging(
+    published, tmp_path, capsys
+):
+    train = runpy.run_path(str(ROOT / TRAIN), run_name="imported")["main"]
+    run = tmp_path / "run"
+
+    def train_adapter() -> None:
+        train(
+            ScriptArguments(dataset_name=str(ROOT / "demo/data"), dataset_train_split="train[:20]", preview_rows=0),
+            TrainingArguments(
+                output_dir=str(run), max_steps=2, save_steps=1, learning_rate=0.01, per_device_train_batch_size=1,
+                max_length=128, report_to="none", disable_tqdm=True, trust_remote_code=True,
+            ),
+            ModelArguments(
+                model_name_or_path=published, model_revision="v9", use_peft=True, lora_target_modules=["q_proj"],
+                dtype="float32", attn_implementation="sdpa",
+            ),
+        )  # fmt: skip
+
+    train_adapter()
+    shutil.rmtree(run / "checkpoint-2")
+    record = read_json(run / "run.json") | {"finished": None}
+    write_json(run / "run.json", record)
+    train_adapter()
+    assert f"going on from {run}/checkpoint-1" in capsys.readouterr().out
+    merge = MergeArguments(output_dir=str(run), num_prompts=1)
+    MERGE["main"](merge)
+    assert (
+        "checkpoint-2: code that comes with the model may be run (trust_remote_code, as in t" in capsys.readouterr().out
+    )
+    merged = AutoModelForCausalLM.from_pretrained(run / "checkpoint-2-merged", trust_remote_code=True)
+    assert type(merged).__name__ == "OddModel"
+    shutil.rmtree(run / "checkpoint-2-merged")
+    write_json(run / "run.json", record | {"config": record["config"] | {"trust_remote_code": False}})
+    with pytest.raises(InputError, match="comes with code of its own"):
+        MERGE["main"](merge)
+    assert not list(run.glob("*merged*"))

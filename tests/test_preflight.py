@@ -1,6 +1,7 @@
 """Each failure is shown first: the trainer takes the rows and says nothing. Then preflight finds it in the same rows."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import torch
 from conftest import CONFIG, ROOT, SMALL, TRAIN, command, run, run_step, train
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from trl import SFTTrainer
 
 from finetuning import preflight
@@ -267,6 +276,8 @@ def test_the_preview_shows_every_token_and_what_is_learned(tmp_path, tokenizer):
     assert ["<|im_end|>", True, True] in preview["tokens"]
     assert "⟦#Person1#|" in preflight.render_preview(preview, colour=False)
     assert "\033[1;30;42m<|im_end|>\033[0m" in preflight.render_preview(preview, colour=True)
+    odd = {"tokens": [["\x9b31m\x1b]0;x\x07\n\u202e\ud83d", True, False]], "gap": None, "left_out": 0}
+    assert preflight.render_preview(odd, True) == "\033[30;42m\\x9b31m\\x1b]0;x\\x07⏎\n\\u202e\\ud83d\033[0m"
 
 
 def conversations(first_answers=ANSWERS, **arguments) -> Dataset:
@@ -459,6 +470,16 @@ def test_step_1_refuses_before_it_loads_anything_and_says_why(tmp_path):
     assert "finished" in allowed.stdout
     findings = {f["check"]: f for f in json.loads((tmp_path / "run" / "preflight.json").read_text())["findings"]}
     assert findings["terminator"]["level"] == "allowed"
+
+
+def test_a_model_of_another_kind_is_refused_before_anything_is_tokenised(tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    BartConfig(d_model=8, vocab_size=1000, architectures=["BartForConditionalGeneration"]).save_pretrained(model)
+    given = ["--config", CONFIG, *SMALL, "--output_dir", tmp_path / "run", "--model_name_or_path", model]
+    status, printed = run_step(TRAIN, tmp_path / "printed", *given)
+    assert (
+        status == 2 and printed.startswith(f"error: {model} is an encoder-decoder model") and printed.count("\n") == 1
+    )
 
 
 def test_preflight_only_writes_its_report_and_trains_nothing(tmp_path):
@@ -657,6 +678,24 @@ def test_a_batch_that_is_never_full_is_refused_where_the_last_one_is_dropped(tmp
     )
     with pytest.raises(InputError, match="the 10 sequences do not fill one batch of 16, so nothing would be trained"):
         preflight.plan_training(Dataset.from_dict({"input_ids": [[1]] * 10}), 10, args)
+
+
+@pytest.mark.parametrize(
+    "config, settings, level, longest",
+    [
+        (GPT2Config(n_positions=64), {}, "refused", 64),
+        (LlamaConfig(max_position_embeddings=64), {}, "warning", 64),
+        (LlamaConfig(max_position_embeddings=64), {"packing": True, "packing_strategy": "wrapped"}, "warning", 64),
+        (LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}), {}, "warning", 256),
+    ],
+)  # fmt: skip
+def test_rows_longer_than_the_model_has_positions_are_said(tmp_path, config, settings, level, longest):
+    def check(length: int) -> list[str]:
+        max_length = length if settings else 1024  # alone, it is no length of a sequence
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", max_length=max_length, **settings)
+        return [finding.level for finding in preflight.check_positions(config, length, args)]
+
+    assert (check(longest), check(longest + 1)) == ([], [level])
 
 
 @pytest.mark.parametrize("text", ["", " \u3000", "\u200b\u200d", "\ufeff", "\u3164", "\u2800"])

@@ -46,6 +46,20 @@ def test_every_package_that_is_imported_is_pinned():
     assert sorted(names - pinned(ROOT / "requirements.txt").keys()) == []
 
 
+def test_nothing_is_used_that_windows_lacks():
+    """Signal handlers of asyncio, and modules of Python that are there on Unix only."""
+    for source in SOURCES:
+        used = {name for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) for name in names_in(node)}
+        assert used & {"fcntl", "grp", "pwd", "resource", "termios", "add_signal_handler"} == set(), source
+
+
+def names_in(node: ast.AST) -> list[str]:
+    """The modules that are imported here, or the attribute that is read."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [getattr(node, "module", None) or getattr(node, "attr", "")]
+
+
 def test_what_is_installed_is_what_is_pinned():
     versions = pinned(ROOT / "requirements-dev.txt")
     installed = {name: importlib.metadata.version(name).split("+")[0] for name in versions}  # torch's names its build

@@ -158,6 +158,9 @@ TYPES = [
     ("env: {'A=B': x}", 1, "env.A=B", "needs a NAME and one value", "env: {A_B: x}"),
     ("env: {A: [x]}", 1, "env.A", "needs a NAME and one value", "env: {A: x}"),
     ('env: {A: "\\0"}', 1, "env.A", "holds a NUL", "env: {A: ''}"),
+    ("env: {HF_HOME: /data}", 1, "env.HF_HOME", "is read before this file is, so it would have no effect; export it", "env: {WANDB_PROJECT: x}"),
+    ("env: {HF_HUB_OFFLINE: 1}", 1, "env.HF_HUB_OFFLINE", "is read before this file is", "env: {CUDA_MODULE_LOADING: LAZY}"),
+    ("env: {OMP_NUM_THREADS: 4}", 1, "env.OMP_NUM_THREADS", "is read before this file is", "env: {MY_HF_HOME: x}"),
 ]  # fmt: skip
 OUT_OF_RANGE = [
     ("seed: -1", 1, "seed", "must be at least 0 and at most 4294967295, got -1", "seed: 0"),
