@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
+from finetuning.wording import LEVEL
+
 NUM_RESAMPLES = 2000
 NUM_FLIPS = 9999
-LEVEL = 0.05  # a difference is shown where its p is under it
 POWER = 0.8
 
 

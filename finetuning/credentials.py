@@ -80,7 +80,9 @@ def _hide(node, secrets: list[str]):
     if isinstance(node, str):
         for secret in secrets:
             node = node.replace(secret, MASK)
-        return PASSWORD_IN_URL.sub(f"{MASK}@", VALUES.sub(MASK, node))
+        if "_" in node or "-" in node:  # else no pattern can fit; this is done for every text of every reply of a judge
+            node = VALUES.sub(MASK, node)
+        return PASSWORD_IN_URL.sub(f"{MASK}@", node) if "://" in node else node
     if isinstance(node, (list, tuple)):
         return [_hide(item, secrets) for item in node]
     if isinstance(node, dict):

@@ -8,6 +8,7 @@ the answer, and a file is done with as soon as its last row is in.
 
 import asyncio
 import collections
+import gc
 from pathlib import Path
 
 from tqdm import tqdm
@@ -53,6 +54,7 @@ class LiveJudging:
             InputError: Nothing more can be judged; what was in flight has been written before.
         """
         endpoint = endpoint_of(self.args)
+        gc.freeze()  # the garbage collector would go through all that was imported, again and again
         with SoftStop(asyncio.get_running_loop(), self._describe_wait) as stop:
             self._rate = RateControl(
                 self.args.concurrency or CONCURRENCY, self.args.requests_per_minute, self.args.tokens_per_minute, stop.event

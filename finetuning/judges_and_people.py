@@ -21,7 +21,7 @@ from finetuning.agreement import (
     measure_jury,
     rank_correlation,
 )
-from finetuning.comparison import LEVEL, bootstrap_interval, holm, share_interval
+from finetuning.comparison import bootstrap_interval, holm, share_interval
 from finetuning.errors import InputError
 from finetuning.judge import pair_hash
 from finetuning.results import iterate_rows, read_info
@@ -29,7 +29,7 @@ from finetuning.runs import EVALUATIONS, HUMAN_AGREEMENT_FILE, is_there, read_js
 from finetuning.schemas import COMPARISON, COMPARISON_INFO, EVALUATION, HUMAN_AGREEMENT, JUDGES_INFO
 from finetuning.tables import name_runs
 from finetuning.verdict import Verdict
-from finetuning.wording import say_number, say_p, say_share
+from finetuning.wording import LEVEL, say_number, say_p, say_share
 
 ALL_MODELS = "all models"
 UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0)
