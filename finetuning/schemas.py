@@ -46,6 +46,7 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Number = Annotated[float, WrapValidator(_as_written)]
 Amount = Annotated[Number, Field(ge=0, le=2**53)]
 Score = Annotated[Number, Field(ge=1, le=10)]
+MeanScore = Annotated[Number, Field(ge=1 - 1e-6, le=10 + 1e-6)]  # of floats
 
 
 class Message(Object):
@@ -84,7 +85,7 @@ class EvaluationRow(Object):
     prediction_hash: Text
     status: Literal["ok", "refusal", "truncated", "content_filter", "invalid", "error"]
     evaluation: dict[str, Judged] | None
-    expected: dict[str, Amount] | None
+    expected: dict[str, MeanScore] | None
     usage: dict[str, Count] | None
     cost: Amount | None
     possible_cost: Amount
@@ -123,14 +124,15 @@ COMPARISON = TypeAdapter(Annotated[ComparisonRow, AfterValidator(_check_evaluati
 class Metrics(Object):
     """What step 3 measures; `per_sample` has a list for `id` and for each measure, in the order of the rows."""
 
-    num_samples: int
-    num_errors: int
-    rouge_tokenizer: NotRequired[str]
+    num_samples: Count
+    num_errors: Count
+    rouge_tokenizer: NotRequired[Literal["auto", "words", "morphemes", "characters"]]
     per_sample: dict[str, list]
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) <= 2**53  # NaN is not, either
+def _is_measure(name: str, value) -> bool:
+    largest = 2**53 if name == "length_ratio" else 1 + 1e-6  # the others are shares
+    return type(value) in (int, float) and 0 <= value <= largest  # NaN is not, either
 
 
 def _check_metrics(metrics: dict) -> dict:
@@ -142,8 +144,8 @@ def _check_metrics(metrics: dict) -> dict:
     if any(len(column) != len(ids) for column in columns):
         raise ValueError("the lists of `per_sample` are not equally long")
     for name, column in metrics["per_sample"].items():
-        if name != "id" and not all(value is None or _is_number(value) for value in column):
-            raise ValueError(f"`per_sample.{name}` holds something else than numbers")
+        if name != "id" and not all(value is None or _is_measure(name, value) for value in column):
+            raise ValueError(f"`per_sample.{name}` holds something else than numbers that this measure can have")
     return metrics
 
 

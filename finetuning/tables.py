@@ -51,7 +51,7 @@ METRICS = {  # what step 3 measures of a whole model, under finetuning/metrics.p
 }
 
 
-def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
+def load_predictions(run: Path) -> pd.DataFrame:
     """Every prediction of a run.
 
     Returns:
@@ -63,7 +63,13 @@ def load_predictions(run: Path, names: list[str] | None = None) -> pd.DataFrame:
         InputError: There are no predictions, or a model's answers were not scored because step 3 was stopped; or a
             sample is not the same everywhere.
     """
-    names = names_of_files(run / PREDICTIONS, "all") if names is None else names
+    names = names_of_files(run / PREDICTIONS, "all")
+    for info_path in sorted((run / PREDICTIONS).glob("*.json")):
+        if info_path.stem not in names:
+            raise InputError(
+                f"{info_path} has no {info_path.stem}.jsonl beside it, which holds the answers: start 3_test.py for this model "
+                "again, or delete the file"
+            )
     records, tokenizers = [], set()
     first: dict[str, tuple[Path, dict]] = {}  # row of each sample
     for name in names:

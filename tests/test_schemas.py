@@ -206,6 +206,15 @@ SENT = {"role": "user", "content": "?"}
         ("predictions/base.json", {"metrics__per_sample__rouge1": [1e308, 0, 0, 0]}, "per_sample.rouge1` holds"),
         ("predictions/base.json", {"metrics__per_sample__rouge1": [float("nan"), 0, 0, 0]}, "per_sample.rouge1` holds"),
         ("predictions/base.json", {"metrics__per_sample__id": ["1"] * 4}, "names a sample twice"),
+        ("predictions/base.json", {"metrics__per_sample__rouge1": [3.5, 0, 0, 0]}, "per_sample.rouge1` holds"),
+        (
+            "predictions/base.json",
+            {"metrics__per_sample__length_ratio": [-1, 0, 0, 0]},
+            "per_sample.length_ratio` holds",
+        ),
+        ("predictions/base.json", {"metrics__rouge_tokenizer": "a\nb"}, "`metrics.rouge_tokenizer`"),
+        ("predictions/base.json", {"metrics__num_errors": -1}, "`metrics.num_errors`"),
+        (JUDGED, {"expected": {"relevance": 11}}, "`expected.relevance`"),
         ("checkpoint-1/trainer_state.json", {"log_history": [{"step": 1, "loss": "1"}]}, "`log_history.0.loss`"),
         ("checkpoint-1/trainer_state.json", {"log_history": [{"step": 10**30}]}, "`log_history.0.step`"),
     ],
@@ -214,6 +223,12 @@ def test_texts_and_numbers_that_nothing_can_be_made_of_are_named(run_dir, file, 
     change(run_dir, file, **changes)
     with pytest.raises(InputError, match=f"{file}.*{fault}"):
         read_all(run_dir)
+
+
+def test_a_model_whose_answers_are_gone_is_named(run_dir):
+    (run_dir / ROWS).unlink()
+    with pytest.raises(InputError, match="checkpoint-1.json has no checkpoint-1.jsonl beside it"):
+        load_samples(run_dir)
 
 
 def test_a_measure_that_was_not_taken_is_missing_and_no_fault(run_dir):
