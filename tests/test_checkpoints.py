@@ -1,6 +1,7 @@
 """What a checkpoint holds besides its weights, and what is said where it is damaged, or made to do harm."""
 
 import inspect
+import io
 import json
 import os
 import pickle
@@ -18,11 +19,19 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import SFTTrainer
 
 import finetuning.training
-from finetuning.checkpoints import SafeReader, check_resumable, check_weights, delete_older_checkpoints, saved_shapes
+from finetuning.checkpoints import (
+    MetadataUnpickler,
+    SafeReader,
+    check_resumable,
+    check_weights,
+    delete_older_checkpoints,
+    saved_shapes,
+)
 from finetuning.errors import InputError
 from finetuning.records import open_run
 from finetuning.runs import list_checkpoints
@@ -188,6 +197,24 @@ def test_a_checkpoint_is_complete_only_with_every_tensor(tmp_path, kind):
         file.unlink()
     with pytest.raises(InputError):
         check_weights(tmp_path, shapes)
+
+
+class Attribute:
+    """An attribute of something, as Python 3.11.2 pickles the members of enums."""
+
+    def __init__(self, of, name: str):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_attributes_in_an_optimizer_state_are_members_of_its_enums_and_nothing_else():
+    member = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT"))
+    assert MetadataUnpickler(io.BytesIO(member)).load() is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    for of, name in ((_MEM_FORMAT_ENCODING, "__class__"), (Metadata, "__init__"), (torch.Size, "numel")):
+        with pytest.raises(pickle.UnpicklingError, match="is no part of an optimizer state"):
+            MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(of, name)))).load()
 
 
 class Careless(ResumableSFTTrainer):
