@@ -51,7 +51,7 @@ from finetuning.training import (  # noqa: E402
     build_adapter_config,
     check_model,
     check_optimizer,
-    load_whole_model,
+    load_with_new_tokens,
     on_main_process,
     prepare_wandb,
 )
@@ -188,8 +188,10 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     if checkpoint is not None and peft_config is not None:
         del settings["revision"]  # the adapter names that of its base
         model, peft_config = load_adapter(model, is_trainable=True, **settings), None
+    elif checkpoint is None and new_ids:
+        model = load_with_new_tokens(model, new_ids, settings)
     else:
-        model = load_whole_model(model, new_ids if checkpoint is None else [], settings)
+        training_args.model_init_kwargs = settings
     termination = SaveOnTermination()
     trainer = ResumableSFTTrainer(
         model=model,

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 import trl.trainer.utils
 from accelerate import PartialState
 from accelerate.utils import DistributedType, DynamoBackend
@@ -298,26 +297,15 @@ def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **sourc
     return config
 
 
-def load_whole_model(name_or_path: str, new_ids: list[int], settings: dict) -> PreTrainedModel:
-    """Load a model as trl does, at its revision; embeddings of added tokens start as the mean of all others.
+def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) -> PreTrainedModel:
+    """Load a model whose tokenizer has been given tokens; their embeddings start as the mean of all others.
 
     Args:
-        new_ids: Ids of tokens that the tokenizer has been given; embeddings are added where there are too few.
+        new_ids: Their ids; embeddings are added where there are too few.
         settings: Keyword arguments of from_pretrained.
-
-    Raises:
-        InputError: It cannot be loaded with these settings.
     """
-    source = {key: settings[key] for key in ("revision", "trust_remote_code")}
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, **source)
-        # trl would look its class up at the revision main, whatever the settings say
-        kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-        model = create_model_from_path(name_or_path, kind, **{"device_map": None, **settings})
-    except (ValueError, ImportError) as error:
-        raise InputError(" ".join(str(error).split())) from error
-    if not new_ids:
-        return model
+    settings = {"device_map": None, **settings}
+    model = create_model_from_path(name_or_path, **settings)
     known = model.get_input_embeddings().num_embeddings
     if max(new_ids) >= known:
         model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)

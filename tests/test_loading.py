@@ -225,11 +225,12 @@ class OddModel(LlamaForCausalLM):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch) -> str:
-    """A model with code of its own, which the cache of the Hub has at the revision `v9` and at no other."""
+    """A model with code of its own, which the cache of the Hub has."""
     repository = tmp_path / "hub" / "models--org--odd"
     folder = shutil.copytree(BASE, repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()
-    (repository / "refs" / "v9").write_text("0" * 40)
+    for revision in ("v9", "main"):  # trl looks up the class of a model at main, whatever its revision is
+        (repository / "refs" / revision).write_text("0" * 40)
     (folder / "odd.py").write_text(CODE)
     classes = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"}
     changes = {"model_type": "odd", "architectures": ["OddModel"], "auto_map": classes, "dtype": "float32"}
@@ -242,9 +243,7 @@ def published(tmp_path, monkeypatch) -> str:
     return "org/odd"
 
 
-def test_the_revision_and_the_code_of_the_base_are_those_of_training_in_resuming_and_merging(
-    published, tmp_path, capsys
-):
+def test_resuming_and_merging_run_the_code_of_the_base_as_training_did(published, tmp_path, capsys):
     train = runpy.run_path(str(ROOT / TRAIN), run_name="imported")["main"]
     run = tmp_path / "run"
 
