@@ -58,7 +58,7 @@ from finetuning.judge_work import Work
 from finetuning.prices import Price
 from finetuning.results import RowFile, iterate_rows
 from finetuning.runs import read_json, write_json
-from finetuning.schemas import BATCH
+from finetuning.schemas import BATCH, BATCH_ITEM
 
 BATCHES = "batches"  # folder
 ENDPOINT = "/v1/chat/completions"
@@ -122,7 +122,7 @@ class PendingBatch:
         Raises:
             InputError: Some are missing, so that replies would be nobody's.
         """
-        items = {line["custom_id"]: line["row"] for line in iterate_rows(self.items)}
+        items = {line["custom_id"]: line["row"] for line in iterate_rows(self.items, BATCH_ITEM)}
         if len(items) != self.state["num_requests"]:
             raise InputError(
                 f"{self.items} names {len(items)} of the {self.state['num_requests']} requests of its batch; take it "
@@ -330,7 +330,10 @@ class BatchClient:
     def look(self, batch: PendingBatch) -> Batch:
         self._check_endpoint(batch)
         with self._explained(batch):
-            return self._ask(lambda: self.client.batches.retrieve(batch.state["batch_id"]))
+            found = self._ask(lambda: self.client.batches.retrieve(batch.state["batch_id"]))
+            if not isinstance(found.status, str):  # the client checks no types
+                raise ValueError("the reply is no batch")
+            return found
 
     def wait(self, batch: PendingBatch) -> Batch:
         """Look again and again until the batch has ended; it goes on at the endpoint if this does not."""
@@ -339,10 +342,10 @@ class BatchClient:
         ) as progress:
             while True:
                 found = self.look(batch)
-                counts = found.request_counts
-                if counts is not None:
-                    progress.n = counts.completed + counts.failed
-                    progress.set_postfix(status=found.status, failed=counts.failed)
+                if found.request_counts is not None:
+                    with self._explained(batch):
+                        progress.n = found.request_counts.completed + found.request_counts.failed
+                    progress.set_postfix(status=found.status, failed=found.request_counts.failed)
                 if found.status in (*ENDED, "failed"):
                     return found
                 time.sleep(self.poll_seconds)
@@ -356,9 +359,10 @@ class BatchClient:
         if found.status == "failed":
             self.delete_files(batch)
             batch.finish("failed")
-            reasons = [error.message for error in (found.errors.data if found.errors is not None else None) or []]
+            with self._explained(batch):
+                reasons = [error.message for error in (found.errors.data if found.errors is not None else None) or []]
             reason = hide("; ".join(map(str, reasons[:3]))) or "no reason"
-            raise InputError(f"batch {found.id} was refused, and nothing was judged: {reason}")
+            raise InputError(f"batch {batch.state['batch_id']} was refused, and nothing was judged: {reason}")
         partial = batch.output.with_suffix(".partial")
         with self._explained(batch), partial.open("wb") as file:
             for file_id in (found.output_file_id, found.error_file_id):
@@ -494,7 +498,9 @@ class BatchJudge:
                     if batch.state["status"] == "submitted":
                         found = api.look(batch) if self.args.collect else api.wait(batch)
                         if found.status not in (*ENDED, "failed"):
-                            print(f"batch {found.id}: {found.status}; start with --collect true again later")
+                            print(
+                                f"batch {batch.state['batch_id']}: {found.status}; start with --collect true again later"
+                            )
                             continue
                         api.download(batch, found)
                     if batch.state["status"] == "downloaded":
@@ -539,17 +545,18 @@ class BatchJudge:
         present = {item_key(row): row for row in iterate_rows(file.path)}
         num_replies, unread, without_schema = 0, set(), 0
         for line in iterate_rows(batch.output):
-            item_row = items.get(line.get("custom_id"))
+            custom_id = line.get("custom_id")
+            item_row = items.get(custom_id) if isinstance(custom_id, str) else None
             if item_row is None:
                 continue
             num_replies += 1
             row = {
                 **item_row,
                 **read_reply(line, job.form, self.prices[job.judge_model], self.args.expected_scores),
-                "custom_id": line["custom_id"],
+                "custom_id": custom_id,
             }
             before = present.get(item_key(row))
-            if before is not None and before.get("custom_id") == line["custom_id"]:
+            if before is not None and before.get("custom_id") == custom_id:
                 continue  # a kill came after this row was written
             if before is not None:  # both were paid for; what is about the answer as it is now stays
                 same = before["prediction_hash"] == row["prediction_hash"]

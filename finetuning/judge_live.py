@@ -160,7 +160,7 @@ class LiveJudging:
         self._spent += row["cost"] or 0.0
         money = {"spent": f"${self._spent:.4f}"} if judge.price is not None else {}
         self._progress.set_description(job.name, refresh=False)
-        self._progress.set_postfix({**self._counts, **money, "at_once": int(judge.rate.limit)}, refresh=False)
+        self._progress.set_postfix({**self._counts, **money, "at_once": str(int(judge.rate.limit))}, refresh=False)
 
     def _write(self, job: Job, row: dict) -> None:
         before = self._earlier[job.path].pop(item_key(row), None)

@@ -201,17 +201,48 @@ class Info(Object):
 
 
 class Batch(Object):
-    """How far a batch of requests is."""
+    """How far a batch of requests is; what names it at the endpoint is there from some status on."""
 
-    status: Text
+    status: Literal["written", "uploaded", "submitted", "downloaded", "collected", "failed", "given up"]
     identity: dict
-    attempt: int
-    num_requests: int
-    most_cost: float
-    created: float
+    attempt: Count
+    num_requests: Count
+    most_cost: Amount
+    created: Amount
+    endpoint: NotRequired[Text]
+    input_file_id: NotRequired[Text]
+    batch_id: NotRequired[Text]
+    ended: NotRequired[Text]
+    files: NotRequired[list[Text | None]]
 
 
-BATCH = TypeAdapter(Batch)
+KEYS_OF_BATCH = {
+    "uploaded": ("endpoint", "input_file_id"),
+    "submitted": ("endpoint", "batch_id"),
+    "downloaded": ("endpoint", "batch_id", "ended"),
+}
+
+
+def _check_batch(batch: dict) -> dict:
+    for key in KEYS_OF_BATCH.get(batch["status"], ()):
+        if key not in batch:
+            raise ValueError(f"it is {batch['status']} and has no `{key}`")
+    return batch
+
+
+class Asked(Object):
+    id: Text
+    prediction_hash: Text
+
+
+class BatchItem(Object):
+    """What a request of a batch is about."""
+
+    custom_id: Text
+    row: Asked
+
+
+BATCH, BATCH_ITEM = TypeAdapter(Annotated[Batch, AfterValidator(_check_batch)]), TypeAdapter(BatchItem)
 INFO, PREDICTION_INFO, EVALUATION_INFO = TypeAdapter(Info), TypeAdapter(PredictionInfo), TypeAdapter(EvaluationInfo)
 JUDGES_INFO, COMPARISON_INFO = TypeAdapter(JudgesInfo), TypeAdapter(ComparisonInfo)
 HUMAN_AGREEMENT = TypeAdapter(HumanAgreement)

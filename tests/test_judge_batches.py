@@ -457,6 +457,44 @@ def test_replies_that_were_deleted_before_they_were_rows_are_fetched_again(run_d
 
 
 @pytest.mark.parametrize(
+    "reply",
+    ["null", "[]", "5", "{}", '{"status": null}', '{"status": "completed", "request_counts": {"completed": "x"}}'],
+)
+def test_a_reply_that_is_no_batch_is_not_waited_for(pending, reply):
+    batch, _ = pending
+    with serve(stub := StubBatches(evaluation(6), looks=1)) as url, connect(url) as api:
+        api.submit(batch)
+        stub.get = lambda path: reply
+        with pytest.raises(InputError, match="cannot be used now: .*Nothing is lost"):
+            api.wait(batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"status": "submitted", "endpoint": "x"}, "it is submitted and has no `batch_id`"),
+        ({"status": "downloaded", "endpoint": "x", "batch_id": "b"}, "it is downloaded and has no `ended`"),
+        ({"status": "uploaded"}, "it is uploaded and has no `endpoint`"),
+        ({"status": "on its way"}, "`status`"),
+        ({"num_requests": -1}, "`num_requests`"),
+    ],
+)
+def test_a_record_of_a_batch_that_nothing_can_be_made_of_is_named(pending, changes, said):
+    batch, job = pending
+    batch.record(**changes)
+    with pytest.raises(InputError, match=f"{batch.path} cannot be read: .*{said}.*delete it: the answers of its batch"):
+        open_batches(job.path)
+
+
+@pytest.mark.parametrize("line", ["{}", '{"custom_id": [], "row": {}}', '{"custom_id": "a", "row": {"id": "x"}}'])
+def test_items_of_a_batch_that_name_nothing_are_named(pending, line):
+    batch, _ = pending
+    batch.items.write_text(line + "\n")
+    with pytest.raises(InputError, match=f"{batch.items}:1 .*custom_id|{batch.items}:1 .*prediction_hash"):
+        batch.read_items()
+
+
+@pytest.mark.parametrize(
     ("reply", "status"),
     [("hang up", "uploaded"), ((502, {}, "bad gateway"), "uploaded"), ((405, {}, "no"), "written"), (PAGE, "written"),
      ((400, {}, {"error": {"message": "no"}}), "written")],
