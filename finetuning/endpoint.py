@@ -50,7 +50,8 @@ class Endpoint:
         try:
             parts = urlsplit(self.url)
             valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
+            httpx2.URL(self.url)  # which the client reads it by
+        except (ValueError, httpx2.InvalidURL):
             valid = False
         if not valid or not self.url.isprintable():
             raise InputError(
@@ -67,8 +68,18 @@ class Endpoint:
         return show_url(self.url)
 
     def open_client(self) -> AsyncOpenAI:
-        """A client that makes each attempt once, and leaves its time to `attempt`."""
-        return AsyncOpenAI(base_url=self.url, api_key=read_key() or "none", max_retries=0, timeout=None)
+        """A client that makes each attempt once, and leaves its time to `attempt`.
+
+        Raises:
+            InputError: The environment names a proxy or certificates that it cannot use.
+        """
+        try:
+            return AsyncOpenAI(base_url=self.url, api_key=read_key() or "none", max_retries=0, timeout=None)
+        except (ValueError, ImportError, OSError, httpx2.InvalidURL) as error:
+            raise InputError(
+                f"no connection to {self} can be made with the proxy and certificates of the environment (HTTPS_PROXY, "
+                f"HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE, SSL_CERT_DIR): {hide(' '.join(str(error).split()))}"
+            ) from error
 
     async def attempt(self, request: Awaitable, num_bytes: int = 0):
         """What a request gives.

@@ -240,6 +240,8 @@ def _read_rubric_yaml(path: Path) -> type[BaseModel]:
         content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"rubric {path} cannot be read: {error.strerror}") from error
+    except RecursionError:
+        raise InputError(f"rubric {path}: brackets within brackets, too deep to read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"rubric {path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(

@@ -51,6 +51,7 @@ from finetuning.prices import Price
 RATE_LIMIT_ROUNDS = 3  # times --max_retries, before a rate limit is an error of the sample
 RETRIES_UNREACHED = 2  # while nothing has ever answered at the address
 FAILURES_IN_A_ROW = 10  # from the start on: then nothing is set up as it should be
+MOST_TOKENS = 2**53  # of a reply that says what it used; a larger number is none
 NUM_TOP_LOGPROBS = 20  # the most that the API gives
 
 
@@ -439,7 +440,7 @@ def read_completion(
 def _read_usage(completion: ChatCompletion) -> dict | None:
     usage = getattr(completion, "usage", None)
     counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(value, int) and value >= 0 for value in counts):
+    if not all(isinstance(value, int) and 0 <= value <= MOST_TOKENS for value in counts):
         return None
     cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", None)
     cached = min(cached, counts[0]) if isinstance(cached, int) and cached > 0 else 0

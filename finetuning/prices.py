@@ -55,6 +55,8 @@ def load_price(path: str | None, model: str) -> Price | None:
         table = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"prices {file} cannot be read: {error.strerror}") from error
+    except RecursionError:
+        raise InputError(f"prices {file}: brackets within brackets, too deep to read") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
         raise InputError(f"prices {file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(table, dict) or not isinstance(table.get("models"), dict):

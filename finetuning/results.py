@@ -194,7 +194,7 @@ class RowFile:
             info_path = part.with_suffix(".json")
             info = read_json(info_path) if is_there(info_path) else {}
             if info.get("identity") == json.loads(json.dumps(self.info["identity"])):
-                for row in iterate_rows(part):
+                for row in iterate_rows(part, PREDICTION):
                     if row["id"] not in known:
                         self.append(row)
                         known.add(row["id"])

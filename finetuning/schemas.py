@@ -198,6 +198,7 @@ class HumanAgreement(Object):
 
 class Info(Object):
     identity: dict[str, Any]
+    seconds: NotRequired[Amount]
 
 
 class Batch(Object):

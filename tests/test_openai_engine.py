@@ -278,3 +278,14 @@ def test_a_setting_of_the_checkpoint_that_no_server_knows_is_refused(tokenizer):
     own = GenerationConfig(no_repeat_ngram_size=3)
     with pytest.raises(InputError, match="no_repeat_ngram_size: 3, which the engine openai does not know"):
         build_generation_config(Arguments(), tokenizer, own, "openai")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks9://me:password-of-mine@x"), ("ALL_PROXY", "socks5://x:1"), ("SSL_CERT_FILE", "/nowhere")],
+)
+def test_a_proxy_or_certificates_that_cannot_be_used_are_named(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"no connection to http://x/v1 can be made .*{name}") as error:
+        Endpoint("http://x/v1", 1).open_client()
+    assert "password-of-mine" not in str(error.value)
