@@ -33,6 +33,7 @@ from finetuning.data import load_test_samples  # noqa: E402
 from finetuning.inference import encode_prompts, loading_options  # noqa: E402
 from finetuning.loading import load_adapter, refuse_quantised  # noqa: E402
 from finetuning.runs import find_models, find_run, last_checkpoint, read_json, read_run  # noqa: E402
+from finetuning.schemas import TESTED_RUN_RECORD  # noqa: E402
 
 MAX_NEW_TOKENS = 64
 TOLERANCE_OF_SCALE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 0.0001}
@@ -102,7 +103,7 @@ def make_partial_folder(merged_dir: Path) -> Path:
 def main(args: MergeArguments) -> None:
     quiet_weight_bars()
     run = find_run(args.output_dir)
-    record = read_run(run)
+    record = read_run(run, TESTED_RUN_RECORD)
     name, path, merged_dir = find_adapter(run, args)
     partial_dir = make_partial_folder(merged_dir)
     try:

@@ -71,7 +71,7 @@ from finetuning.runs import (  # noqa: E402
     names_of_files,
     read_run,
 )
-from finetuning.schemas import PREDICTION  # noqa: E402
+from finetuning.schemas import PREDICTION, TESTED_RUN_RECORD  # noqa: E402
 from finetuning.submission import check_submission, write_submission  # noqa: E402
 from finetuning.tables import format_metrics, print_table  # noqa: E402
 
@@ -90,7 +90,7 @@ def main(args: TestArguments) -> None:
         if rank == 0:
             rescore(run, args)
         return
-    record = read_run(run)
+    record = read_run(run, TESTED_RUN_RECORD)
     models = find_models(run, args.model_name)
     engine_name = choose_engine(args, world_size, list(models.values()))
     served: dict[str, str] = {}

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from finetuning.errors import InputError, naming
 from finetuning.runs import is_there, read_json, to_json, write_json
-from finetuning.schemas import ANY_OBJECT, INFO, PREDICTION, check
+from finetuning.schemas import ANY_OBJECT, INFO, PREDICTION, ROW, check
 
 REMEDY = "delete that line, and start the step that wrote it again to make it anew"
 
@@ -194,7 +194,7 @@ class RowFile:
             info_path = part.with_suffix(".json")
             info = read_json(info_path) if is_there(info_path) else {}
             if info.get("identity") == json.loads(json.dumps(self.info["identity"])):
-                for row in iterate_rows(part, PREDICTION):
+                for row in iterate_rows(part, ROW):
                     if row["id"] not in known:
                         self.append(row)
                         known.add(row["id"])

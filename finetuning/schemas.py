@@ -49,15 +49,20 @@ Score = Annotated[Number, Field(ge=1, le=10)]
 MeanScore = Annotated[Number, Field(ge=1 - 1e-6, le=10 + 1e-6)]  # of floats
 
 
+class Row(Object):
+    """What every row of answers or judgements has."""
+
+    id: Annotated[Text, Field(min_length=1)]
+
+
 class Message(Object):
     role: Text
     content: Text  # a call of a tool as text, too
 
 
-class PredictionRow(Object):
+class PredictionRow(Row):
     """One row of step 3; `prediction` is null where `finish_reason` is error."""
 
-    id: Annotated[Text, Field(min_length=1)]
     messages: list[Message]
     references: list[Text]
     prediction: Text | None
@@ -113,6 +118,7 @@ def _check_evaluation(row: dict) -> dict:
     return row
 
 
+ROW = TypeAdapter(Row)
 PREDICTION = TypeAdapter(Annotated[PredictionRow, AfterValidator(_check_prediction)])
 EVALUATION = TypeAdapter(Annotated[EvaluationRow, AfterValidator(_check_evaluation)])
 COMPARISON = TypeAdapter(Annotated[ComparisonRow, AfterValidator(_check_evaluation)])
@@ -266,6 +272,32 @@ class DataConfig(RunConfig):
     dataset_name: Text
 
 
+class TestedConfig(DataConfig):
+    dataset_test_split: Text
+    dataset_config: NotRequired[Text | None]
+    question_key: NotRequired[Text | None]
+    answer_key: NotRequired[Text | None]
+    system_prompt: NotRequired[Text | None]
+    clean_jamo: NotRequired[bool]
+    mask_pii: NotRequired[bool]
+    mask_history: NotRequired[bool]
+    model_revision: NotRequired[Text | None]
+    trust_remote_code: NotRequired[bool]
+
+
+def _check_columns(config: dict) -> dict:
+    if (config.get("question_key") is None) != (config.get("answer_key") is None):
+        raise ValueError("it has one of `question_key` and `answer_key` without the other")
+    return config
+
+
+class TestedRunRecord(RunRecord):
+    """Of run.json, what models are tested by: the samples, and how they are phrased."""
+
+    config: Annotated[TestedConfig, AfterValidator(_check_columns)]
+    chat_template: Text | None
+
+
 class Split(Object):
     rows: int
 
@@ -355,7 +387,7 @@ class TrainerState(TrainingLog):
 
 
 RUN_RECORD, FULL_RUN_RECORD = TypeAdapter(RunRecord), TypeAdapter(FullRunRecord)
-TRAINED_RUN_RECORD = TypeAdapter(TrainedRunRecord)
+TRAINED_RUN_RECORD, TESTED_RUN_RECORD = TypeAdapter(TrainedRunRecord), TypeAdapter(TestedRunRecord)
 PREFLIGHT, TRAINING_LOG, TRAINER_STATE = TypeAdapter(Preflight), TypeAdapter(TrainingLog), TypeAdapter(TrainerState)
 
 

@@ -172,7 +172,8 @@ def make_run(folder: Path, models: dict[str, list[str]]) -> Path:
     record = {
         "command": ["1_train_full_fine_tuning.py"],
         "finished": "2026-01-01T00:00:00+00:00",
-        "config": {"model_name_or_path": "demo/model", "dataset_name": "demo/data"},
+        "config": {"model_name_or_path": "demo/model", "dataset_name": "demo/data", "dataset_test_split": "test"},
+        "chat_template": None,
         "data": {"train": {"rows": 3}},
         "libraries": {"torch": "2.13.0"},
         "git_commit": None,

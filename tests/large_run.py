@@ -21,7 +21,10 @@ def write_run(folder: Path, num_samples: int, models: list[str], attacks: list[s
     rng = random.Random(0)
     record = {
         "command": ["1_train_full_fine_tuning.py"], "finished": "2026-01-01T00:00:00+00:00",
-        "config": {"model_name_or_path": "demo/model", "dataset_name": (attacks or ["demo/data"])[0]},
+        "config": {
+            "model_name_or_path": "demo/model", "dataset_name": (attacks or ["demo/data"])[0], "dataset_test_split": "test",
+        },
+        "chat_template": None,
         "data": {"train": {"rows": 3}}, "libraries": {"torch": "2.13.0"}, "git_commit": None,
         "hardware": {"devices": ["cpu"]}, "parallelism": {"kind": "fsdp2", "world_size": 2},
     }  # fmt: skip

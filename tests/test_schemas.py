@@ -280,3 +280,43 @@ def test_the_documented_rows_are_those_that_are_checked():
         described = re.search(rf"^    {name}   (.*(\n {{17}}.*)*)", text, re.MULTILINE)[1]
         keys = re.findall(r"(?:^|,)\s*(\w+)", re.sub(r"\{.*?\}+|\[.*?\]", "", described))
         assert keys == list(row.__annotations__)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset_name": None}, "has no `config.dataset_name`"),
+        ({"dataset_test_split": None}, "has no `config.dataset_test_split`"),
+        ({"question_key": "dialogue"}, "one of `question_key` and `answer_key` without the other"),
+        ({"question_key": ["a"], "answer_key": "b"}, "`config.question_key`"),
+        ({"system_prompt": 5}, "`config.system_prompt`"),
+        ({"clean_jamo": "yes"}, "`config.clean_jamo`"),
+        ({"model_revision": 5}, "`config.model_revision`"),
+    ],
+)
+def test_a_run_that_says_not_how_it_is_tested_is_named(run_dir, changes, said):
+    change(run_dir, "run.json", **{f"config__{key}": value for key, value in changes.items()})
+    with pytest.raises(InputError, match=rf"run\.json .*{said}.*written by 1_train"):
+        read_run(run_dir, schemas.TESTED_RUN_RECORD)
+
+
+def test_a_run_without_its_chat_template_is_named(run_dir):
+    content = json.loads((run_dir / "run.json").read_text())
+    del content["chat_template"]
+    (run_dir / "run.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="run.json has no `chat_template`"):
+        read_run(run_dir, schemas.TESTED_RUN_RECORD)
+
+
+def test_what_step_3_goes_on_from_is_checked(run_dir):
+    path = run_dir / ROWS
+    info = json.loads(path.with_suffix(".json").read_text())
+    part = path.parent / "parts" / f"{path.stem}.1.jsonl"
+    part.parent.mkdir()
+    part.write_text("{}\n")
+    part.with_suffix(".json").write_text(json.dumps({"identity": info["identity"]}))
+    with RowFile(path, info["identity"]) as file, pytest.raises(InputError, match=rf"{part.name}:1 has no `id`"):
+        file.absorb()
+    path.with_suffix(".json").write_text(json.dumps({**info, "seconds": "x"}))
+    with pytest.raises(InputError, match="`seconds`"):
+        RowFile(path, info["identity"])
