@@ -19,6 +19,7 @@ from finetuning.conversations import with_json_arguments
 from finetuning.errors import InputError
 from finetuning.model_files import check_model_files
 from finetuning.runs import read_json
+from finetuning.schemas import GENERATION_CONFIG, check
 
 # For base models without a chat template: plain words, and the end token that every tokenizer has.
 PLAIN_TEMPLATE = (Path(__file__).parent / "plain_chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
@@ -147,6 +148,11 @@ def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:
             config = GenerationConfig.from_pretrained(source, **revision)
         except OSError:
             continue
+        except TypeError:
+            raise InputError(f"{source}: generation_config.json must hold settings by name") from None
+        check(
+            config.to_dict(), GENERATION_CONFIG, f"{source}: generation_config.json", "correct it, or delete the file"
+        )
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id or 0]
         if not all(isinstance(token_id, int) for token_id in ends):
             raise InputError(f"{source}: eos_token_id of generation_config.json must be ids of tokens, not {ends}")

@@ -26,7 +26,7 @@ RANGES = {
     "top_p": (0, 1), "num_beams": (1, None), "no_repeat_ngram_size": (0, None), "top_k": (0, None), "concurrency": (1, None),
     "max_tokens": (1, None), "max_retries": (0, None), "limit": (1, None),
     "preview_rows": (0, None), "pad_to_multiple_of": (1, None), "holdout": (0, 0.9),
-    "temperature": (0, None), "poll_seconds": (0.01, 86_400), "requests_per_minute": (0.01, None), "tokens_per_minute": (1, None),
+    "temperature": (0, None), "length_penalty": (-10, 10), "poll_seconds": (0.01, 86_400), "requests_per_minute": (0.01, None), "tokens_per_minute": (1, None),
 }  # fmt: skip
 POSITIVE = {
     "learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps", "tolerance",

@@ -26,6 +26,7 @@ from finetuning.errors import InputError
 OPENAI_URL = "https://api.openai.com/v1"
 LONGEST_WAIT = 600.0  # seconds of a Retry-After that are worth waiting for
 LONGEST_BACKOFF = 8.0  # seconds between two attempts where the endpoint names none
+MOST_TOKENS = 2**53  # that a reply can say it used; a larger number is none
 SLOWEST = 50_000  # bytes of a file that are sent or fetched in a second, at least
 
 

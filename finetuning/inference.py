@@ -163,7 +163,8 @@ def load_model(
             model = load_adapter(name_or_path, **settings)
         else:
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **settings)
-    except (OSError, ValueError) as error:  # there is none, or it is no causal language model
+    # there is none, or it is no causal language model, or its config names what the library does not have
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"could not load the model {name_or_path}: {describe_failure(error)}") from error
     if load_in_4bit:
         for (

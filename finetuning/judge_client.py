@@ -37,6 +37,7 @@ from finetuning.configs import JudgeArguments
 from finetuning.credentials import hide, hide_all
 from finetuning.endpoint import (
     LONGEST_WAIT,
+    MOST_TOKENS,
     OPENAI_URL,
     Endpoint,
     never_arrived,
@@ -51,7 +52,6 @@ from finetuning.prices import Price
 RATE_LIMIT_ROUNDS = 3  # times --max_retries, before a rate limit is an error of the sample
 RETRIES_UNREACHED = 2  # while nothing has ever answered at the address
 FAILURES_IN_A_ROW = 10  # from the start on: then nothing is set up as it should be
-MOST_TOKENS = 2**53  # of a reply that says what it used; a larger number is none
 NUM_TOP_LOGPROBS = 20  # the most that the API gives
 
 

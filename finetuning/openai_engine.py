@@ -27,7 +27,7 @@ from finetuning.conversations import with_json_arguments
 from finetuning.credentials import hide
 from finetuning.data import TestSamples
 from finetuning.decoding import seed_of
-from finetuning.endpoint import Endpoint, seconds_to_wait
+from finetuning.endpoint import MOST_TOKENS, Endpoint, seconds_to_wait
 from finetuning.errors import InputError, to_line
 from finetuning.inference import Answer, AnswerReader, Prompt
 from finetuning.interrupts import SoftStop
@@ -52,6 +52,12 @@ def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> 
 
     try:
         served = asyncio.run(list_models())
+        if not all(isinstance(model, str) for model in served):
+            raise TypeError("the name of a model is no text")
+    except (AttributeError, TypeError, RecursionError) as error:  # the client checks no types
+        raise InputError(
+            f"{endpoint}/models gives no list of models, so this is no OpenAI-compatible server"
+        ) from error
     except (TimeoutError, OpenAIError, ValueError) as error:
         raise InputError(f"no OpenAI-compatible server answers at {endpoint}: {endpoint.describe(error)}") from error
     found = {}
@@ -167,9 +173,10 @@ class OpenAIEngine:
                     return self._give_up(prompt, error)
             if await stop.sleep(wait):
                 return None
-        if not isinstance(completion, ChatCompletion) or not completion.choices:  # a proxy's page, say
+        try:
+            return self._read(prompt, completion)
+        except (AttributeError, TypeError, LookupError, ValueError, OverflowError):  # the client checks no types
             return Answer.failed(prompt, "the reply is no chat completion")
-        return self._read(prompt, completion)
 
     def _give_up(self, prompt: Prompt, error: Exception) -> Answer:
         if isinstance(error, (AuthenticationError, PermissionDeniedError, NotFoundError, APIConnectionError)):
@@ -213,15 +220,15 @@ class OpenAIEngine:
         choice, usage = completion.choices[0], completion.usage
         if choice.finish_reason not in ("stop", "length"):
             return Answer.failed(prompt, hide(f"the server ended the answer with {choice.finish_reason}"))
-        if usage is not None and usage.prompt_tokens != len(prompt.token_ids):
+        if getattr(usage, "prompt_tokens", None) not in (None, len(prompt.token_ids)):
             self.num_unlike += 1
         token_ids = getattr(choice, "token_ids", None)
         if token_ids is None:
             self.gives_ids = False
             text = hide(choice.message.content or "")
-            num_new_tokens = (
-                usage.completion_tokens if usage is not None else len(self.reader.tokenizer(text)["input_ids"])
-            )
+            num_new_tokens = getattr(usage, "completion_tokens", None)
+            if type(num_new_tokens) is not int or not 0 <= num_new_tokens <= MOST_TOKENS:
+                num_new_tokens = len(self.reader.tokenizer(text)["input_ids"])
             return self.reader.read_text(prompt, text, num_new_tokens, choice.finish_reason == "stop")
         answer = self.reader.read(prompt, token_ids)
         answer.prediction = hide(answer.prediction)

@@ -15,7 +15,7 @@ def check_submission(path: str, models: list[str], samples: TestSamples, num_sam
     """Look before anything is answered whether the file can be written.
 
     Raises:
-        InputError: It exists, several models would answer, or rows would have no answer.
+        InputError: It exists or cannot be made, several models would answer, or rows would have no answer.
     """
     if Path(path).exists():
         raise InputError(f"submission: {path} exists; delete it, or name another file")
@@ -23,6 +23,14 @@ def check_submission(path: str, models: list[str], samples: TestSamples, num_sam
         raise InputError(f"submission has the answers of one model; name one of {', '.join(models)} with --model_name")
     if num_samples < len(samples):
         raise InputError(f"submission has an answer to every row of the test split; add --num_samples {len(samples)}")
+    make_folder(Path(path).parent)
+    partial = Path(f"{path}.partial")
+    try:
+        with naming(partial):
+            partial.touch()
+    except FileNotFoundError:  # in /proc
+        raise InputError(f"submission: {path} cannot be made there; name a file at another place") from None
+    partial.unlink()
 
 
 def write_submission(path: str, rows: Iterable[dict], samples: TestSamples, answer_key: str | None) -> None:
@@ -37,7 +45,6 @@ def write_submission(path: str, rows: Iterable[dict], samples: TestSamples, answ
     dataset = samples.dataset
     id_column = next((column for column in dataset.column_names if column in ID_COLUMNS), None)
     ids = dataset[id_column] if id_column is not None else range(len(dataset))
-    make_folder(Path(path).parent)
     partial = Path(f"{path}.partial")
     with naming(partial), partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.writer(file)

@@ -1,4 +1,5 @@
 import itertools
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -28,10 +29,12 @@ from finetuning.chat import (
     end_token_ids,
     fit_to_template,
     hidden_keys,
+    load_generation_config,
     load_tokenizer,
 )
 from finetuning.data import find_row_format, to_sample, to_training_row
 from finetuning.data_checks import check_template, check_turns
+from finetuning.errors import InputError
 from finetuning.inference import encode_prompts
 from finetuning.training import ResumableSFTTrainer, TrainingArguments
 
@@ -318,3 +321,22 @@ def test_demo_model_is_what_its_script_says():
     model = AutoModelForCausalLM.from_pretrained(ROOT / "demo/model")
     assert sum(f.stat().st_size for f in (ROOT / "demo/model").iterdir()) < 8_000_000
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "must hold settings by name"),
+        ({"repetition_penalty": "hot"}, "`repetition_penalty`"),
+        ({"repetition_penalty": 0}, "`repetition_penalty`"),
+        ({"num_beams": "2"}, "`num_beams`"),
+        ({"no_repeat_ngram_size": -3}, "`no_repeat_ngram_size`"),
+        ({"do_sample": True, "temperature": 0.0}, "a temperature of 0 cannot be sampled at"),
+        ({"temperature": "x"}, "`temperature`"),
+        ({"top_p": 1.5}, "`top_p`"),
+    ],
+)
+def test_settings_of_a_model_that_nothing_can_be_generated_by_are_named(tmp_path, settings, said):
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=f"generation_config.json .*{said}"):
+        load_generation_config(str(tmp_path))

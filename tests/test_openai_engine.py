@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, command, run
 from demo_server import serve_model
-from judge_servers import StubJudge, serve
+from judge_servers import StubJudge, completion, serve
 from transformers import GenerationConfig
 
 from finetuning.chat import load_generation_config, load_tokenizer
@@ -145,6 +145,36 @@ def test_token_ids_are_read_as_those_of_every_other_engine(tokenizer):
     (answer,), _, engine = answer_stub(reply(message={"content": "met Ella."}, token_ids=ids))
     assert answer.prediction == "#Person1# met Ella." and answer.num_new_tokens == len(ids)
     assert answer.removed_tokens == {"<|im_end|>": 1} and engine.gives_ids
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        None, "x", {"message": None}, {"message": "x"}, {"message": {"content": ["a"]}}, {"message": {"content": 5}},
+        *({"token_ids": ids} for ids in ("x", [10**30], [-1], [None])),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_strange_reply_is_an_error_of_its_sample(choice):
+    choices = [{**completion("x")["choices"][0], **choice} if isinstance(choice, dict) else choice]
+    (answer,), _, _ = answer_stub((200, {}, {**completion("x"), "choices": choices}))
+    assert answer.error == "the reply is no chat completion" and answer.prediction is None
+
+
+@pytest.mark.parametrize("usage", ["x", {"completion_tokens": "x"}, {"completion_tokens": 10**30}, {}, None], ids=str)
+def test_a_usage_that_is_none_leaves_the_tokens_to_be_counted(usage):
+    (answer,), _, _ = answer_stub((200, {}, {**completion("#Person1# met Ella."), "usage": usage}))
+    assert answer.prediction == "#Person1# met Ella." and 2 < answer.num_new_tokens < 20
+
+
+@pytest.mark.parametrize(
+    "models", ["null", "[]", "5", '{"data": [{}]}', '{"data": [null]}', '{"data": [{"id": 5}]}', "[" * 5000]
+)
+def test_a_server_without_a_list_of_models_is_named(models):
+    stub = StubJudge("x")
+    stub.get = lambda path: models
+    with serve(stub) as url, pytest.raises(InputError, match="gives no list of models"):
+        find_served(Endpoint(url, 5), {"base": "base"}, "all")
 
 
 def test_a_server_that_counts_other_tokens_or_hides_some_is_named(capsys):

@@ -40,7 +40,7 @@ from finetuning.inference import (
 )
 from finetuning.results import read_rows
 from finetuning.runs import read_json, write_json
-from finetuning.submission import write_submission
+from finetuning.submission import check_submission, write_submission
 
 DEMO = str(ROOT / "demo/model")
 
@@ -199,6 +199,7 @@ def test_texts_of_a_submission_are_not_changed_and_rows_without_an_id_have_their
     samples = load_test_samples({"dataset_name": str(tmp_path), "dataset_test_split": "test"})
     texts = {"a": '=1+1, "quoted"\nand a line', "b": None}
     rows = [{"id": sample["id"], "prediction": texts[sample["prompt"][0]["content"]]} for sample in samples]
+    check_submission(str(tmp_path / "new" / "s.csv"), ["m"], samples, len(samples))
     write_submission(str(tmp_path / "new" / "s.csv"), rows, samples, None)
     with (tmp_path / "new" / "s.csv").open(encoding="utf-8", newline="") as file:
         assert list(csv.reader(file)) == [["id", "prediction"], ["0", texts["a"]], ["1", ""]]
