@@ -90,9 +90,13 @@ class Endpoint:
 
         Raises:
             TimeoutError: Its last byte has not come in time; the client's own limit is between two bytes.
+            ValueError: It is no JSON that can be read.
         """
         async with asyncio.timeout(self.timeout + num_bytes / SLOWEST):
-            return await request
+            try:
+                return await request
+            except RecursionError as error:
+                raise ValueError("the reply is nested too deeply") from error
 
     def describe(self, error: Exception) -> str:
         """One line that says what became of an attempt."""

@@ -204,6 +204,8 @@ def build_generation_config(
                 f"the checkpoint's generation_config.json has {key}: {value}, which the engine {engine} does not know; use "
                 f"--engine transformers, or change it with --{key} {neutral[key]}"
             )
+        if key == "temperature" and value == 0:
+            raise InputError("temperature: 0 (from the checkpoint) cannot be sampled at; add --temperature, as in 0.7")
         if key == "num_beams" and args.do_sample and (value or 1) > 1:
             raise InputError(
                 f"do_sample and num_beams: {value} (from the checkpoint) exclude each other; add --num_beams 1"

@@ -54,7 +54,7 @@ def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> 
         served = asyncio.run(list_models())
         if not all(isinstance(model, str) for model in served):
             raise TypeError("the name of a model is no text")
-    except (AttributeError, TypeError, RecursionError) as error:  # the client checks no types
+    except (AttributeError, TypeError) as error:  # the client checks no types
         raise InputError(
             f"{endpoint}/models gives no list of models, so this is no OpenAI-compatible server"
         ) from error

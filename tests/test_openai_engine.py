@@ -173,7 +173,7 @@ def test_a_usage_that_is_none_leaves_the_tokens_to_be_counted(usage):
 def test_a_server_without_a_list_of_models_is_named(models):
     stub = StubJudge("x")
     stub.get = lambda path: models
-    with serve(stub) as url, pytest.raises(InputError, match="gives no list of models"):
+    with serve(stub) as url, pytest.raises(InputError, match="no OpenAI-compatible server"):
         find_served(Endpoint(url, 5), {"base": "base"}, "all")
 
 

@@ -550,6 +550,9 @@ def test_what_is_not_set_comes_from_the_checkpoint(tokenizer):
         "default",
     ]
     assert len(greedy.eos_token_id) == 2
+    own.temperature = 0.0
+    with pytest.raises(InputError, match="temperature: 0 .from the checkpoint. cannot be sampled at"):
+        build_generation_config(Arguments(do_sample=True), tokenizer, own)
 
 
 def test_what_a_checkpoint_declares_beyond_these_settings_is_named():
