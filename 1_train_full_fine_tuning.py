@@ -21,28 +21,28 @@ import shlex
 import sys
 from pathlib import Path
 
-from finetuning.configs import ScriptArguments, run_step
+from finetuning.config.arguments import ScriptArguments, run_step
+from finetuning.config.model_arguments import ModelArguments
 from finetuning.errors import InputError, is_main_process
-from finetuning.model_arguments import ModelArguments
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
 
-import torch  # noqa: E402
-from transformers import PreTrainedTokenizerBase, ProgressCallback  # noqa: E402
-from trl import get_quantization_config  # noqa: E402
+import torch
+from transformers import PreTrainedTokenizerBase, ProgressCallback
+from trl import get_quantization_config
 
-from finetuning.batches import RowPreparation  # noqa: E402
-from finetuning.chat import add_tokens, load_tokenizer  # noqa: E402
-from finetuning.checkpoints import check_resumable  # noqa: E402
-from finetuning.data import load_training_rows, tokens_to_add  # noqa: E402
-from finetuning.hardware import bf16_available, choose_attention  # noqa: E402
-from finetuning.loading import load_adapter  # noqa: E402
-from finetuning.memory import MemoryPeak  # noqa: E402
-from finetuning.preflight import run_preflight  # noqa: E402
-from finetuning.records import build_record, now, open_run, save_record  # noqa: E402
-from finetuning.runs import EDA, RUN_FILE  # noqa: E402
-from finetuning.training import (  # noqa: E402
+from finetuning.data.batches import RowPreparation
+from finetuning.data.chat import add_tokens, load_tokenizer
+from finetuning.data.rows import load_training_rows, tokens_to_add
+from finetuning.hardware import bf16_available, choose_attention
+from finetuning.models.loading import load_adapter
+from finetuning.runs import EDA, RUN_FILE
+from finetuning.training.checkpoints import check_resumable
+from finetuning.training.memory import MemoryPeak
+from finetuning.training.preflight import run_preflight
+from finetuning.training.records import build_record, now, open_run, save_record
+from finetuning.training.trainer import (
     LineProgress,
     RecordShares,
     ResumableSFTTrainer,

@@ -19,21 +19,22 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.configs import MergeArguments, run_step
+from finetuning.config.arguments import MergeArguments, run_step
 from finetuning.errors import InputError, make_folder
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from finetuning.chat import base_of, load_generation_config, load_model_config, load_tokenizer  # noqa: E402
-from finetuning.data import load_test_samples  # noqa: E402
-from finetuning.inference import encode_prompts, loading_options  # noqa: E402
-from finetuning.loading import load_adapter, refuse_quantised  # noqa: E402
-from finetuning.runs import find_models, find_run, last_checkpoint, read_json, read_run  # noqa: E402
-from finetuning.schemas import TESTED_RUN_RECORD  # noqa: E402
+from finetuning.data.chat import load_tokenizer
+from finetuning.data.rows import load_test_samples
+from finetuning.inference.answers import encode_prompts, loading_options
+from finetuning.models.config import base_of, load_generation_config, load_model_config
+from finetuning.models.loading import load_adapter, refuse_quantised
+from finetuning.runs import find_models, find_run, last_checkpoint, read_json, read_run
+from finetuning.schemas import TESTED_RUN_RECORD
 
 MAX_NEW_TOKENS = 64
 TOLERANCE_OF_SCALE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 0.0001}

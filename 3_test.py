@@ -27,23 +27,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetuning.configs import NOT_OF_ENGINE, TestArguments, run_step
+from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments, run_step
 from finetuning.errors import InputError, is_main_process, to_line
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import GenerationConfig, PreTrainedTokenizerBase  # noqa: E402
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from finetuning.chat import load_generation_config, load_tokenizer  # noqa: E402
-from finetuning.conversations import as_texts  # noqa: E402
-from finetuning.data import TestSamples, load_test_samples  # noqa: E402
-from finetuning.endpoint import Endpoint  # noqa: E402
-from finetuning.hardware import choose_dtype  # noqa: E402
-from finetuning.inference import (  # noqa: E402
+from finetuning.data.chat import load_tokenizer
+from finetuning.data.conversations import as_texts
+from finetuning.data.rows import TestSamples, load_test_samples
+from finetuning.endpoint import Endpoint
+from finetuning.hardware import choose_dtype
+from finetuning.inference.answers import (
     Answer,
     Prompt,
     TransformersEngine,
@@ -60,10 +60,13 @@ from finetuning.inference import (  # noqa: E402
     read_ahead,
     why_not_vllm,
 )
-from finetuning.metrics import MOST_DISCARDED, score_predictions  # noqa: E402
-from finetuning.openai_engine import OpenAIEngine, find_served  # noqa: E402
-from finetuning.results import RowFile, iterate_rows, read_info  # noqa: E402
-from finetuning.runs import (  # noqa: E402
+from finetuning.inference.metrics import MOST_DISCARDED, score_predictions
+from finetuning.inference.openai_engine import OpenAIEngine, find_served
+from finetuning.inference.submission import check_submission, write_submission
+from finetuning.models.config import load_generation_config
+from finetuning.report.tables import format_metrics, print_table
+from finetuning.results import RowFile, iterate_rows, read_info
+from finetuning.runs import (
     BASE,
     PREDICTIONS,
     find_models,
@@ -71,9 +74,7 @@ from finetuning.runs import (  # noqa: E402
     names_of_files,
     read_run,
 )
-from finetuning.schemas import PREDICTION, TESTED_RUN_RECORD  # noqa: E402
-from finetuning.submission import check_submission, write_submission  # noqa: E402
-from finetuning.tables import format_metrics, print_table  # noqa: E402
+from finetuning.schemas import PREDICTION, TESTED_RUN_RECORD
 
 CONCURRENCY, TIMEOUT = 64, 600.0  # of requests to a server, unless they are set
 
@@ -242,7 +243,7 @@ def start_engine(
     dtype = choose_dtype(args.dtype)
     if name == "vllm":
         try:
-            from finetuning.vllm_engine import VllmEngine
+            from finetuning.inference.vllm_engine import VllmEngine
         except (ImportError, OSError) as error:  # a build for another torch or GPU
             raise InputError(
                 f"vllm does not import ({str(error).splitlines()[0]}); use --engine transformers"

@@ -14,7 +14,7 @@ Writes  <output_dir>/qa_evaluation_results/<model>.jsonl     one row a judged an
         ... /pairs/<A>--<B>.jsonl                            --compare: one row a pair and order
         ... /batches/                                        --mode batch: what is under way
 
-The answers and their questions are sent to the endpoint. What the judge is asked is in finetuning/judge.py, how far it
+The answers and their questions are sent to the endpoint. What the judge is asked is in finetuning/judge/form.py, how far it
 can be trusted in docs/judging.md.
 
 Stop it and start it again at any time: answers already judged are not sent twice, and failed ones are tried again.
@@ -29,10 +29,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from finetuning.configs import JudgeArguments, run_step, split_names
+from finetuning.config.arguments import JudgeArguments, run_step, split_names
 from finetuning.errors import InputError, to_line
-from finetuning.human_scores import HumanScore, read_earlier_scores, read_human_scores
-from finetuning.judge import (
+from finetuning.judge.batches import BatchClient, BatchJudge, check_pending, clear_batches, under_way
+from finetuning.judge.client import Budget, cost_of, endpoint_of, has_key
+from finetuning.judge.form import (
     Form,
     Item,
     Job,
@@ -40,14 +41,12 @@ from finetuning.judge import (
     build_compare_form,
     build_form,
     identity_of_jury,
-    item_key,
     load_rubric,
     pairs_to_judge,
 )
-from finetuning.judge_batches import BatchClient, BatchJudge, check_pending, clear_batches, under_way
-from finetuning.judge_client import Budget, cost_of, endpoint_of, has_key
-from finetuning.judge_work import Work, make_plans
-from finetuning.results import RowFile, check_identity, iterate_rows, read_info
+from finetuning.judge.jobs import Work, make_plans
+from finetuning.judge.people import HumanScore, read_earlier_scores, read_human_scores
+from finetuning.results import RowFile, check_identity, item_key, iterate_rows, read_info
 from finetuning.runs import EVALUATIONS, PREDICTIONS, file_name, find_run, names_of_files, shorten
 from finetuning.schemas import PREDICTION
 
@@ -127,7 +126,7 @@ def identity_of(judge_model: str, form: Form, args: JudgeArguments) -> dict:
 def mask_of(args: JudgeArguments) -> Callable[[str], str] | None:
     if not args.mask_pii:
         return None
-    from finetuning.cleaning import mask_pii
+    from finetuning.data.cleaning import mask_pii
 
     return mask_pii
 
@@ -224,7 +223,7 @@ def main(args: JudgeArguments) -> None:
                     budget.exhausted = not BatchJudge(api, jobs, work, files, prices, args).run()
                     Work(jobs, args.retry_failed).write_known(files)  # of what batches have judged for one of several
             elif num_missing:
-                from finetuning.judge_live import LiveJudging  # takes half a second
+                from finetuning.judge.live import LiveJudging  # takes half a second
 
                 live = LiveJudging(work, files, plans, budget, args)
                 finished = live.finished
@@ -275,7 +274,7 @@ def report(
     run: Path, jobs: list[Job], files: list[RowFile], finished: set[Path], human: list[HumanScore], args: JudgeArguments
 ) -> None:
     """Say what the rows amount to, and write it beside them, where that has not been done already."""
-    from finetuning.judge_summary import combine_jury, compare_with_people, summarize  # takes half a second
+    from finetuning.judge.summary import combine_jury, compare_with_people, summarize  # takes half a second
 
     for job, file in zip(jobs, files, strict=True):
         if job.path not in finished:

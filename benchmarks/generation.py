@@ -75,7 +75,7 @@ def run_engine(name: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from finetuning.inference import Prompt, TransformersEngine, load_model
+    from finetuning.inference.answers import Prompt, TransformersEngine, load_model
 
     task = json.loads((folder / "task.json").read_text())
     prompts, new_tokens = task["prompts"], task["new_tokens"]
@@ -84,7 +84,7 @@ def run_engine(name: str, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if name in ("step 3", "vllm"):
         if name == "vllm":
-            from finetuning.vllm_engine import VllmEngine
+            from finetuning.inference.vllm_engine import VllmEngine
 
             engine = VllmEngine(str(folder), tokenizer, config, dtype, None, 0, {})
         else:

@@ -31,7 +31,7 @@ DIALOGUE = "#Person1#: Have you seen the report? 회의는 세 시에 시작해�
 
 
 async def serve(delay: float) -> None:
-    from finetuning.judge import Evaluation
+    from finetuning.judge.form import Evaluation
 
     reply = {
         name: {"explanation": "It says what was asked for, in two sentences.", "score": 7}
@@ -84,9 +84,9 @@ async def serve(delay: float) -> None:
 async def loop(url: str, predictions: Path, concurrency: int) -> None:
     from openai import AsyncOpenAI
 
-    from finetuning.configs import JudgeArguments
-    from finetuning.judge import Evaluation, answers_to_judge, build_form
-    from finetuning.judge_client import build_request
+    from finetuning.config.arguments import JudgeArguments
+    from finetuning.judge.client import build_request
+    from finetuning.judge.form import Evaluation, answers_to_judge, build_form
     from finetuning.results import iterate_rows
 
     form = build_form(Evaluation, "en")

@@ -3,7 +3,7 @@ Step 5 on a large run: seconds, memory, size of the page, and how long a browser
 
     python benchmarks/report.py --samples 1000
 
-Writes a run of so many samples and six models with generated answers and evaluations, runs `python -m finetuning.scores` on
+Writes a run of so many samples and six models with generated answers and evaluations, runs `python -m finetuning.report` on
 it, and opens the page in headless Chromium if there is one: until the first samples are on the screen, and until a search
 through all of them has been answered.
 """
@@ -32,7 +32,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         run_dir = write_run(Path(folder) / "run", args.samples, MODELS)
-        command = [sys.executable, "-X", "importtime", "-m", "finetuning.scores", "--output_dir", str(run_dir)]
+        command = [sys.executable, "-X", "importtime", "-m", "finetuning.report", "--output_dir", str(run_dir)]
         started = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         imported = process.stderr.read().decode()

@@ -1,10 +1,14 @@
 """
-What this machine's hardware can do, and what is chosen for it: dtype, attention, sharding.
+What this machine's hardware can do, what is chosen for it (dtype, attention, sharding), and how much memory is free.
 """
 
+import contextlib
 import importlib
 import os
+import re
+from pathlib import Path
 
+import psutil
 import torch
 from accelerate.utils import str_to_bool
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
@@ -27,6 +31,20 @@ def bf16_available() -> bool:
 
 def tf32_available() -> bool:
     return torch.cuda.is_available() and torch.version.cuda is not None and torch.cuda.get_device_capability()[0] >= 8
+
+
+def available_memory(device: torch.device, local_world_size: int) -> float | None:
+    """Bytes of free memory of this rank's device; ranks on CPUs share the machine's, or the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        cached = int(re.search(r"^file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)[1])
+        free = min(free, limit - used + cached)
+    return free / local_world_size
 
 
 def flash_attention_problem() -> str | None:

@@ -4,6 +4,7 @@ Rows of predictions and evaluations: JSON lines that are appended as they are fi
 What a row holds is in schemas.py. Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows were made. Imports without torch.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -81,6 +82,21 @@ def check_identity(path: Path, identity: dict, why: str = "") -> None:
         raise InputError(
             f"{path} was made under other conditions: {what}. {why + '; start' if why else 'Start'} over with --overwrite true"
         )
+
+
+def prediction_hash(row: dict) -> str:
+    """Hash of what is judged, so that an evaluation is never taken for one of another answer."""
+    return hashlib.sha256(json.dumps([row["id"], row["prediction"]], ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+def pair_hash(first: str, second: str) -> str:
+    """Hash of two answers that are compared, from theirs."""
+    return hashlib.sha256((first + second).encode()).hexdigest()[:12]
+
+
+def item_key(row: dict) -> str:
+    """What an evaluation row is the only one of in its file."""
+    return f"{row['id']} {row['order']}" if "order" in row else row["id"]
 
 
 class RowFile:

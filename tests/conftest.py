@@ -78,7 +78,7 @@ os._exit(0)  # an ordinary end takes seconds to free what was imported
 def script_server(script: str) -> subprocess.Popen:
     """A process that has imported what a step imports, and forks to run it; it ends with the tests."""
     # what a script imports only once it needs it
-    late = {"3_test.py": ["finetuning.rouge"], "4_openai_test.py": ["finetuning.judge_live"]}
+    late = {"3_test.py": ["finetuning.inference.rouge"], "4_openai_test.py": ["finetuning.judge.live"]}
     arguments = [sys.executable, "-c", SERVER, script, *late.get(script, [])]
     server = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)
@@ -157,14 +157,14 @@ def copy_of_run(fsdp_run, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from finetuning.chat import load_tokenizer
+    from finetuning.data.chat import load_tokenizer
 
     return load_tokenizer(str(ROOT / "demo" / "model"))
 
 
 def make_run(folder: Path, models: dict[str, list[str]]) -> Path:
     """A run's folder with the predictions of `models`, each a list of answers to the same questions."""
-    from finetuning.metrics import score_predictions
+    from finetuning.inference.metrics import score_predictions
     from finetuning.results import RowFile, read_rows
     from finetuning.runs import write_json
 

@@ -274,6 +274,6 @@ def completion(reply: str | dict) -> dict:
 
 
 def evaluation(score: int) -> str:
-    from finetuning.judge import Evaluation
+    from finetuning.judge.form import Evaluation
 
     return json.dumps({criterion: {"explanation": "because", "score": score} for criterion in Evaluation.model_fields})

@@ -4,8 +4,8 @@ import json
 import random
 from pathlib import Path
 
-from finetuning.judge import Evaluation, pair_hash, prediction_hash
-from finetuning.results import read_info, read_rows
+from finetuning.judge.form import Evaluation
+from finetuning.results import pair_hash, prediction_hash, read_info, read_rows
 from finetuning.runs import write_json
 
 ENGLISH = "the of a to and in that it is was for on with as his he be at by I this had not are but from or have".split()

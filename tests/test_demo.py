@@ -10,7 +10,7 @@ from conftest import FSDP, ROOT, command, run, train
 from judge_servers import StubJudge, evaluation, serve
 
 sys.path.insert(0, str(ROOT / "demo"))
-import dialogues  # noqa: E402
+import dialogues
 
 
 def test_the_whole_chain_on_a_small_budget(tmp_path):
@@ -19,7 +19,7 @@ def test_the_whole_chain_on_a_small_budget(tmp_path):
     run(command("3_test.py", "--output_dir", run_dir, "--num_samples", 12))
     with serve(StubJudge(evaluation(7))) as url:
         run(command("4_openai_test.py", "--output_dir", run_dir), OPENAI_API_KEY="x", OPENAI_BASE_URL=url)
-    result = run([sys.executable, "-m", "finetuning.scores", "--output_dir", str(run_dir)])
+    result = run([sys.executable, "-m", "finetuning.report", "--output_dir", str(run_dir)])
     assert re.search(r"checkpoint-30\s+12\s+12\s+100%\s+7.00", result.stdout), result.stdout
     metrics = {
         name: json.loads((run_dir / "predictions" / f"{name}.json").read_text())["metrics"]

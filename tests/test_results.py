@@ -8,9 +8,9 @@ import time
 import pytest
 from conftest import ROOT, make_run
 
-from finetuning import scores
-from finetuning.configs import run_step
+from finetuning.config.arguments import run_step
 from finetuning.errors import InputError
+from finetuning.report import __main__ as report
 from finetuning.results import RowFile, read_rows
 
 WRITER = """
@@ -59,7 +59,7 @@ def test_a_disk_that_takes_nothing_ends_a_step_in_one_line(small_disk, tmp_path,
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     monkeypatch.setattr("sys.argv", ["scores", "--output_dir", str(run_dir), "--report_dir", str(small_disk)])
     with pytest.raises(SystemExit) as end:
-        run_step(scores.main, scores.ScoreArguments)
+        run_step(report.main, report.ScoreArguments)
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and str(small_disk) in line
     assert ("No space left on device" if full else "Read-only file system") in line

@@ -11,13 +11,13 @@ from large_run import write_run
 
 from finetuning import schemas
 from finetuning.errors import InputError
-from finetuning.judges_and_people import load_opinions
-from finetuning.report import read_preflight
+from finetuning.report.__main__ import ScoreArguments, main
+from finetuning.report.opinions import load_opinions
+from finetuning.report.page import read_preflight
+from finetuning.report.tables import load_samples, load_training_log
+from finetuning.report.verdict import decide
 from finetuning.results import RowFile, read_rows
 from finetuning.runs import find_run, read_run, to_json
-from finetuning.scores import ScoreArguments, main
-from finetuning.tables import load_samples, load_training_log
-from finetuning.verdict import decide
 
 ROWS = "predictions/checkpoint-1.jsonl"
 JUDGED = "qa_evaluation_results/checkpoint-1.jsonl"

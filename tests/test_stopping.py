@@ -5,14 +5,15 @@ from conftest import ROOT
 from experiments.stopping.old_collator import OldAnswerOnlyCollator
 from experiments.stopping.run import interval
 from experiments.stopping.train import RESPONSE_TEMPLATE, OldScriptArguments
-from finetuning.batches import IGNORED, RowPreparation, build_collator
-from finetuning.chat import load_generation_config, load_tokenizer
-from finetuning.configs import find_faults
-from finetuning.data import load_training_rows
-from finetuning.model_arguments import ModelArguments
-from finetuning.parsing import Parser
-from finetuning.preflight import inspect
-from finetuning.training import TrainingArguments
+from finetuning.config.arguments import find_faults
+from finetuning.config.model_arguments import ModelArguments
+from finetuning.config.parser import Parser
+from finetuning.data.batches import IGNORED, RowPreparation, build_collator
+from finetuning.data.chat import load_tokenizer
+from finetuning.data.rows import load_training_rows
+from finetuning.models.config import load_generation_config
+from finetuning.training.preflight import inspect
+from finetuning.training.trainer import TrainingArguments
 
 
 @pytest.fixture

@@ -22,14 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
+import numpy as np
+import pandas as pd
 
-from finetuning.comparison import share_interval  # noqa: E402
-from finetuning.errors import InputError, fail  # noqa: E402
-from finetuning.parsing import read_yaml  # noqa: E402
-from finetuning.runs import PREFLIGHT_FILE, RUN_FILE, read_run, write_json  # noqa: E402
-from finetuning.tables import load_predictions, load_training_log, print_table  # noqa: E402
+from finetuning.config.parser import read_yaml
+from finetuning.errors import InputError, fail
+from finetuning.report.comparison import share_interval
+from finetuning.report.tables import load_predictions, load_training_log, print_table
+from finetuning.runs import PREFLIGHT_FILE, RUN_FILE, read_run, write_json
 
 HERE = Path("experiments/stopping")
 OUTPUTS = Path("outputs/stopping")

@@ -11,24 +11,25 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetuning.configs import ScriptArguments, run_step
+from finetuning.config.arguments import ScriptArguments, run_step
+from finetuning.config.model_arguments import ModelArguments
 from finetuning.errors import InputError
-from finetuning.model_arguments import ModelArguments
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 
 quiet_libraries()
 
-import torch  # noqa: E402
+import torch
 
-from experiments.stopping.old_collator import OldAnswerOnlyCollator  # noqa: E402
-from finetuning.batches import RowPreparation  # noqa: E402
-from finetuning.chat import load_generation_config, load_tokenizer  # noqa: E402
-from finetuning.data import load_test_samples, load_training_rows  # noqa: E402
-from finetuning.data_checks import question_of  # noqa: E402
-from finetuning.hardware import choose_attention  # noqa: E402
-from finetuning.preflight import inspect, render, use_colour  # noqa: E402
-from finetuning.records import build_record, now, open_run, save_record  # noqa: E402
-from finetuning.training import RecordShares, ResumableSFTTrainer, TrainingArguments  # noqa: E402
+from experiments.stopping.old_collator import OldAnswerOnlyCollator
+from finetuning.data.batches import RowPreparation
+from finetuning.data.chat import load_tokenizer
+from finetuning.data.checks import question_of
+from finetuning.data.rows import load_test_samples, load_training_rows
+from finetuning.hardware import choose_attention
+from finetuning.models.config import load_generation_config
+from finetuning.training.preflight import inspect, render, use_colour
+from finetuning.training.records import build_record, now, open_run, save_record
+from finetuning.training.trainer import RecordShares, ResumableSFTTrainer, TrainingArguments
 
 RESPONSE_TEMPLATE = "<|im_start|>assistant\n"  # as users wrote it for templates of the ChatML kind
 

@@ -1,0 +1,286 @@
+"""
+ROUGE and chrF that read English and Korean, stopping, repetition and length of answers. Imports without torch.
+
+    from finetuning.inference.metrics import compute_rouge
+    compute_rouge(["#Person1#은 민수를 만났다."], [["#Person1#은 민수를 만났다."]])["rouge1"]   # 1.0
+
+What is undefined (a reference without words, the repetition of three words) is None and counts in no mean.
+"""
+
+import collections
+import functools
+import importlib.metadata
+import itertools
+import statistics
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+import mecab_ko
+import regex
+from nltk.stem.porter import PorterStemmer
+from sacrebleu.metrics import CHRF
+
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+SIMILARITIES = (*ROUGE_TYPES, "chrf")
+PER_SAMPLE = (*SIMILARITIES, "seq_rep_4", "length_ratio")
+TAG = regex.compile(r"#\w+#")  # a speaker tag of DialogSum is one word
+# Scripts written without spaces count by character.
+CHARACTER = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}]"
+LETTER = rf"(?:(?!{CHARACTER})[\p{{L}}\p{{N}}])"
+WORD = regex.compile(rf"{CHARACTER}\p{{M}}*|{LETTER}(?:{LETTER}|\p{{M}})*")
+SINGLE = regex.compile(r"[\p{L}\p{N}]\p{M}*")
+HANGUL = regex.compile(r"[\uac00-\ud7a3]")
+MEANINGLESS = regex.compile(r"[\s\p{P}]")  # spaces and punctuation, which no metric of words counts
+MOST_DISCARDED = 0.05  # of the other characters; above it, scores say little about the texts
+TOKENIZERS = {
+    "words": "words, English ones stemmed (Porter)",
+    "morphemes": f"morphemes (mecab-ko {importlib.metadata.version('mecab-ko')})",
+    "characters": "characters",
+}
+TOKENIZER_OF_LANGUAGE = {"en": "words", "ko": "morphemes"}
+CHUNK = 500  # samples scored at once
+
+
+def detect_language(text: str) -> str:
+    """`ko` where at least a fifth of the letters are Hangul syllables, else `en`, which is any other language too."""
+    letters = sum(c.isalpha() for c in TAG.sub("", text))
+    return "ko" if letters and len(HANGUL.findall(text)) >= letters / 5 else "en"
+
+
+@functools.cache
+def _morphemes() -> mecab_ko.Tagger:
+    return mecab_ko.Tagger("-Owakati")  # morphemes with spaces between them
+
+
+@functools.cache
+def _stem(word: str) -> str:
+    return PorterStemmer().stem(word)
+
+
+@functools.lru_cache(maxsize=64)  # an answer is compared with several references, and measured by itself
+def tokenize(text: str, tokenizer: str) -> tuple[list[str], float]:
+    """Tokens, and the share of the characters that are in none of them."""
+    text = unicodedata.normalize("NFC", text).lower().encode("utf-8", "replace").decode()  # no half of a character
+    tokens, position = [], 0
+    for tag in TAG.finditer(text):
+        tokens += [*_split(text[position : tag.start()], tokenizer), tag[0]]
+        position = tag.end()
+    tokens += _split(text[position:], tokenizer)
+    meant = len(MEANINGLESS.sub("", text))
+    kept = sum(len(MEANINGLESS.sub("", token)) for token in tokens)
+    if tokenizer != "characters":  # as rouge_score stems: ASCII words of more than three letters
+        tokens = [_stem(token) if len(token) > 3 and token.isascii() and token[0] != "#" else token for token in tokens]
+    return tokens, 1 - kept / meant if meant else 0.0
+
+
+def _split(text: str, tokenizer: str) -> list[str]:
+    if tokenizer == "morphemes" and text.strip():
+        text = _morphemes().parse(text.replace("\0", " "))  # which would end the text for it
+    return (SINGLE if tokenizer == "characters" else WORD).findall(text)
+
+
+class RougeTokenizer:
+    """Tokenizer for rouge_score that keeps `#Person1#` as one token.
+
+    rouge_score's own keeps [a-z0-9] only, so that two equal Korean sentences score 0 and two unlike ones with the same
+    speaker tags score 1.
+
+    Args:
+        name: `words` (stemmed where they are ASCII; in scripts without spaces, characters), `morphemes` of Korean, in
+            which all else is words, or `characters`.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def tokenize(self, text: str) -> list[str]:
+        return tokenize(text, self.name)[0]
+
+
+def choose_tokenizer(prediction: str, references: list[str], language: str, tokenizer: str) -> str:
+    """Name of the tokenizer: the one that is asked for, else that of the language, which the references show if there are any."""
+    if tokenizer not in ("auto", *TOKENIZERS) or language not in ("auto", *TOKENIZER_OF_LANGUAGE):
+        raise ValueError(
+            f"the tokenizer is auto, {', '.join(TOKENIZERS)}, the language auto, {', '.join(TOKENIZER_OF_LANGUAGE)}; "
+            f"got {tokenizer!r}, {language!r}"
+        )
+    if tokenizer != "auto":
+        return tokenizer
+    shown = " ".join(references or [prediction])
+    return TOKENIZER_OF_LANGUAGE[detect_language(shown) if language == "auto" else language]
+
+
+def discarded_share(texts: list[str], tokenizer: str) -> float:
+    """Mean share of the characters of each text, spaces and punctuation aside, that are in no token."""
+    return statistics.fmean(tokenize(text, tokenizer)[1] for text in texts)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Plain mean of what is defined; None where nothing is."""
+    values = [value for value in values if value is not None]
+    return statistics.fmean(values) if values else None
+
+
+def over_references(name: str, scores: list[list[float | None]]) -> dict:
+    """Mean over references, the first one and the best: each sample's, and their plain mean over samples."""
+    result = {}
+    for key, pick in ((name, mean), (f"{name}_first", _first), (f"{name}_max", _best)):
+        result[f"{key}_per_sample"] = [pick(sample) for sample in scores]
+        result[key] = mean(result[f"{key}_per_sample"])
+    return result
+
+
+def _first(scores: list[float | None]) -> float | None:
+    return scores[0] if scores else None
+
+
+def _best(scores: list[float | None]) -> float | None:
+    return max((score for score in scores if score is not None), default=None)
+
+
+def compute_rouge(
+    predictions: list[str], references: list[list[str]], language: str = "auto", tokenizer: str = "auto"
+) -> dict:
+    """ROUGE F1 between 0 and 1, plain means over samples.
+
+    Args:
+        predictions: One text a sample.
+        references: The texts of each sample; one without any has no score.
+        language: `en`, `ko`, or `auto`, which looks at the script of each sample's references.
+        tokenizer: `auto`, which is that of the language, or one of `RougeTokenizer`.
+
+    Returns:
+        For each of rouge1, rouge2, rougeL: `<type>` (mean over references), `<type>_first` and `<type>_max`, each with
+        a list of them, `<...>_per_sample`. None against references without a token; an empty prediction scores 0.
+        `tokenizers` counts samples by the tokenizer they were read with. `discarded_characters` is the mean share of
+        characters, spaces and punctuation aside, that are in no token.
+    """
+    from finetuning.inference.rouge import Rouge  # which imports torch
+
+    return Rouge().compute(predictions=predictions, references=references, language=language, tokenizer=tokenizer)
+
+
+def compute_chrf(predictions: list[str], references: list[list[str]]) -> dict:
+    """chrF2 between 0 and 1 (Popović 2015, https://aclanthology.org/W15-3049) by sacrebleu, in the form of `compute_rouge`.
+
+    F-score of character 6-grams and shorter ones, without a tokenizer; particles and endings count by their characters.
+    """
+    chrf = CHRF()
+    scores = [
+        [chrf.sentence_score(prediction, [r]).score / 100 if r.strip() else None for r in sample_references]
+        for prediction, sample_references in zip(predictions, references, strict=True)
+    ]
+    return over_references("chrf", scores)
+
+
+def count_ngrams(text: str, n: int, tokenizer: str | None = None) -> collections.Counter:
+    """n-grams of the tokens that ROUGE sees."""
+    tokens = RougeTokenizer(tokenizer or TOKENIZER_OF_LANGUAGE[detect_language(text)]).tokenize(text)
+    return collections.Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def sequence_repetition(text: str, n: int = 4, tokenizer: str | None = None) -> float | None:
+    """seq-rep-n: share of n-grams that stood in the text before (Welleck et al. 2020, arXiv:1908.04319).
+
+    Over the words or morphemes that ROUGE sees. None for a text with fewer than n of them.
+
+    >>> sequence_repetition("a b c d a b c d a b c d")
+    0.5555555555555556
+    """
+    ngrams = count_ngrams(text, n, tokenizer)
+    return 1 - len(ngrams) / ngrams.total() if ngrams else None
+
+
+def length_ratio(prediction: str, references: list[str], tokenizer: str) -> float | None:
+    """Tokens of the answer for each token of its references, which are averaged. None where these have none, or there are none.
+
+    As BLEU's length ratio (Papineni et al. 2002, https://aclanthology.org/P02-1040), by sample.
+    """
+    expected = mean(len(tokenize(reference, tokenizer)[0]) for reference in references)
+    return len(tokenize(prediction, tokenizer)[0]) / expected if expected else None
+
+
+def _chunks(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk
+
+
+def score_predictions(rows: Iterable[dict], tokenizer: str = "auto") -> dict:
+    """What step 3 reports of one model. Rows are taken one by one and not kept.
+
+    Args:
+        rows: Predictions as finetuning/results.py describes them. Rows with an error have no prediction; they are
+            counted and nothing else.
+        tokenizer: As for `compute_rouge`.
+
+    Returns:
+        num_samples, num_errors, and over the answered samples
+
+            rouge1, rouge2, rougeL, chrf    with their `_first` and `_max`
+            stop_rate                       share that ended by itself, with an end token or a stop string
+            limit_rate                      share that was cut off at max_new_tokens
+            empty_rate                      share without any text
+            seq_rep_4                       mean of `sequence_repetition`
+            distinct_2                      different bigrams of all answers together, for each bigram of them (Li et al.
+                                            2016, https://aclanthology.org/N16-1014); near 0 where answers are all the
+                                            same. It falls with the number of samples: compare it over the same ones
+            length_ratio                    mean of `length_ratio`
+            mean_new_tokens                 tokens of the model, end token included
+            rouge_tokenizer, tokenizers, discarded_characters    what was asked for; as `compute_rouge`
+            removed_tokens                  control tokens that were taken out of the answers, counted by name
+
+        None where nothing defines it. `per_sample` has a list for `id` and for each of PER_SAMPLE, in the order of rows.
+    """
+    reasons, removed, tokenizers, counts = (collections.Counter() for _ in range(4))
+    bigrams: set[int] = set()
+    discarded: list[float] = []
+    columns: dict[str, list] = {name: [] for name in ("id", *PER_SAMPLE)}
+    variants: dict[str, list] = {f"{name}_{variant}": [] for name in SIMILARITIES for variant in ("first", "max")}
+    for chunk in _chunks(rows, CHUNK):
+        counts["rows"] += len(chunk)
+        answered = [row for row in chunk if row["finish_reason"] != "error"]
+        if not answered:
+            continue
+        predictions, references = ([row[key] for row in answered] for key in ("prediction", "references"))
+        scores = compute_rouge(predictions, references, tokenizer=tokenizer) | compute_chrf(predictions, references)
+        for name, values in (columns | variants).items():
+            values += scores.get(f"{name}_per_sample", [])
+        tokenizers.update(scores["tokenizers"])
+        for row in answered:
+            prediction, own = (
+                row["prediction"],
+                choose_tokenizer(row["prediction"], row["references"], "auto", tokenizer),
+            )
+            columns["id"].append(row["id"])
+            columns["seq_rep_4"].append(sequence_repetition(prediction, 4, own))
+            columns["length_ratio"].append(length_ratio(prediction, row["references"], own))
+            discarded.append(discarded_share([prediction, *row["references"]], own))
+            ngrams = count_ngrams(prediction, 2, own)
+            bigrams.update(map(hash, ngrams))
+            counts.update(bigrams=ngrams.total(), empty=not prediction.strip(), new_tokens=row["num_new_tokens"])
+            reasons[row["finish_reason"]] += 1
+            removed.update(row.get("removed_tokens"))
+    num_answered = len(columns["id"])
+
+    def share(number: int) -> float | None:
+        return number / num_answered if num_answered else None
+
+    return {
+        "num_samples": counts["rows"],
+        "num_errors": counts["rows"] - num_answered,
+        **{name: mean(columns[name]) for name in SIMILARITIES},
+        **{name: mean(values) for name, values in variants.items()},
+        "stop_rate": share(reasons["stop"]),
+        "limit_rate": share(reasons["length"]),
+        "empty_rate": share(counts["empty"]),
+        "seq_rep_4": mean(columns["seq_rep_4"]),
+        "distinct_2": len(bigrams) / counts["bigrams"] if counts["bigrams"] else None,
+        "length_ratio": mean(columns["length_ratio"]),
+        "mean_new_tokens": share(counts["new_tokens"]),
+        "rouge_tokenizer": tokenizer,
+        "tokenizers": dict(tokenizers),
+        "discarded_characters": mean(discarded),
+        "removed_tokens": dict(removed),
+        "per_sample": columns,
+    }

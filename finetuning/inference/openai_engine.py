@@ -1,0 +1,260 @@
+"""
+Answers from any server that speaks the OpenAI API (vLLM, SGLang, llama.cpp, ...), which serves checkpoints of the run.
+
+    vllm serve outputs/demo/checkpoint-148 --served-model-name checkpoint-148
+    python 3_test.py --model_name checkpoint-148 --base_url http://localhost:8000/v1
+
+Every setting of generation is sent with each request, so that no default of the server counts. Imports no torch itself.
+"""
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from openai import (
+    APIConnectionError,
+    AsyncOpenAI,
+    AuthenticationError,
+    NotFoundError,
+    OpenAIError,
+    PermissionDeniedError,
+)
+from openai.types.chat import ChatCompletion
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from finetuning.credentials import hide
+from finetuning.data.conversations import with_json_arguments
+from finetuning.data.rows import TestSamples
+from finetuning.endpoint import MOST_TOKENS, Endpoint, seconds_to_wait
+from finetuning.errors import InputError, to_line
+from finetuning.inference.answers import Answer, AnswerReader, Prompt
+from finetuning.inference.decoding import seed_of
+from finetuning.interrupts import SoftStop
+
+NUM_RETRIES = 2  # of a request, where the server is busy or the connection breaks
+
+
+def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> dict[str, str]:
+    """The served ids of models of the run, by name: an id is the name, the path, or the path's last two parts.
+
+    Args:
+        models: Paths or Hub ids by name.
+        model_name: What the user asked for; `all` leaves out what is not served, and says so.
+
+    Raises:
+        InputError: No server answers at the address, or it does not serve what was asked for.
+    """
+
+    async def list_models() -> list[str]:
+        async with endpoint.open_client() as client:
+            return [hide(model.id) async for model in await endpoint.attempt(client.models.list())]
+
+    try:
+        served = asyncio.run(list_models())
+        if not all(isinstance(model, str) for model in served):
+            raise TypeError("the name of a model is no text")
+    except (AttributeError, TypeError) as error:  # the client checks no types
+        raise InputError(
+            f"{endpoint}/models gives no list of models, so this is no OpenAI-compatible server"
+        ) from error
+    except (TimeoutError, OpenAIError, ValueError) as error:
+        raise InputError(f"no OpenAI-compatible server answers at {endpoint}: {endpoint.describe(error)}") from error
+    found = {}
+    for name, path in models.items():
+        names = (name, path, str(Path(path).resolve()))
+        # the last part alone may be another run's checkpoint
+        matching = [i for i in served if i in names] or [
+            i for i in served if i.endswith("/".join(Path(path).parts[-2:]))
+        ]
+        if len(matching) == 1:
+            found[name] = matching[0]
+            print(f"{name}: served as {to_line(matching[0])}")
+    missing = [name for name in models if name not in found]
+    if missing and (model_name != "all" or not found):
+        raise InputError(
+            f"{endpoint} serves {', '.join(served) or 'no model'}, and not {', '.join(missing)}; "
+            "serve each checkpoint under its name (vllm serve <path> --served-model-name <name>)"
+        )
+    if missing:
+        print(f"not served at {endpoint}, so not tested: {', '.join(missing)}")
+    return found
+
+
+class OpenAIEngine:
+    """Answers from one served model.
+
+    Args:
+        served: The model's id at the endpoint.
+        samples: Where the messages of a prompt are.
+        concurrency: Requests in flight at once.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        served: str,
+        samples: TestSamples,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GenerationConfig,
+        concurrency: int,
+        seed: int,
+    ):
+        self.endpoint, self.served, self.samples, self.config = endpoint, served, samples, config
+        self.concurrency, self.seed = concurrency, seed
+        self.reader = AnswerReader(tokenizer, config)
+        self.hidden = sorted(set(tokenizer.all_special_ids) - self.reader.control_ids)  # tokens of the task
+        self.num_unlike = 0  # prompts that the server counts another number of tokens in
+        self.gives_ids = True
+
+    def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
+        """Answer prompts, `concurrency` at once, and yield each answer as it arrives.
+
+        A request that the server refuses is an error of that sample. The first SIGINT or SIGTERM ends the process, with
+        what the signal asks for as its status, once all that is in flight has been yielded.
+
+        Raises:
+            InputError: The server cannot be reached any more, or refuses the key.
+        """
+        waiting = iter(prompts)
+        running: set[asyncio.Task] = set()
+
+        def describe_wait() -> str:
+            return f"waiting for the {len(running)} requests in flight, at most {self.endpoint.timeout:g} s"
+
+        with asyncio.Runner() as runner, SoftStop(runner.get_loop(), describe_wait) as stop:
+            client = self.endpoint.open_client()
+            try:
+                while True:
+                    while (
+                        stop.signal is None
+                        and len(running) < self.concurrency
+                        and (prompt := next(waiting, None)) is not None
+                    ):
+                        running.add(runner.get_loop().create_task(self._ask(client, prompt, stop)))
+                    if not running:
+                        break
+                    done, running = runner.run(_wait_for_one(running))
+                    # a fault ends the whole test, but not before what has arrived with it is kept
+                    for task in sorted(done, key=lambda task: task.exception() is not None):
+                        answer = task.result()
+                        if answer is not None:
+                            yield answer
+            finally:
+                runner.run(_drop(running, client))
+        if stop.signal is not None:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + stop.signal)
+        self._say_what_differs(len(prompts))
+
+    def close(self) -> None:
+        """Nothing is held between two calls of `answer`."""
+
+    async def _ask(self, client: AsyncOpenAI, prompt: Prompt, stop: SoftStop) -> Answer | None:
+        """The answer to one prompt; None if all was stopped before the server was asked again."""
+        for num_attempts in range(1, NUM_RETRIES + 2):
+            try:
+                completion = await self.endpoint.attempt(
+                    client.chat.completions.create(
+                        model=self.served,
+                        **self._conversation(prompt),
+                        max_completion_tokens=self.config.max_new_tokens,
+                        seed=seed_of(self.seed, prompt.id) % 2**31,
+                        extra_body=self._extra(),
+                        **self._sampling(),
+                    )
+                )
+                break
+            except TimeoutError as error:  # of this sample, which would take as long again; the others may be faster
+                return Answer.failed(prompt, self.endpoint.describe(error))
+            except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON, or no text
+                wait = seconds_to_wait(error, num_attempts)
+                if wait is None or num_attempts > NUM_RETRIES:
+                    return self._give_up(prompt, error)
+            if await stop.sleep(wait):
+                return None
+        try:
+            return self._read(prompt, completion)
+        except (AttributeError, TypeError, LookupError, ValueError, OverflowError):  # the client checks no types
+            return Answer.failed(prompt, "the reply is no chat completion")
+
+    def _give_up(self, prompt: Prompt, error: Exception) -> Answer:
+        if isinstance(error, (AuthenticationError, PermissionDeniedError, NotFoundError, APIConnectionError)):
+            raise InputError(
+                f"{self.endpoint} stopped the test: {self.endpoint.describe(error)}. What was answered is kept; the same "
+                "command goes on"
+            ) from error
+        return Answer.failed(prompt, self.endpoint.describe(error))
+
+    def _conversation(self, prompt: Prompt) -> dict:
+        sample = self.samples.by_id(prompt.id)
+        messages = [with_json_arguments(message) for message in sample["prompt"]]
+        # the template shows the tools, and a call comes back as the text that the model has written
+        return {
+            "messages": messages,
+            **({"tools": sample["tools"], "tool_choice": "none"} if "tools" in sample else {}),
+        }
+
+    def _sampling(self) -> dict:
+        config = self.config
+        stop = {"stop": config.stop_strings} if config.stop_strings else {}
+        if not config.do_sample:
+            return {"temperature": 0.0, **stop}
+        return {"temperature": config.temperature, "top_p": config.top_p, **stop}
+
+    def _extra(self) -> dict:
+        """What vLLM, SGLang and llama.cpp take beyond the OpenAI API; each leaves what it does not know."""
+        penalty = self.config.repetition_penalty or 1.0
+        extra = {
+            "repetition_penalty": penalty,
+            "repeat_penalty": penalty,  # llama.cpp's name for it
+            "stop_token_ids": self.config.eos_token_id,
+            "skip_special_tokens": False,
+            "return_token_ids": True,
+        }
+        if self.config.do_sample:
+            extra |= {"top_k": self.config.top_k or -1, "min_p": 0.0}
+        return extra
+
+    def _read(self, prompt: Prompt, completion: ChatCompletion) -> Answer:
+        choice, usage = completion.choices[0], completion.usage
+        if choice.finish_reason not in ("stop", "length"):
+            return Answer.failed(prompt, hide(f"the server ended the answer with {choice.finish_reason}"))
+        if getattr(usage, "prompt_tokens", None) not in (None, len(prompt.token_ids)):
+            self.num_unlike += 1
+        token_ids = getattr(choice, "token_ids", None)
+        if token_ids is None:
+            self.gives_ids = False
+            text = hide(choice.message.content or "")
+            num_new_tokens = getattr(usage, "completion_tokens", None)
+            if type(num_new_tokens) is not int or not 0 <= num_new_tokens <= MOST_TOKENS:
+                num_new_tokens = len(self.reader.tokenizer(text)["input_ids"])
+            return self.reader.read_text(prompt, text, num_new_tokens, choice.finish_reason == "stop")
+        answer = self.reader.read(prompt, token_ids)
+        answer.prediction = hide(answer.prediction)
+        answer.finish_reason = choice.finish_reason  # a server may keep the end token to itself
+        return answer
+
+    def _say_what_differs(self, num_prompts: int) -> None:
+        if self.num_unlike:
+            print(
+                f"warning: in {self.num_unlike} of {num_prompts} prompts {self.served} counts another number of tokens than "
+                "training did; give the server the checkpoint's chat_template.jinja (vllm serve --chat-template)"
+            )
+        if self.hidden and not self.gives_ids:
+            names = ", ".join(self.reader.tokenizer.convert_ids_to_tokens(self.hidden[:5]))
+            print(
+                f"warning: {self.served} returns text without token ids; if it hides special tokens, {names} are "
+                "missing from the answers"
+            )
+
+
+async def _wait_for_one(tasks: set[asyncio.Task]) -> tuple[set[asyncio.Task], set[asyncio.Task]]:
+    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _drop(tasks: set[asyncio.Task], client: AsyncOpenAI) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await client.close()

@@ -1,0 +1,51 @@
+"""ROUGE as a metric of the package `evaluate`, which imports torch wherever it is installed."""
+
+import collections
+
+import datasets
+import evaluate
+from rouge_score import rouge_scorer
+
+from finetuning.inference.metrics import (
+    ROUGE_TYPES,
+    TOKENIZERS,
+    RougeTokenizer,
+    choose_tokenizer,
+    discarded_share,
+    mean,
+    over_references,
+    tokenize,
+)
+
+
+class Rouge(evaluate.Metric):
+    """ROUGE-1, -2 and -L F1 (Lin 2004, https://aclanthology.org/W04-1013) as a metric of `evaluate` that needs no network.
+
+    Takes predictions (str) and references (list of str each). Of several references the mean counts, as in DialogSum's
+    paper (https://aclanthology.org/2021.findings-acl.449); the first and the best are given beside it.
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
+            ),
+        )
+
+    def _compute(self, predictions, references, language="auto", tokenizer="auto"):
+        used, discarded = collections.Counter(), []
+        scores: dict[str, list[list[float | None]]] = {rouge_type: [] for rouge_type in ROUGE_TYPES}
+        for prediction, sample_references in zip(predictions, references, strict=True):
+            name = choose_tokenizer(prediction, sample_references, language, tokenizer)
+            used[TOKENIZERS[name]] += 1
+            discarded.append(discarded_share([prediction, *sample_references], name))
+            scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), tokenizer=RougeTokenizer(name))
+            found = [scorer.score(r, prediction) if tokenize(r, name)[0] else None for r in sample_references]
+            for rouge_type in ROUGE_TYPES:
+                scores[rouge_type].append([one and one[rouge_type].fmeasure for one in found])
+        result = {"tokenizers": dict(used), "discarded_characters": mean(discarded)}
+        for rouge_type in ROUGE_TYPES:
+            result |= over_references(rouge_type, scores[rouge_type])
+        return result

@@ -1,0 +1,134 @@
+"""
+Answers by vLLM, in one process of its own on one GPU; a LoRA adapter is served on its base without a merge.
+
+For several GPUs or machines, serve the checkpoints with vLLM and use the engine `openai`. docs/generation.md says how vLLM
+is installed beside this project, also without a GPU, and what was measured.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from finetuning.errors import InputError
+from finetuning.inference.answers import Answer, AnswerReader, Prompt
+from finetuning.inference.decoding import seed_of
+from finetuning.models.config import base_of
+
+# read when vllm is imported
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+if not torch.cuda.is_available():  # vllm's own choice of cores took 1.4 times as long on two cores
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+
+WAITING = 512  # requests given to vllm at once
+SMALLEST_RANK = 8  # vllm makes room for ranks that are powers of two
+
+
+class VllmEngine:
+    """Answers from one model or adapter.
+
+    Args:
+        path: Folder or Hub id of the model, or folder of a LoRA adapter.
+        batch_size: Prompts answered at once; None for vllm's own choice.
+        options: trust_remote_code and revision of the model.
+
+    Raises:
+        InputError: The adapter is of a kind that vllm cannot serve.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GenerationConfig,
+        dtype: torch.dtype,
+        batch_size: int | None,
+        seed: int,
+        options: dict,
+    ):
+        self.config, self.seed = config, seed
+        self.reader = AnswerReader(tokenizer, config)
+        self.settings = {
+            "model": base_of(path),
+            "dtype": str(dtype).removeprefix("torch."),
+            "generation_config": "vllm",  # the checkpoint's settings are in `config` already
+            "skip_tokenizer_init": not config.stop_strings,  # token ids go in and out
+            "tokenizer": path,
+            "use_tqdm_on_load": False,
+            "enforce_eager": not torch.cuda.is_available(),  # compiling for a CPU takes longer than it saves
+            **({} if batch_size is None else {"max_num_seqs": batch_size}),
+            **options,
+        }
+        self.adapter = None
+        if base_of(path) != path:
+            peft_config = PeftConfig.from_pretrained(path)
+            if getattr(peft_config, "modules_to_save", None) or getattr(peft_config, "use_dora", False):
+                raise InputError(
+                    f"vllm serves plain LoRA only, and {path} has modules_to_save or DoRA; merge it (2_merge_lora.py), or use "
+                    "--engine transformers"
+                )
+            rank = max(SMALLEST_RANK, 1 << (peft_config.r - 1).bit_length())
+            self.settings |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+            self.adapter = LoRARequest(Path(path).name, 1, str(Path(path).resolve()))
+        self.llm = None
+
+    def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
+        """Answer prompts, and yield each answer as it is finished. A prompt that vllm refuses is an error of that sample."""
+        if not prompts:
+            return
+        longest = max(len(prompt.token_ids) for prompt in prompts) + self.config.max_new_tokens
+        try:
+            self.llm = LLM(max_model_len=longest, **self.settings)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"vllm could not start ({str(error).splitlines()[0]}); VLLM_LOGGING_LEVEL=INFO shows why, and --engine "
+                "transformers works without it"
+            ) from error
+        engine = self.llm.llm_engine
+        waiting, running = iter(prompts), {}
+        while True:
+            while len(running) < WAITING and (prompt := next(waiting, None)) is not None:
+                request = TokensPrompt(prompt_token_ids=list(prompt.token_ids))
+                try:
+                    engine.add_request(prompt.id, request, self._sampling(prompt), lora_request=self.adapter)
+                except ValueError as error:
+                    yield Answer.failed(prompt, f"vllm: {error}")
+                    continue
+                running[prompt.id] = prompt
+            if not running:
+                return
+            for output in engine.step():
+                if output.finished:
+                    prompt = running.pop(output.request_id)
+                    yield self.reader.read(prompt, list(output.outputs[0].token_ids))
+
+    def _sampling(self, prompt: Prompt) -> SamplingParams:
+        config = self.config
+        chosen = {"temperature": 0.0}
+        if config.do_sample:
+            chosen = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k or 0}
+            chosen["seed"] = seed_of(self.seed, prompt.id) % 2**31
+        return SamplingParams(
+            **chosen,
+            max_tokens=config.max_new_tokens,
+            repetition_penalty=config.repetition_penalty or 1.0,
+            ignore_eos=True,  # of the tokenizer; every end token is in stop_token_ids
+            stop_token_ids=config.eos_token_id,
+            stop=config.stop_strings,
+            detokenize=bool(config.stop_strings),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def close(self) -> None:
+        """End vllm's processes, which gives their memory back."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None

@@ -1,0 +1,101 @@
+"""
+The tables of step 5 as files: CSV and JSON, for other tools. Imports without torch.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from finetuning.errors import InputError
+from finetuning.report.headline import Headline
+from finetuning.report.opinions import Opinions
+from finetuning.report.tables import criteria_of
+from finetuning.runs import find_run, write_json, write_whole
+
+SCORES = "scores"
+
+
+def find_runs(output_dirs: str | Sequence[str] | None) -> list[Path]:
+    """The folders of one or several runs; None is the newest one."""
+    if output_dirs is None or isinstance(output_dirs, str):
+        return [find_run(output_dirs)]
+    if not output_dirs:
+        raise InputError("output_dirs is empty; name a run, or None for the newest one")
+    return [find_run(output_dir) for output_dir in output_dirs]
+
+
+def choose_report_dir(runs: list[Path], report_dir: str | None = None) -> Path:
+    """Where the page and the tables of runs go."""
+    if report_dir is not None:
+        return Path(report_dir)
+    if len(runs) == 1:
+        return runs[0]
+    return Path(os.path.commonpath([run.resolve().parent for run in runs]))
+
+
+def find_baseline(samples: pd.DataFrame, baseline: str) -> str:
+    """The baseline's name in a table of several runs, whose models have the run's name in front: the first that fits.
+
+    Raises:
+        InputError: There is no such model, and it is not the default one.
+    """
+    models = list(samples["model"].unique())
+    found = [name for name in models if name == baseline or name.endswith(f"/{baseline}")]
+    if not found and baseline != "base":
+        raise InputError(f"baseline: no answers of `{baseline}`; there are those of {', '.join(models)}")
+    return found[0] if found else baseline
+
+
+def write_scores(
+    folder: Path, samples: pd.DataFrame, summary: pd.DataFrame, headline: Headline, opinions: Opinions
+) -> Path:
+    """Write the tables for other tools, as CSV and JSON."""
+    verdict = headline.verdict
+    folder = folder / SCORES
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / "summary.csv", summary.reset_index())
+    _write_csv(folder / "comparisons.csv", pd.DataFrame([asdict(c) for c in verdict.comparisons]))
+    measured = [c for c in samples if c not in ("messages", "references", "prediction", "evaluation", "removed_tokens")]
+    _write_csv(folder / "samples.csv", samples[measured])
+    tables = opinions.tables()
+    for name in ("pairs", "jury", "people"):
+        if name in tables:
+            _write_csv(folder / f"{name}.csv", tables[name])
+        else:
+            (folder / f"{name}.csv").unlink(missing_ok=True)
+    content = {
+        "use": headline.use,
+        "headline": headline.say("en"),
+        "headline_ko": headline.say("ko"),
+        "best": verdict.best,
+        "measure": verdict.measure,
+        "baseline": verdict.baseline,
+        "criteria": criteria_of(samples),
+        "num_samples": verdict.num_samples,
+        "means": verdict.means,
+        "unranked": verdict.unranked,
+        "sentences": verdict.say("en"),
+        "sentences_ko": verdict.say("ko"),
+        "judges_and_people": opinions.say("en", verdict),
+        "judges_and_people_ko": opinions.say("ko", verdict),
+    }
+    write_json(folder / "verdict.json", content)
+    return folder
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table, with `'` in front of a text that a spreadsheet would take for a formula, and run."""
+    texts = table.select_dtypes(exclude="number").columns
+    table = table.assign(**{column: table[column].map(_without_formula) for column in texts})
+    write_whole(path, table.to_csv(index=False))
+
+
+def _without_formula(cell):
+    if not isinstance(cell, str):
+        return cell
+    # a bare \r ends a row for a spreadsheet, and Python's csv does not quote it
+    cell = cell.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\n")) else cell

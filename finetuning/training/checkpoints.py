@@ -1,0 +1,234 @@
+"""
+The files of a checkpoint: whether its weights are all there, and everything else read without running code that somebody
+has put into it. What is damaged is named before a model is loaded.
+
+torch reads the optimizer's state with plain pickle (2.13: the index `.metadata`, and each setting that is no tensor). A
+pickle can run any command, so what such a file may name is listed here.
+"""
+
+import contextlib
+import enum
+import pathlib
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel, get_peft_model_state_dict
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.trainer_pt_utils import safe_globals
+
+from finetuning.errors import InputError
+from finetuning.models.files import check_model_files, read_header
+from finetuning.runs import INCOMPLETE, checkpoint_step, list_checkpoints, read_json
+from finetuning.schemas import TRAINER_STATE
+
+OPTIMIZER_FOLDER = "optimizer"
+METADATA_FILE = ".metadata"
+TRAINER_STATE_FILE = "trainer_state.json"
+SCHEDULER_FILE = "scheduler.pt"
+
+# Everything that torch's index of an optimizer state is made of, but the dtypes, which are constants of torch.
+METADATA_GLOBALS = {
+    **{
+        (dcp_metadata.__name__, name): getattr(dcp_metadata, name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    (_StorageInfo.__module__, _StorageInfo.__name__): _StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    # where the checkpoint was saved; Python 3.13 has another name for the module
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+}
+
+
+def enum_member(kind: type, name: str) -> enum.Enum:
+    """What stands for getattr: Python 3.11.2, for one, pickles the member of an enum as an attribute of its class."""
+    if not isinstance(kind, enum.EnumType) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"{name} of {kind} is no part of an optimizer state")
+    return kind[name]
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads the index of an optimizer state, and nothing that names anything else."""
+
+    def find_class(self, module: str, name: str):
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return enum_member
+        if (module, name) not in METADATA_GLOBALS:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of an optimizer state")
+        return METADATA_GLOBALS[module, name]
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader, with an unpickler that runs no code."""
+
+    def read_metadata(self, rank: int | None = None) -> Metadata:
+        path = Path(self.path) / (METADATA_FILE if rank is None else f"__{rank}{METADATA_FILE}")
+        with path.open("rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("no index of an optimizer state")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """torch's planner, which lets nothing but numbers and text stand where no tensor is expected."""
+
+    def load_bytes(self, read_item, value) -> None:
+        setting = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], setting)
+
+
+def load_distributed(state: dict, folder: Path) -> None:
+    """Fill `state` in place from a folder in torch's distributed format, each rank with its own share."""
+    dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
+
+
+@contextlib.contextmanager
+def named_file(path: Path, checkpoint: Path) -> Iterator[None]:
+    """End in one line that names `path` where reading it or using what it holds fails.
+
+    What damaged or crafted content makes the libraries raise has no end; whatever it is, the file cannot be used.
+
+    Raises:
+        InputError: In place of any other error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or holds code"
+        raise InputError(
+            f"{path} cannot be used ({reason}); copy it again, or delete {checkpoint} to go on from the one before it"
+        ) from error
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Look at everything that training reads of a checkpoint, before a model is loaded.
+
+    Raises:
+        InputError: A file is missing, cut off, or holds what it should not; names it.
+    """
+    optimizer = checkpoint / OPTIMIZER_FOLDER
+    if not optimizer.is_dir():
+        raise InputError(
+            f"{checkpoint} has no optimizer state (saved with save_only_model?), training cannot go on from it"
+        )
+    remedy = f"copy it again, or delete {checkpoint} to go on from the one before it"
+    with named_file(checkpoint / TRAINER_STATE_FILE, checkpoint):
+        state = read_json(checkpoint / TRAINER_STATE_FILE, TRAINER_STATE, remedy)
+    if checkpoint_step(checkpoint.name) not in (-1, state["global_step"]):
+        raise InputError(f"{checkpoint / TRAINER_STATE_FILE} is of step {state['global_step']}; {remedy}")
+    if not weight_files(checkpoint):
+        raise InputError(f"{checkpoint} holds no weights ({checkpoint / weights_name(checkpoint)}); {remedy}")
+    try:
+        check_model_files(str(checkpoint))
+    except InputError as error:
+        raise InputError(f"{error}, or delete {checkpoint} to go on from the one before it") from None
+    pickles = (
+        SCHEDULER_FILE,
+        *(path.name for pattern in ("rng_state*.pth", "scaler.pt") for path in checkpoint.glob(pattern)),
+    )
+    for name in sorted(pickles):
+        with named_file(checkpoint / name, checkpoint), safe_globals():
+            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    with named_file(optimizer / METADATA_FILE, checkpoint):
+        ends: dict[str, int] = {}  # of what each rank has written
+        for part in SafeReader(optimizer).read_metadata().storage_data.values():
+            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in sorted(ends.items()):
+        with named_file(optimizer / name, checkpoint):
+            size = (optimizer / name).stat().st_size
+            if size < end:
+                raise ValueError(f"cut off, {size:,} of {end:,} bytes")
+
+
+def weights_name(checkpoint: Path) -> str:
+    """Name of the file with the weights where they are not spread over several."""
+    return "adapter_model.safetensors" if (checkpoint / "adapter_config.json").is_file() else "model.safetensors"
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files with the checkpoint's weights: one, or one for each shard."""
+    return sorted(checkpoint.glob(weights_name(checkpoint).replace(".", "*.")))
+
+
+def without_tied_copies(model: PreTrainedModel, state_dict: dict) -> dict:
+    """Leave out of a gathered state dict the names that are tied to another one.
+
+    `save_pretrained` finds tied weights by their storage, which gathering has duplicated.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in state_dict.items() if name not in tied}
+
+
+def saved_shapes(model: PreTrainedModel | PeftModel) -> dict[str, list[int]]:
+    """Names and shapes of the tensors that a checkpoint of the model must hold, without gathering what is sharded."""
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    if isinstance(model, PeftModel):
+        tensors = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+    else:
+        ignored = model._keys_to_ignore_on_save or ()
+        tensors = {name: tensor for name, tensor in without_tied_copies(model, tensors).items() if name not in ignored}
+        tensors = revert_weight_conversion(
+            model, tensors
+        )  # some models are saved under other names than they compute with
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_weights(checkpoint: Path, shapes: dict[str, list[int]]) -> None:
+    """Look whether the files of a checkpoint hold every tensor.
+
+    Raises:
+        InputError: They do not; names what is missing.
+    """
+    check_model_files(str(checkpoint))
+    saved = {
+        name: tensor["shape"] for path in weight_files(checkpoint) for name, tensor in read_header(path)[1].items()
+    }
+    missing = [name for name, shape in shapes.items() if saved.get(name) != shape]
+    if missing or not shapes:
+        raise InputError(
+            f"{checkpoint} lacks {len(missing)} of the {len(shapes)} tensors of the model ({', '.join(missing[:3])}); "
+            "it stays marked as incomplete, and the same command goes on from the one before it"
+        )
+
+
+def delete_older_checkpoints(run: Path, save_total_limit: int | None) -> None:
+    """Delete what of the run's own checkpoints is older than the newest `save_total_limit`; what was merged is left."""
+    saved = [folder for folder in list_checkpoints(run) if (folder / TRAINER_STATE_FILE).is_file()]
+    for folder in saved[:-save_total_limit] if save_total_limit else []:
+        (folder / INCOMPLETE).touch()  # whoever is killed while deleting leaves no half of a checkpoint
+        shutil.rmtree(folder)

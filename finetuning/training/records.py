@@ -1,0 +1,231 @@
+"""
+`run.json`, the record of a run: what was trained, on what data, with which libraries, on which hardware.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from finetuning.credentials import hide_all, without_secrets
+from finetuning.data.rows import fingerprint_rows
+from finetuning.errors import InputError, make_folder
+from finetuning.runs import (
+    EDA,
+    INCOMPLETE,
+    PREFLIGHT_FILE,
+    RUN_FILE,
+    checkpoint_step,
+    last_checkpoint,
+    read_json,
+    read_run,
+    write_json,
+)
+from finetuning.schemas import TRAINED_RUN_RECORD
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
+# What may change between a run and its continuation: where it is logged and saved, and how the same global batch is
+# spread over devices. Everything else would make the checkpoints of one folder incomparable. The data is compared by its
+# content, whatever its path.
+MAY_CHANGE = {
+    "output_dir", "overwrite", "resume_from_checkpoint", "logging_steps", "logging_dir", "report_to", "run_name",
+    "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "disable_tqdm", "log_level",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_num_workers",
+    "fsdp", "fsdp_config", "use_cpu", "local_rank", "attn_implementation", "gradient_checkpointing", "activation_checkpointing", "dtype",
+    "preflight_only", "allow", "preview_rows", "do_eval",
+    "bf16", "fp16", "tf32", "dataset_test_split", "dataset_num_proc", "dataset_name", "dataset_config", "dataset_train_split", "dataset_eval_split", "hub_token", "token",
+}  # fmt: skip
+
+
+def git_commit() -> str | None:
+    """Commit of this repository, with `-dirty` where tracked files have changed; None outside a checkout."""
+    folder = Path(__file__).parent
+    git = shutil.which("git")
+    if git is None:
+        return None
+    result = subprocess.run(
+        [git, "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+    )
+    return result.stdout.strip() or None
+
+
+def describe_hardware() -> dict:
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "devices": devices or ["cpu"],
+        "num_cpus": os.cpu_count(),
+        "threads_per_process": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def build_record(config: dict, chat_template: str, train_rows: Dataset, eval_rows: Dataset | None) -> dict:
+    """The record as it stands before the first step.
+
+    Args:
+        config: Every key of the training, model and script arguments.
+    """
+    hardware = describe_hardware()
+    batch_size = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * hardware["world_size"]
+    splits = {"train": train_rows, "eval": eval_rows}
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": now(),
+        "finished": None,
+        "config": without_secrets(config),
+        "global_batch_size": batch_size,
+        "data": {
+            split: {"rows": len(rows), "hash": fingerprint_rows(rows)}
+            for split, rows in splits.items()
+            if rows is not None
+        },
+        "chat_template": chat_template,
+        "hardware": hardware,
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "git_commit": git_commit(),
+    }
+
+
+def find_differences(old: dict, new: dict) -> list[str]:
+    """What of two records makes their checkpoints incomparable, as `key was ... and is ...`."""
+
+    def essence(record: dict) -> dict:
+        settings = {key: value for key, value in record["config"].items() if key not in MAY_CHANGE}
+        return {**settings, "global_batch_size": record["global_batch_size"], "chat_template": record["chat_template"],
+                "rows of train": record["data"]["train"]["hash"]}  # fmt: skip
+
+    old, new = essence(old), essence(new)
+    # a switch that an older version did not have was off
+    keys = [key for key in old.keys() | new.keys() if (old.get(key) or None) != (new.get(key) or None)]
+    return [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(keys)]
+
+
+# What a checkpoint brings with it: its optimizer goes on with these, whatever the arguments say.
+OF_OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+def compare_origin(checkpoint: Path, record: dict) -> None:
+    """Say in what the run that goes on from a checkpoint of another run differs from that one.
+
+    Raises:
+        InputError: In a setting that would have no effect.
+    """
+    origin = checkpoint.resolve().parent
+    if not (origin / RUN_FILE).is_file():
+        print(f"resume_from_checkpoint: no {RUN_FILE} beside {checkpoint} says what it was trained on", flush=True)
+        return
+    old = read_run(origin, TRAINED_RUN_RECORD)
+    for key in OF_OPTIMIZER:
+        was, is_now = old["config"].get(key), record["config"].get(key)
+        if was != is_now:
+            raise InputError(
+                f"{key}: {is_now} has no effect, as the optimizer of {checkpoint} goes on with {was}; set it so, or start "
+                "with a new optimizer from the weights alone, by model_name_or_path"
+            )
+    if differences := find_differences(old, record):
+        print(f"{checkpoint} is of another run: {'; '.join(differences)}", flush=True)
+
+
+def open_run(
+    run: Path, record: dict, overwrite: bool, requested: str | bool | None, look_only: bool = False
+) -> tuple[Path | None, bool]:
+    """Decide where training starts, before anything is loaded.
+
+    Args:
+        run: Folder of the run.
+        record: What is about to be run.
+        overwrite: Start over, in spite of what is in the folder.
+        look_only: Leave what a killed run has not finished to save where it is.
+        requested: `resume_from_checkpoint`: a path, true for the last checkpoint, or None, which goes on with a run
+            that was stopped and has not finished.
+
+    Returns:
+        The checkpoint to go on from, or None to start from the beginning; and whether the run is finished already.
+
+    Raises:
+        InputError: The folder holds another run, or there is no such checkpoint.
+    """
+    requested = None if requested is None else str(requested)
+    if run.exists() and not run.is_dir():
+        raise InputError(f"output_dir: {run} is a file; choose a folder")
+    for key in ("model_name_or_path", "dataset_name"):
+        if run.resolve() == Path(record["config"][key]).resolve():
+            raise InputError(f"output_dir: {run} is {key} itself; choose another output_dir")
+    if overwrite and run.exists():  # what is in the folder is deleted when training begins, not before
+        needed = [requested, record["config"]["model_name_or_path"], record["config"]["dataset_name"]]
+        for path in filter(None, needed):
+            if run.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
+                raise InputError(
+                    f"overwrite would delete {path}, which this run starts from; choose another output_dir"
+                )
+        if {f.name for f in run.iterdir()} - {PREFLIGHT_FILE, EDA} and not (run / RUN_FILE).is_file():
+            raise InputError(
+                f"{run} is not empty and holds no run, so overwrite does not delete it; choose another output_dir"
+            )
+        return None, False
+    checkpoint = None
+    if requested is not None and requested.lower() not in ("true", "false"):
+        checkpoint = Path(requested)
+        if not (checkpoint / "trainer_state.json").is_file() or (checkpoint / INCOMPLETE).exists():
+            raise InputError(f"resume_from_checkpoint: {checkpoint} is no complete checkpoint")
+        is_adapter, use_peft = (checkpoint / "adapter_config.json").is_file(), bool(record["config"].get("use_peft"))
+        if is_adapter != use_peft:
+            kind = "an adapter" if is_adapter else "a whole model"
+            raise InputError(f"resume_from_checkpoint: {checkpoint} is {kind}, and use_peft is {str(use_peft).lower()}")
+        rank = read_json(checkpoint / "adapter_config.json").get("r") if is_adapter else None
+        if is_adapter and rank != record["config"]["lora_r"]:
+            raise InputError(
+                f"resume_from_checkpoint: {checkpoint} has lora_r: {rank}, and not {record['config']['lora_r']}"
+            )
+        if checkpoint.resolve().parent != run.resolve():
+            compare_origin(checkpoint, record)
+    if not (run / RUN_FILE).is_file():
+        if requested is not None and requested.lower() == "true":
+            raise InputError(f"resume_from_checkpoint: there is no run in {run} to resume")
+        return checkpoint, False
+    if requested is not None and requested.lower() == "false":
+        raise InputError(f"{run} holds a run that resume_from_checkpoint: false would mix with; use --overwrite true")
+    old = read_run(run, TRAINED_RUN_RECORD)
+    differences = find_differences(old, record)
+    if differences:
+        raise InputError(
+            f"{run} holds another run: {'; '.join(differences)}. Choose another output_dir, "
+            "or start over with --overwrite true, which deletes it"
+        )
+    for marker in [] if look_only else run.glob(f"checkpoint-*/{INCOMPLETE}"):
+        shutil.rmtree(marker.parent)
+    last = last_checkpoint(run)
+    if checkpoint is None:
+        return last, old["finished"] is not None
+    if last is not None and checkpoint_step(last.name) > checkpoint_step(checkpoint.name):
+        raise InputError(
+            f"{run} has {last.name}, which is later than {checkpoint}; delete it, or choose another output_dir"
+        )
+    return checkpoint, False
+
+
+def delete_run(run: Path) -> None:
+    """Delete what is in a run's folder but what preflight has just written, and the logs that W&B may have begun."""
+    for path in run.iterdir():
+        if path.name not in (PREFLIGHT_FILE, EDA, "wandb"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def save_record(run: Path, record: dict, **changes) -> dict:
+    record = hide_all({**record, **changes})
+    make_folder(run)
+    write_json(run / RUN_FILE, record)
+    return record
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,139 @@
+"""The decode loop gives, token for token, what `model.generate` gives for each prompt alone."""
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from finetuning.inference.decoding import Decoder, SlotCache, seed_of, why_not_exact
+
+VOCABULARY = 997
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+         "num_attention_heads": 8, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "llama, grouped queries": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=2)),
+    "llama, tied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=16)),
+    "gemma, one key head": (GemmaForCausalLM, GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=16)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2)),
+}
+GREEDY = GenerationConfig(max_new_tokens=12, eos_token_id=[3, 5, 7], pad_token_id=0, do_sample=False)
+
+
+def build(model_class, config):
+    """Random weights, large enough that a next token depends on all that came before."""
+    torch.manual_seed(1)
+    model = model_class(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+def make_prompts(number=15):
+    generator = random.Random(0)
+    lengths = [1, 2, 700, *(generator.choice([3, 5, 30, 31, 300]) for _ in range(number - 3))]
+    return [[generator.randrange(10, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def alone(model, prompt: list[int], config: GenerationConfig = GREEDY) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
+    model, prompts = build(*MODELS[name]), make_prompts()
+    expected = [alone(model, prompt) for prompt in prompts]
+    assert len({token for tokens in expected for token in tokens}) > 30  # answers that are worth comparing
+    for num_slots in (1, 4, 64):
+        assert dict(Decoder(model, GREEDY, num_slots).generate(prompts)) == dict(enumerate(expected)), num_slots
+
+
+def test_an_adapter_answers_as_it_does_alone():
+    model = build(*MODELS["llama, grouped queries"])
+    adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    prompts = make_prompts(8)
+    expected = [alone(adapter, prompt) for prompt in prompts]
+    assert dict(Decoder(adapter, GREEDY, 3).generate(prompts)) == dict(enumerate(expected))
+    with adapter.disable_adapter():
+        assert [alone(adapter, prompt) for prompt in prompts] != expected
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}])
+def test_penalties_are_those_of_the_library(settings):
+    model, prompts = build(*MODELS["llama, tied"]), make_prompts(6)
+    config = GenerationConfig(**{**GREEDY.to_dict(), **settings})
+    assert dict(Decoder(model, config, 4).generate(prompts)) == dict(
+        enumerate(alone(model, p, config) for p in prompts)
+    )
+
+
+def test_sampled_tokens_follow_the_distribution():
+    """Over many seeds the first token comes as often as the model says, within top_k and top_p."""
+    model, prompt = build(*MODELS["llama, tied"]), make_prompts()[3]
+    config = GenerationConfig(
+        max_new_tokens=1, eos_token_id=[3], pad_token_id=0, do_sample=True, temperature=2.0, top_k=5
+    )
+    number = 2000
+    drawn = Decoder(model, config, 500).generate([prompt] * number, [seed_of(0, str(i)) for i in range(number)])
+    counts = torch.bincount(torch.tensor([tokens[0] for _, tokens in drawn]), minlength=VOCABULARY)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1] / 2.0
+    top = logits.topk(5)
+    expected = torch.zeros(VOCABULARY).index_put((top.indices,), top.values.softmax(-1))
+    assert counts[expected == 0].sum() == 0
+    assert (counts / number - expected).abs().max() < 4 * (0.25 / number) ** 0.5
+
+
+def test_a_sliding_window_is_left_to_the_library_where_it_matters():
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=40)
+    model = build(MistralForCausalLM, config)
+    assert why_not_exact(model, GREEDY, 400) is not None
+    assert why_not_exact(build(*MODELS["llama, tied"]), GREEDY, 400) is None
+
+
+def test_memory_of_the_cache_is_given_back_to_waiting_prompts():
+    """As many slots as there are sequences at once, whatever the number of prompts."""
+    model, prompts = build(*MODELS["llama, tied"]), [[11, 12, 13]] * 200
+    caches = []
+    original = SlotCache.__init__
+
+    def remember(cache, *args):
+        original(cache, *args)
+        caches.append(cache)
+
+    SlotCache.__init__ = remember
+    try:
+        assert len(dict(Decoder(model, GREEDY, 8).generate(prompts))) == 200
+    finally:
+        SlotCache.__init__ = original
+    (cache,) = caches
+    assert all(tensor.shape[0] == 8 and tensor.shape[2] == 3 + 12 for layer in cache.layers for tensor in layer)

@@ -1,0 +1,90 @@
+"""
+What docs/design.md says of the house, held against the code: who stands where, who imports whom, who imports torch.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "finetuning"
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+MODULES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix()
+    for path in PACKAGE.rglob("*.py")
+    if path.stem not in ("__init__", "__main__")
+)
+
+
+def read_table(header: str) -> list[list[str]]:
+    """The cells of each row of the table in docs/design.md that begins with this header."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8").split(f"| {header} |")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
+def rooms_by_design() -> dict[str, set[str]]:
+    """The rooms that each room may import besides itself."""
+    return {
+        "ground" if "ground" in room else room.strip("`/"): set(filter(None, imports.split(", ")))
+        for room, _, imports in read_table("room")
+    }
+
+
+def modules_by_design() -> dict[str, str]:
+    """Whether each module imports torch."""
+    return {name: torch for names, _, torch in read_table("module") for name in re.findall(r"`([\w/]+)`", names)}
+
+
+def room_of(module: str) -> str:
+    """The room of a module by its path or dotted name under finetuning."""
+    first = re.split(r"[/.]", module)[0]
+    return first if first in ROOMS else "ground"
+
+
+def modules_imported_by(source: Path) -> set[str]:
+    """The modules of the package that a file imports, at its top or in a function, by their dotted names under it."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: the house imports by full names"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.removeprefix("finetuning.") for name in names if name.startswith("finetuning.")}
+    return found
+
+
+def test_each_room_and_module_stands_in_the_tables():
+    assert sorted(rooms_by_design()) == sorted(["ground", *ROOMS])
+    assert sorted(modules_by_design()) == MODULES
+
+
+def test_a_room_imports_what_the_table_lets_it():
+    allowed = rooms_by_design()
+    for source in PACKAGE.rglob("*.py"):
+        room = room_of(source.relative_to(PACKAGE).as_posix())
+        for module in modules_imported_by(source):
+            assert room_of(module) in {room, *allowed[room]}, f"{source.relative_to(ROOT)} imports {module}"
+
+
+def test_the_tests_mirror_the_rooms():
+    assert sorted(path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))) == ROOMS
+
+
+IMPORTS = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module("finetuning." + name.replace("/", "."))
+    assert "torch" not in sys.modules, f"finetuning/{name}.py imports torch"
+"""
+
+
+def test_modules_that_the_table_lists_without_torch_do_not_import_it():
+    names = [name for name, torch in modules_by_design().items() if torch == "no"]
+    result = subprocess.run([sys.executable, "-c", IMPORTS, *names], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr.splitlines()[-1]

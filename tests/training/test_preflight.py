@@ -1,0 +1,746 @@
+"""Each failure is shown first: the trainer takes the rows and says nothing. Then preflight finds it in the same rows."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, ROOT, SMALL, TRAIN, command, run, run_step, train
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from trl import SFTTrainer
+
+from finetuning.config.model_arguments import ModelArguments
+from finetuning.data.batches import RowPreparation, build_collator
+from finetuning.data.chat import load_tokenizer
+from finetuning.data.checks import check_leaks, check_rows, find_leaks, normalize
+from finetuning.data.rows import TRAINING_FEATURES, find_row_format, to_training_row
+from finetuning.errors import InputError
+from finetuning.training import preflight
+from finetuning.training.memory import Batch, Shapes, check_adapter_names, plan_memory
+from finetuning.training.trainer import TrainingArguments, build_adapter_config
+
+MODEL = str(ROOT / "demo/model")
+QUESTIONS = [
+    f"#Person1#: I saw {name} at {n} o'clock." for n, name in enumerate(("Ella", "Tom", "지우", "Sam"), start=1)
+]
+ANSWERS = ["#Person1# saw Ella.", "#Person1# saw Tom.", "#Person1#은 지우를 봤다.", "#Person1# saw Sam."]
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def rows_of(questions=QUESTIONS, answers=ANSWERS, system=None) -> Dataset:
+    head = [{"role": "system", "content": system}] if system else []
+    return Dataset.from_list(
+        [
+            {"prompt": [*head, {"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
+            for q, a in zip(questions, answers, strict=True)
+        ]
+    )
+
+
+def look(tmp_path, rows, tokenizer, held_out=None, **settings):
+    """What SFTTrainer itself trains on, every check off, with the loss of a batch; and what preflight says of it."""
+    settings = {"max_length": 256, "per_device_train_batch_size": 4, "save_steps": 1, "disable_tqdm": True, **settings}
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", **settings)
+    generation_config = GenerationConfig.from_pretrained(MODEL)
+    preparation = RowPreparation(tokenizer, args)
+    tokenized = preparation.tokenize(rows, "train")
+    trainer = SFTTrainer(model=MODEL, args=args, train_dataset=rows, processing_class=tokenizer)
+    (batch,) = trainer.get_train_dataloader()
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    prepared = preparation.cut_and_pack(tokenized, "train")
+    assert prepared["input_ids"] == trainer.train_dataset["input_ids"]  # what is checked is what is trained on
+    report, _ = preflight.inspect(
+        tokenized,
+        prepared,
+        build_collator(tokenizer, args),
+        tokenizer,
+        generation_config,
+        args,
+        held_out or {},
+    )
+    learned = batch["labels"][batch["labels"] != -100].tolist()
+    return learned, loss, {finding.check: finding for finding in report.findings}, report
+
+
+def with_template(template: str):
+    return load_tokenizer(MODEL, template)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_right_rows_pass(tmp_path, tokenizer, packing):
+    batch_size = 1 if packing else 4  # sequences: the four rows are packed into one
+    learned, loss, found, report = look(
+        tmp_path, rows_of(), tokenizer, packing=packing, per_device_train_batch_size=batch_size
+    )
+    assert learned.count(tokenizer.eos_token_id) == 4 and loss > 0
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert found["terminator"].numbers["rows"] == 4
+    assert report.plan["rows_per_step"] == 4
+
+
+def test_a_step_of_more_sequences_than_there_are_is_said(tmp_path, tokenizer):
+    _, _, found, report = look(tmp_path, rows_of(), tokenizer, packing=True)
+    assert found["schedule"].level == "warning" and "take 4 sequences and there are 1" in found["schedule"].text
+    assert report.plan["rows_per_step"] == 4  # what it takes
+
+
+@pytest.mark.parametrize("end", ["", "</s>", "\\n### End"])
+def test_an_end_that_is_no_token_is_refused(tmp_path, end):
+    """The template ends answers in plain text, or not at all."""
+    tokenizer = with_template(TURN.replace("<|im_end|>", end) + ASK)
+    learned, loss, found, _ = look(tmp_path, rows_of(), tokenizer)
+    assert tokenizer.eos_token_id not in learned and loss > 0  # training goes on, and never shows the end
+    assert found["terminator"].level == "refused"
+    assert "the model would not learn to stop" in found["terminator"].text
+
+
+def test_rows_that_end_in_a_token_generation_does_not_know_are_refused(tmp_path):
+    """Rows with a system message end in another token than rows without, which generation is asked about."""
+    template = (
+        TURN.replace("<|im_end|>", "{{ '<|im_start|>' if messages[0].role == 'system' else '<|im_end|>' }}") + ASK
+    )
+    tokenizer = with_template(template)
+    learned, loss, found, _ = look(tmp_path, rows_of(system="Summarize."), tokenizer)
+    assert tokenizer.eos_token_id not in learned and loss > 0
+    assert found["terminators_agree"].level == "refused"
+    assert "rows end in <|im_start|> (4 rows), but generation stops at <|im_end|>" in found["terminators_agree"].text
+
+
+def test_white_space_after_the_end_is_no_fault(tmp_path):
+    """Qwen's template writes a line break after its end of turn."""
+    tokenizer = with_template(TURN + ASK)
+    learned, _, found, _ = look(tmp_path, rows_of(), tokenizer)
+    assert learned[-1] != tokenizer.eos_token_id
+    assert found["terminator"].level == "ok"
+
+
+def test_rows_with_nothing_to_learn_are_refused(tmp_path, tokenizer):
+    learned, loss, found, _ = look(tmp_path, rows_of(), tokenizer, max_length=12)
+    assert learned == [] and loss == 0  # the run would succeed with a loss of zero
+    assert found["supervision"].level == "refused" and "no loss at all" in found["supervision"].text
+    assert found["truncation"].numbers == {"cut": 4, "answers_lost": 4}
+
+
+def test_answers_that_lose_their_end_are_counted(tmp_path, tokenizer):
+    lengths = [
+        len(ids)
+        for ids in RowPreparation(tokenizer, TrainingArguments(output_dir=str(tmp_path))).tokenize(rows_of(), "train")[
+            "input_ids"
+        ]
+    ]
+    learned, loss, found, report = look(tmp_path, rows_of(), tokenizer, max_length=max(lengths) - 1)
+    cut = [i for i, length in enumerate(lengths) if length == max(lengths)]
+    assert learned.count(tokenizer.eos_token_id) == 4 - len(cut) and loss > 0
+    assert found["truncation"].level == "warning" and found["truncation"].rows == cut
+    assert report.lengths["max_length_for_99_percent"] == max(lengths)
+    assert found["terminator"].level == "warning"
+
+
+def test_rows_that_the_trainer_leaves_out_are_counted(tmp_path, tokenizer):
+    """Without packing, trl drops rows of which nothing is left to learn, and says nothing."""
+    questions = [*QUESTIONS[:3], QUESTIONS[3] * 8]
+    _, loss, found, _ = look(tmp_path, rows_of(questions), tokenizer, packing=False, max_length=48)
+    assert loss > 0
+    assert found["supervision"].level == "refused" and found["supervision"].numbers["rows"] == 1
+
+
+def test_a_task_token_at_a_cut_is_no_fault_of_the_template(tmp_path, tokenizer):
+    """Rows that are cut end anywhere, in a speaker's tag too."""
+    answers = ["#Person1# saw #Person2# and #Person3# and #Person1# and #Person2#."] * 4
+    for limit in range(44, 60):
+        _, _, found, _ = look(tmp_path, rows_of(answers=answers), tokenizer, max_length=limit)
+        assert "terminators_agree" not in found, limit
+        if found["terminator"].level == "refused" and "#Person" in str(found["terminator"].numbers["rows_end_in"]):
+            return
+    raise AssertionError("no limit cuts at a tag")
+
+
+def test_a_loss_on_the_question_is_said(tmp_path, tokenizer):
+    learned, _, found, report = look(tmp_path, rows_of(), tokenizer, completion_only_loss=False)
+    assert learned.count(tokenizer.eos_token_id) == 8  # the question's too
+    assert found["everything_supervised"].level == "warning"
+
+    assert 0 < report.lengths["question tokens"]["p50"] < report.lengths["row tokens"]["p50"]
+
+
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
+def test_sequences_that_end_anywhere_are_judged_by_their_rows(tmp_path, tokenizer, strategy):
+    learned, _, found, _ = look(
+        tmp_path, rows_of(), tokenizer, packing_strategy=strategy, max_length=24, per_device_train_batch_size=16
+    )
+    assert learned.count(tokenizer.eos_token_id) == 4
+    assert found["terminator"].level == "ok" and found["terminator"].numbers["rows"] == 4
+
+
+def test_a_double_beginning_is_found(tmp_path):
+    tokenizer = load_tokenizer(MODEL, "{{ bos_token }}{{ bos_token }}" + TURN + ASK)
+    tokenizer.bos_token = "<|endoftext|>"
+    _, loss, found, _ = look(tmp_path, rows_of(), tokenizer)
+    assert loss > 0
+    assert found["double_bos"].level == "warning" and found["double_bos"].numbers["rows"] == 4
+
+
+def test_padding_in_the_labels_is_found(tmp_path, tokenizer):
+    answers = ["#Person1# saw<|pad|> Ella.", *ANSWERS[1:]]
+    learned, _, found, _ = look(tmp_path, rows_of(answers=answers), tokenizer)
+    assert tokenizer.pad_token_id in learned
+    assert found["pad_in_labels"].numbers["rows"] == 1
+
+
+def test_padding_with_the_end_token_still_trains_the_end(tmp_path):
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.pad_token = tokenizer.eos_token
+    learned, _, found, _ = look(tmp_path, rows_of(), tokenizer, packing=False)
+    assert learned.count(tokenizer.eos_token_id) == 4
+    assert found["pad_is_end"].level == "note" and found["terminator"].level == "ok"
+
+
+def test_faults_of_rows_are_named_with_their_numbers(tmp_path, tokenizer):
+    questions = [*QUESTIONS, "  ", QUESTIONS[1].upper() + "!", "caf\ufffd?", "#Person1#: 그래 ㅋㅋㅋㅋ"]
+    answers = [*ANSWERS, "nothing", ANSWERS[1], "ok", "웃는다."]
+    _, loss, found, _ = look(tmp_path, rows_of(questions, answers), tokenizer, per_device_train_batch_size=8)
+    assert loss > 0
+    expected = {
+        "empty_rows": ("refused", [4]),
+        "duplicate_rows": ("warning", [5]),
+        "unreadable_text": ("warning", [6]),
+        "bare_jamo": ("note", [7]),
+    }
+    assert {name: (found[name].level, found[name].rows) for name in expected} == expected
+
+
+def test_held_out_rows_in_the_training_set_are_found(tmp_path, tokenizer):
+    long = " ".join(f"word{i}" for i in range(60))
+    questions, answers = [*QUESTIONS, f"{long} and an end"], [*ANSWERS, "long"]
+    test = [QUESTIONS[2] + "  ", "something else", f"{long} and another"]
+    _, loss, found, _ = look(
+        tmp_path, rows_of(questions, answers), tokenizer, {"test": test}, per_device_train_batch_size=8, max_length=512
+    )
+    assert loss > 0
+    assert (found["leakage"].level, found["leakage"].rows) == ("refused", [2])  # 1 of 3 is more than a tenth
+    assert (found["near_leakage"].level, found["near_leakage"].rows) == ("warning", [4])
+
+
+def test_a_few_held_out_rows_are_a_warning():
+    test = [f"question {i} of the test" for i in range(20)]
+    (finding,) = check_leaks([*QUESTIONS, test[0]], {"test": test})
+    assert finding.level == "warning" and finding.rows == [4]
+
+
+def test_near_duplicates_are_found_and_unlike_texts_are_not():
+    """Against the exact Jaccard similarity, over texts with more and more words replaced."""
+    generator = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(400)]
+    base = list(generator.choice(words, 80))
+    # of 78 word triples, each replaced word takes three: 2 words leave a similarity of 0.86, 4 words of 0.73
+    for replaced, expected in ((0, None), (1, True), (2, True), (4, False), (40, False)):
+        changed = list(base)
+        for place in generator.choice(80, replaced, replace=False):
+            changed[place] = "new"
+        equal, near = find_leaks([" ".join(base)], [" ".join(changed)])
+        assert (equal, bool(near)) == (({0: 0}, False) if expected is None else ({}, expected)), replaced
+
+
+def test_normalize_reads_korean_and_full_width():
+    assert normalize("안녕하세요!  Ｔｏｍ") == normalize("안녕하세요 tom")
+    assert normalize("?!") == "?!"  # nothing but punctuation is still a text
+
+
+@pytest.mark.parametrize("pair", [("3 + 4", "3 * 4"), ("x < 3", "x > 3"), ("I feel 😀", "I feel 😡"), ("C++", "C#")])
+def test_what_makes_another_question_is_not_levelled(pair):
+    assert normalize(pair[0]) != normalize(pair[1])
+
+
+def test_rows_without_faults_are_ok():
+    assert [finding.level for finding in check_rows(QUESTIONS, ANSWERS)] == ["ok"]
+
+
+def test_the_preview_shows_every_token_and_what_is_learned(tmp_path, tokenizer):
+    _, _, _, report = look(tmp_path, rows_of(), tokenizer)
+    preview = report.preview[0]
+    text = "".join(token for token, _, _ in preview["tokens"])
+    assert QUESTIONS[0] in text and text.endswith(ANSWERS[0] + "<|im_end|>")
+    assert "".join(token for token, learned, _ in preview["tokens"] if learned) == ANSWERS[0] + "<|im_end|>"
+    assert ["<|im_end|>", True, True] in preview["tokens"]
+    assert "⟦#Person1#|" in preflight.render_preview(preview, colour=False)
+    assert "\033[1;30;42m<|im_end|>\033[0m" in preflight.render_preview(preview, colour=True)
+    odd = {"tokens": [["\x9b31m\x1b]0;x\x07\n\u202e\ud83d", True, False]], "gap": None, "left_out": 0}
+    assert preflight.render_preview(odd, True) == "\033[30;42m\\x9b31m\\x1b]0;x\\x07⏎\n\\u202e\\ud83d\033[0m"
+
+
+def conversations(first_answers=ANSWERS, **arguments) -> Dataset:
+    """Rows of two turns each."""
+    turns = zip(QUESTIONS, first_answers, reversed(ANSWERS), strict=True)
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, (q, a, "And?", b), strict=True)]}
+        for q, a, b in turns
+    ]  # fmt: skip
+    row_format = find_row_format(["messages"], **arguments)
+    return Dataset.from_list([to_training_row(row, row_format) for row in rows], features=TRAINING_FEATURES)
+
+
+def inspected(tmp_path, rows, tokenizer, **settings):
+    """What preflight says of rows, and the labels that it has looked at."""
+    settings = {"max_length": 256, "report_to": "none", **settings}
+    args = TrainingArguments(output_dir=str(tmp_path), **settings)
+    preparation = RowPreparation(tokenizer, args)
+    tokenized = preparation.tokenize(rows, "train")
+    prepared = preparation.cut_and_pack(tokenized, "train")
+    generation_config = GenerationConfig.from_pretrained(MODEL)
+    collator = build_collator(tokenizer, args)
+    report, per_row = preflight.inspect(tokenized, prepared, collator, tokenizer, generation_config, args, {})
+    return {finding.check: finding for finding in report.findings}, report, per_row
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_turn_that_is_learned_is_counted_and_shown(tmp_path, tokenizer, packing):
+    found, report, per_row = inspected(tmp_path, conversations(), tokenizer, packing=packing)
+    assert (found["assistant_turns"].level, found["assistant_turns"].text) == ("ok", "2.0 a row, all learned")
+    assert found["terminator"].numbers["answers"] == found["terminator"].numbers["ended"] == 8
+    shown = preflight.render_preview(report.preview[0], colour=False).replace("|", "")
+    assert f"⟦{ANSWERS[0]}<im_end>⟧" in shown and shown.endswith(f"⟦{ANSWERS[-1]}<im_end>⟧") and shown.count("⟦") == 2
+    assert per_row["answer characters"][0] == len(ANSWERS[0] + ANSWERS[-1])
+    assert per_row["question characters"][0] == len(QUESTIONS[0] + "And?")
+
+    found, report, _ = inspected(tmp_path, conversations(mask_history=True), tokenizer, packing=packing)
+    assert (found["assistant_turns"].level, found["assistant_turns"].text) == ("note", "2.0 a row, 1.0 of them learned")
+    assert found["terminator"].numbers["answers"] == 4
+    assert preflight.render_preview(report.preview[0], colour=False).count("⟦") == 1
+
+
+def test_an_earlier_turn_without_an_end_counts_as_much_as_the_last(tmp_path):
+    tokenizer = with_template(TURN.replace("<|im_end|>", "{{ '<|im_end|>' if m.content.endswith('.') }}") + ASK)
+    found, _, _ = inspected(tmp_path, conversations([answer.rstrip(".") for answer in ANSWERS]), tokenizer)
+    assert found["terminator"].level == "warning"
+    assert found["terminator"].text.startswith("50.0 % of the answers end in")
+
+
+def test_an_empty_turn_among_others_is_refused(tmp_path, tokenizer):
+    found, _, _ = inspected(tmp_path, conversations([*ANSWERS[:3], " "]), tokenizer)
+    assert (found["empty_rows"].level, found["empty_rows"].rows) == ("refused", [3])
+
+
+def test_a_cut_in_a_later_turn_does_not_lose_the_earlier_answer(tmp_path, tokenizer):
+    found, _, per_row = inspected(tmp_path, conversations(), tokenizer, max_length=40)
+    start, whole = per_row["first learned token"], per_row["row tokens"]
+    assert (start < 40).all() and (whole - per_row["answer tokens"] > 40).all()
+    assert found["truncation"].numbers["answers_lost"] == 0
+
+
+def test_control_tokens_in_the_text_of_rows_are_named(tmp_path, tokenizer):
+    answers = [ANSWERS[0] + "<|im_end|>\n<|im_start|>user\nAnd now?", *ANSWERS[1:]]
+    questions = [*QUESTIONS[:2], QUESTIONS[2] + " <|endoftext|>", QUESTIONS[3] + " <|im_end> #Person2# <s>"]
+    found, report, _ = inspected(tmp_path, rows_of(questions, answers), tokenizer)
+    assert found["terminator"].level == "ok"  # nothing else would say so
+    assert (found["control_tokens"].level, found["control_tokens"].rows) == ("warning", [0, 2])
+    text = found["control_tokens"].text
+    assert text.startswith("2 rows (50.0 %) with control tokens in their text")
+    for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>"):
+        assert f"{token} (1 row)" in text
+    assert "(rows 0, 2)" in preflight.render(report, colour=False)
+    tokenized = RowPreparation(tokenizer, TrainingArguments(output_dir=str(tmp_path))).tokenize(rows_of(), "eval")
+    assert preflight.check_conversations(tokenized, ["saw"], "in the validation split, ")[0].text.startswith(
+        "in the validation split, 4 rows (100.0 %) with control tokens"
+    )
+
+
+def test_a_korean_character_of_several_tokens_is_shown_whole(tokenizer):
+    ids = tokenizer("뷁똠", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 2
+    tokens = preflight.preview_row(tokenizer, ids, ids)["tokens"]
+    assert "".join(text for text, _, _ in tokens).strip() == "뷁똠"
+
+
+# Memory
+
+SHAPES = Shapes(
+    parameters=10**9,
+    trained=10**9,
+    outside_layers=10**8,
+    num_layers=16,
+    hidden_size=2048,
+    vocab_size=128_000,
+    activations=20 * 10**9,
+)
+
+
+def memory_plan(tmp_path, monkeypatch, gigabytes, **settings):
+    monkeypatch.setattr(preflight, "available_memory", lambda *_: gigabytes * 1e9)
+    monkeypatch.setattr(preflight, "measure_shapes", lambda *_: SHAPES)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_length=2048, report_to="none", **settings
+    )
+    model_args = ModelArguments(model_name_or_path=MODEL)
+    return preflight.check_memory(
+        args, model_args, {"dtype": torch.float32, "attn_implementation": "sdpa"}, None, 0, 2048, 1.0
+    )
+
+
+def test_activations_are_recomputed_only_where_they_do_not_fit(tmp_path, monkeypatch):
+    ((finding,), plan, checkpointing) = memory_plan(tmp_path, monkeypatch, 80)
+    assert (finding.level, checkpointing) == ("ok", False)
+    assert plan["parameters"] == 4 * 10**9 and plan["optimizer"] == 8 * 10**9
+    ((finding,), _, checkpointing) = memory_plan(tmp_path, monkeypatch, 30)
+    assert (finding.level, checkpointing) == ("ok", True)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path, monkeypatch):
+    ((finding,), _, _) = memory_plan(tmp_path, monkeypatch, 22.5, activation_checkpointing="true")
+    assert finding.level == "refused"
+    assert "per_device_train_batch_size: 1 with gradient_accumulation_steps: 4" in finding.text
+    ((finding,), _, _) = memory_plan(tmp_path, monkeypatch, 30, activation_checkpointing="false")
+    assert finding.level == "refused" and "What would fit: activation_checkpointing: true" in finding.text
+    ((finding,), _, _) = memory_plan(tmp_path, monkeypatch, 10)
+    assert "use_peft: true" in finding.text
+
+
+def test_shards_share_weights_gradients_and_optimizer(tmp_path, monkeypatch):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    settings = {"dtype": torch.float32}
+    whole = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    args.fsdp = True
+    shard = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
+    for part in ("parameters", "gradients", "optimizer"):
+        assert getattr(shard, part) == getattr(whole, part) / 4
+    assert shard.total < whole.total
+    args.fsdp = False
+    ddp = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
+    assert ddp.gradients == 2 * whole.gradients and ddp.parameters == whole.parameters
+
+
+def test_accumulated_gradients_are_there_all_the_time(tmp_path):
+    plans = []
+    for steps in (1, 4):
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", gradient_accumulation_steps=steps)
+        plans.append(plan_memory(SHAPES, Batch(1, 512, True), args, {"dtype": torch.float32}, False, None))
+    assert plans[1].total - plans[0].total > 0.5 * plans[0].gradients
+
+
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(tmp_path):
+    """On a shape large enough for the resident set to show it."""
+    config = LlamaConfig(
+        hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, vocab_size=8192,
+        tie_word_embeddings=True, max_position_embeddings=2048,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (tmp_path / "model" / name).write_bytes((ROOT / "demo/model" / name).read_bytes())
+    train(
+        tmp_path / "run",
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--max_length",
+        512,
+        "--max_steps",
+        2,
+        "--save_steps",
+        2,
+    )
+    memory = json.loads((tmp_path / "run/run.json").read_text())["memory"]
+    assert memory["estimate"]["total"] == pytest.approx(memory["measured_peak"], rel=0.2)
+
+
+# Step 1, as users run it
+
+
+def test_step_1_refuses_before_it_loads_anything_and_says_why(tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(TURN.replace("<|im_end|>", "</s>") + ASK)
+    result = train(tmp_path / "run", "--chat_template_path", template, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: refused before the first step. terminator:" in result.stderr
+    assert "--allow terminator" in result.stderr
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["eda", "preflight.json"]
+    allowed = train(
+        tmp_path / "run", "--chat_template_path", template, "--allow", "terminator", "--max_steps", 1, "--save_steps", 1
+    )
+    assert "finished" in allowed.stdout
+    findings = {f["check"]: f for f in json.loads((tmp_path / "run" / "preflight.json").read_text())["findings"]}
+    assert findings["terminator"]["level"] == "allowed"
+
+
+def test_a_model_of_another_kind_is_refused_before_anything_is_tokenised(tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    BartConfig(d_model=8, vocab_size=1000, architectures=["BartForConditionalGeneration"]).save_pretrained(model)
+    given = ["--config", CONFIG, *SMALL, "--output_dir", tmp_path / "run", "--model_name_or_path", model]
+    status, printed = run_step(TRAIN, tmp_path / "printed", *given)
+    assert (
+        status == 2 and printed.startswith(f"error: {model} is an encoder-decoder model") and printed.count("\n") == 1
+    )
+
+
+def test_preflight_only_writes_its_report_and_trains_nothing(tmp_path):
+    result = train(tmp_path, "--preflight_only", "true", "--max_length", 512)
+    assert "plan: 10 steps" in result.stdout
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["eda", "preflight.json"]
+    assert sorted(f.name for f in (tmp_path / "eda").iterdir()) == ["characters.png", "tokens.png"]
+    report = json.loads((tmp_path / "preflight.json").read_text())
+    assert report["plan"]["steps"] == 10 and report["memory"]["model_parameters"] == 1_151_744
+    assert {f["level"] for f in report["findings"]} == {"ok"}
+
+
+def test_a_refused_overwrite_leaves_the_run_as_it_was(copy_of_run, tmp_path):
+    before = {f: f.read_bytes() for f in copy_of_run.rglob("*.json")}
+    result = train(copy_of_run, "--overwrite", "true", "--max_length", "16", check=False)
+    assert result.returncode == 2 and "supervision" in result.stderr
+    assert {f: f.read_bytes() for f in copy_of_run.rglob("*.json")} == before
+    assert (copy_of_run / "checkpoint-10" / "model.safetensors").is_file()
+
+
+def test_an_overwrite_that_cannot_load_its_model_leaves_the_run_as_it_was(copy_of_run, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (ROOT / "demo/model").iterdir():
+        (model / file.name).write_bytes(b"no weights" if file.suffix == ".safetensors" else file.read_bytes())
+    result = train(copy_of_run, "--overwrite", "true", "--model_name_or_path", model, check=False)
+    assert result.returncode != 0
+    assert (copy_of_run / "checkpoint-10" / "model.safetensors").is_file() and (copy_of_run / "run.json").is_file()
+
+
+def test_preflight_only_changes_nothing_in_a_run(copy_of_run):
+    (copy_of_run / "checkpoint-10" / "INCOMPLETE").touch()
+    before = {f: f.read_bytes() for f in copy_of_run.rglob("*") if f.is_file()}
+    result = train(copy_of_run, "--per_device_train_batch_size", 4, "--preflight_only", "true")
+    assert "nothing is written, the folder holds a run" in result.stdout
+    assert {f: f.read_bytes() for f in copy_of_run.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--allow", "leakge"), "allow: leakge is none of the checks that refuse"),
+        (("--pad_token", "<|nope|>"), "pad_token: <|nope|> is not in the vocabulary"),
+        (("--use_peft", "true", "--lora_target_modules", "nope"), "lora_target_modules: "),
+        (("--lora_r", 64), "lora_r has no effect without use_peft: true"),
+        (("--model_init_kwargs", '{"token": "x"}'), "model_init_kwargs is not used here"),
+        (("--assistant_only_loss", "true"), "assistant_only_loss: the chat template does not mark answers"),
+        (("--attn_implementation", "flash_attention_9"), "attn_implementation: flash_attention_9 is none of"),
+    ],
+)
+def test_what_the_libraries_would_trip_over_is_one_line(tmp_path, arguments, message):
+    given = ["--config", CONFIG, *SMALL, "--output_dir", tmp_path / "run", *arguments]
+    status, printed = run_step(TRAIN, tmp_path / "printed", *given)
+    assert status == 2 and "Traceback" not in printed
+    assert printed.count("error: ") == 1 and message in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_estimate_stands_beside_the_measured_peak(fsdp_run):
+    memory = json.loads((fsdp_run / "run.json").read_text())["memory"]
+    assert memory["estimate"]["total"] > 0 and memory["measured_peak"] > 0
+    assert memory["estimate"]["parameters"] == pytest.approx(4 * 1_151_744 / 2)
+
+
+def test_new_tokens_are_trained_saved_merged_and_shown(tmp_path):
+    """Under LoRA and FSDP, which both would leave them untrained or lose them; the run goes on in one process."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = json.loads((ROOT / "demo/data/train_dataset.json").read_text())[:120]
+    for row in rows:
+        row["messages"][-1]["content"] = "#Topic# " + row["messages"][-1]["content"]
+        row["messages"][-2]["content"] += "\n#Person1#: Call 010-1234-5678."
+    (data / "train.json").write_text(json.dumps(rows[:100]))
+    (data / "test.json").write_text(json.dumps(rows[100:]))
+    settings = ["--config", "recipes/lora.yaml", *SMALL, "--max_length", 192, "--dataset_name", data, "--mask_pii", "true",
+                "--special_tokens", "#Topic#", "--output_dir", tmp_path / "run"]  # fmt: skip
+    script = "1_train_full_fine_tuning.py"
+    printed = run(
+        command(script, *settings, "--fsdp", "true", "--per_device_train_batch_size", 1, num_processes=2)
+    ).stdout
+    assert "special_tokens: in the rows: #Topic# 100" in printed and "#PhoneNumber# 100" in printed
+    tokenizer = load_tokenizer(str(tmp_path / "run/checkpoint-10"))
+    topic, phone, unused = tokenizer.convert_tokens_to_ids(["#Topic#", "#PhoneNumber#", "#SSN#"])
+    run(command("2_merge_lora.py", "--output_dir", tmp_path / "run"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-10-merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).get_input_embeddings().weight
+    embeddings = merged.get_input_embeddings().weight
+    moved = (embeddings[[topic, phone, unused]] - base.mean(dim=0)).abs().amax(dim=1)
+    assert moved[0] > 0.01 and moved[1] > 0.01, moved
+    run(command("3_test.py", "--output_dir", tmp_path / "run", "--model_name", "checkpoint-10*", "--num_samples", 4))
+    predictions = (tmp_path / "run/predictions/checkpoint-10.jsonl").read_text().splitlines()
+    assert all("#PhoneNumber#" in json.loads(line)["messages"][-1]["content"] for line in predictions)
+    assert all("#Topic#" in json.loads(line)["references"][0] for line in predictions)
+    (tmp_path / "run/checkpoint-10/INCOMPLETE").touch()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps({**record, "finished": None}))
+    resumed = run(command(script, *settings)).stdout
+    assert "going on from" in resumed and "checkpoint-5" in resumed and "finished" in resumed
+
+
+OLD_YAML = """
+# as tutorials for trl 0.8 and transformers 4.44 write it
+model_id: demo/model
+dataset_path: demo/data
+max_seq_length: 160
+torch_dtype: bfloat16
+bf16: true
+tf32: true
+optim: adamw_torch_fused
+learning_rate: 2e-4
+lr_scheduler_type: constant
+max_steps: 4
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 1
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+evaluation_strategy: epoch
+save_strategy: epoch
+logging_steps: 1
+logging_dir: logs
+max_grad_norm: 0.3
+warmup_ratio: 0.03
+group_by_length: true
+overwrite_output_dir: true
+report_to: tensorboard
+fsdp: "full_shard auto_wrap offload"
+fsdp_config:
+  backward_prefetch: "backward_pre"
+  forward_prefetch: "false"
+  use_orig_params: "false"
+"""
+
+
+def test_a_yaml_for_trl_0_8_trains_as_it_is(tmp_path):
+    config = tmp_path / "old.yaml"
+    config.write_text(OLD_YAML + f"output_dir: {tmp_path}/run\n")
+    result = run(command("1_train_full_fine_tuning.py", "--config", config, num_processes=2))
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["parallelism"]["kind"] == "fsdp2" and record["finished"]
+    assert record["config"]["activation_checkpointing"] == "true" and record["config"]["gradient_checkpointing"]
+    assert record["config"]["warmup_steps"] == 0.03 and record["config"]["max_length"] == 160
+    for said in (
+        "model_id: is called model_name_or_path now", "max_seq_length: is called max_length now",
+        "warmup_ratio: is read as warmup_steps: 0.03", "overwrite_output_dir: has no effect any more",
+        "fsdp: is read as fsdp: true", "tf32: off, this machine has no GPU", "bf16: off, training on the CPU in float32",
+        "report_to: without tensorboard, which is not installed", "dtype: float32, this machine does not compute",
+    ):  # fmt: skip
+        assert result.stdout.count(said) == 1, said
+
+
+def test_print_config_says_where_every_value_came_from(tmp_path):
+    base, config = tmp_path / "base.yaml", tmp_path / "sub" / "mine.yaml"
+    config.parent.mkdir()
+    base.write_text("model_name_or_path: /no/such/model\nmax_length: 256\nlearning_rate: 1e-4\n")
+    config.write_text(
+        f"base: ../base.yaml\ndataset_name: /no/such/data\nmax_seq_length: 512\ntf32: true\noutput_dir: {tmp_path}/run\n"
+    )
+    arguments = ["--config", config, "--learning_rate", "3e-4", "--print_config", "true"]
+    lines = run(command("1_train_full_fine_tuning.py", *arguments)).stdout.splitlines()
+    shown = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert shown["learning_rate"] == "0.0003 command line"
+    assert shown["model_name_or_path"] == f"/no/such/model {config.parent}/../base.yaml:1"
+    assert shown["max_length"] == f"512 {config}:3, written as max_seq_length: 512"
+    assert shown["tf32"] == f"null hardware: off, this machine has no GPU that can; {config}:4 says true"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_secret_under_another_key_is_refused_and_not_printed(tmp_path):
+    secret = "hf_" + "a" * 34
+    refused = train(tmp_path / "other", "--run_name", secret, check=False)
+    assert refused.returncode == 2 and "run_name" in refused.stderr and secret not in refused.stderr + refused.stdout
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"warmup_steps": 9}, "warmup_steps: 9 is all of the 4 steps, so learning_rate is never reached"),
+        ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, "warmup_steps: 2 has no effect with lr_scheduler_type"),
+        ({"gradient_accumulation_steps": 50}, "a step is to take 100 sequences and there are 10, so it takes fewer"),
+        ({"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 9}, "longer than the run, so nothing is evaluated"),
+        ({"warmup_steps": 2}, None),
+    ],
+)
+def test_what_never_comes_within_the_steps_of_the_run_is_said(tmp_path, settings, said):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", max_steps=4, per_device_train_batch_size=2, **settings
+    )
+    prepared = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 10})
+    findings = preflight.check_schedule(preflight.plan_training(prepared, 10, args), len(prepared), args)
+    assert [said in finding.text for finding in findings] == ([] if said is None else [True])
+
+
+def test_a_batch_that_is_never_full_is_refused_where_the_last_one_is_dropped(tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=16, dataloader_drop_last=True
+    )
+    with pytest.raises(InputError, match="the 10 sequences do not fill one batch of 16, so nothing would be trained"):
+        preflight.plan_training(Dataset.from_dict({"input_ids": [[1]] * 10}), 10, args)
+
+
+@pytest.mark.parametrize(
+    "config, settings, level, longest",
+    [
+        (GPT2Config(n_positions=64), {}, "refused", 64),
+        (LlamaConfig(max_position_embeddings=64), {}, "warning", 64),
+        (LlamaConfig(max_position_embeddings=64), {"packing": True, "packing_strategy": "wrapped"}, "warning", 64),
+        (LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}), {}, "warning", 256),
+    ],
+)  # fmt: skip
+def test_rows_longer_than_the_model_has_positions_are_said(tmp_path, config, settings, level, longest):
+    def check(length: int) -> list[str]:
+        max_length = length if settings else 1024  # alone, it is no length of a sequence
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", max_length=max_length, **settings)
+        return [finding.level for finding in preflight.check_positions(config, length, args)]
+
+    assert (check(longest), check(longest + 1)) == ([], [level])
+
+
+@pytest.mark.parametrize("text", ["", " \u3000", "\u200b\u200d", "\ufeff", "\u3164", "\u2800"])
+def test_a_row_without_anything_to_read_is_empty(text):
+    assert "empty_rows" in [f.check for f in check_rows(["a question"], [text])]
+    assert "empty_rows" not in [f.check for f in check_rows(["a question"], [text + "👨‍👩‍👧"])]
+
+
+@pytest.mark.parametrize(
+    "key, names",
+    [
+        ("target_modules", ["q_proj", "q_porj"]),
+        ("modules_to_save", ["embd_tokens"]),
+        ("target_parameters", ["a.weight"]),
+    ],
+)
+def test_a_name_that_an_adapter_would_leave_out_in_silence_is_refused(key, names):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL))
+    check_adapter_names(model, LoraConfig(target_modules=["v_proj", "self_attn.k_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(InputError, match=f"lora_{key}: {names[-1]} is nowhere in the model"):
+        check_adapter_names(model, LoraConfig(**{"target_modules": ["v_proj"], key: names}))
+
+
+@pytest.mark.parametrize("trained, tied", [(["embed_tokens"], True), (["lm_head"], True), (["q_proj"], False)])
+def test_tied_embeddings_stay_tied_under_an_adapter(trained, tied):
+    args = ModelArguments(model_name_or_path=MODEL, use_peft=True, lora_target_modules=["v_proj"], lora_modules_to_save=trained)  # fmt: skip
+    assert build_adapter_config(args, [], revision="main", trust_remote_code=False).ensure_weight_tying == tied
+
+
+def test_training_ends_where_the_loss_is_no_number(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(MODEL).save_pretrained(tmp_path / "model")
+    arguments = [
+        "--config",
+        CONFIG,
+        *SMALL,
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    status, printed = run_step(TRAIN, tmp_path / "printed", *arguments)
+    assert status == 2 and "Traceback" not in printed and "step 1: loss is nan" in printed, printed
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
