@@ -23,8 +23,9 @@ from pathlib import Path
 
 from finetuning.config.arguments import ScriptArguments, run_step
 from finetuning.config.model_arguments import ModelArguments
-from finetuning.errors import InputError, is_main_process
+from finetuning.errors import InputError
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
+from finetuning.ranks import is_main_process, print_main
 
 quiet_libraries()
 
@@ -55,11 +56,6 @@ from finetuning.training.trainer import (
     on_main_process,
     prepare_wandb,
 )
-
-
-def say(text: str) -> None:
-    if is_main_process():
-        print(text, flush=True)
 
 
 def fit_to_hardware(
@@ -151,15 +147,17 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         )
     )
     if finished and not script_args.preflight_only:
-        say(f"{run} is finished; its last checkpoint is {checkpoint}. To train again: --overwrite true")
+        print_main(f"{run} is finished; its last checkpoint is {checkpoint}. To train again: --overwrite true")
         return
 
     for key, choice in training_args.hardware_choices.items():
-        say(f"{key}: {choice}")
+        print_main(f"{key}: {choice}")
     devices = ", ".join(dict.fromkeys(record["hardware"]["devices"]))
     dtype, compute_dtype = (str(d).removeprefix("torch.") for d in (settings["dtype"], training_args.compute_dtype))
-    say(f"hardware: {devices}; weights {dtype}, compute {compute_dtype}, attention {settings['attn_implementation']}")
-    say(f"data: {len(train_rows)} rows of {script_args.dataset_name}, read as {row_format.describe()}")
+    print_main(
+        f"hardware: {devices}; weights {dtype}, compute {compute_dtype}, attention {settings['attn_implementation']}"
+    )
+    print_main(f"data: {len(train_rows)} rows of {script_args.dataset_name}, read as {row_format.describe()}")
 
     # What the trainer will get, and what is wrong with it, before a model is loaded.
     peft_config = build_adapter_config(model_args, new_ids, **source)  # None unless the recipe sets use_peft
@@ -175,14 +173,14 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = checkpointing
     if script_args.preflight_only:
         written = "nothing is written, the folder holds a run" if (run / RUN_FILE).is_file() else f"see {run / EDA}"
-        say(f"preflight only: nothing is trained; {written}")
+        print_main(f"preflight only: nothing is trained; {written}")
         return
 
     # The weights come from the model, or from the checkpoint to go on from; both load in the same way.
     if checkpoint is not None:
         on_main_process(lambda: check_resumable(checkpoint))
-        say(f"going on from {checkpoint}")
-    prepare_wandb(training_args, say)
+        print_main(f"going on from {checkpoint}")
+    prepare_wandb(training_args)
     memory = MemoryPeak(training_args.device)
     model = model_args.model_name_or_path if checkpoint is None else str(checkpoint)
     if checkpoint is not None and peft_config is not None:
@@ -209,13 +207,13 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
 
     last = run / f"checkpoint-{trainer.state.global_step}"
     if termination.stopped:
-        say(
+        print_main(
             f"stopped by SIGTERM at step {trainer.state.global_step}; {last} is saved, and the same command goes on from it"
         )
         sys.exit(128 + 15)
     if is_main_process():
         save_record(run, record, finished=now(), memory={"estimate": estimate, "measured_peak": memory.bytes()})
-    say(f"finished: {last}. Next: python 3_test.py --output_dir {shlex.quote(str(run))}")
+    print_main(f"finished: {last}. Next: python 3_test.py --output_dir {shlex.quote(str(run))}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments, run_step
-from finetuning.errors import InputError, is_main_process, to_line
+from finetuning.errors import InputError, to_line
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
+from finetuning.ranks import get_rank, get_world_size, is_main_process
 
 quiet_libraries()
 
@@ -81,7 +82,7 @@ CONCURRENCY, TIMEOUT = 64, 600.0  # of requests to a server, unless they are set
 
 def main(args: TestArguments) -> None:
     quiet_weight_bars()
-    rank, world_size = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world_size = get_rank(), get_world_size()
     if world_size > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # a rank may have much more to do
     if rank > 0:

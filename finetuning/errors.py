@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from finetuning.credentials import hide
+from finetuning.ranks import get_local_rank
 
 # What would command a terminal, or turn the direction in which a line is read; line ends and tabs are let through.
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -51,11 +52,6 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"{folder} cannot be made: no folder can be made there; choose another place") from None
 
 
-def is_main_process() -> bool:
-    """Whether this process speaks for all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def to_plain(text: str) -> str:
     """A text on whose lines nothing commands the terminal: what would is shown as an escape."""
     return COMMANDS.sub(_escape, text)
@@ -85,7 +81,7 @@ def _escape(found: re.Match) -> str:
 
 def fail(message: str) -> NoReturn:
     """Say once a machine what is wrong and what to do, and exit with status 2."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if get_local_rank() != 0:
         # torchrun stops all ranks as soon as one has failed: the first one of this machine is given the time to speak,
         # and ends this wait with its own end. If it has nothing to say, the fault is of this rank alone.
         time.sleep(10)

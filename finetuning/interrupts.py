@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+from finetuning.ranks import get_world_size
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM has come."""
@@ -29,7 +31,7 @@ def terminable() -> Iterator[None]:
             signal.raise_signal(number)
         raise Terminated
 
-    replaces = os.environ.get("WORLD_SIZE", "1") == "1" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    replaces = get_world_size() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if replaces:
         signal.signal(signal.SIGTERM, on_signal)
     try:

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 
-from finetuning.errors import is_main_process
+from finetuning.ranks import is_main_process
 
 
 def quiet_libraries() -> None:

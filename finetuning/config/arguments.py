@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 from finetuning.config.parser import Parser
-from finetuning.errors import UNWRITABLE, InputError, PlainOutput, fail, is_main_process, to_line
+from finetuning.errors import UNWRITABLE, InputError, PlainOutput, fail, to_line
 from finetuning.interrupts import Terminated, terminable
+from finetuning.ranks import is_main_process, print_main
 
 # Lowest and highest value of a key, both allowed. Keys of every step; None is always allowed where it is the default.
 RANGES = {
@@ -608,8 +609,7 @@ def run_step(
     try:
         reasons = fit_to_hardware(*arguments) if fit_to_hardware is not None else {}
         if parser.print_config:
-            if is_main_process():
-                print("\n".join(parser.describe(arguments, reasons)))
+            print_main("\n".join(parser.describe(arguments, reasons)))
             return
         with terminable():
             main(*arguments)

@@ -29,7 +29,8 @@ except ModuleNotFoundError:  # requirements-judge.txt, for steps 4 and 5
 
 from finetuning.config.renames import FSDP_CONFIG_KEYS, RENAMES, Change
 from finetuning.credentials import MASK, hide, holds_secret, is_secret, mask_arguments, remember
-from finetuning.errors import fail, is_main_process, to_line
+from finetuning.errors import fail, to_line
+from finetuning.ranks import print_main
 
 # variables that Python, its libraries or the launcher read when they start, which is before any YAML is read
 READ_AT_START = re.compile(
@@ -412,9 +413,8 @@ class Parser(TrlParser):
                 keys = [key for key in self.settings if "dict" in str(self.hints[key])]
                 text = ": ".join([*keys[:1], text])
             fail_with([self._problem_of(keys[:1], text)])
-        if is_main_process():
-            for note in self.notes:
-                print(note, flush=True)
+        for note in self.notes:
+            print_main(note)
         return arguments
 
     def _build(self, namespace) -> tuple:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -37,6 +36,7 @@ from finetuning.hardware import available_memory, choose_attention
 from finetuning.inference.decoding import Decoder, seed_of, why_not_exact
 from finetuning.models.config import base_of, describe_failure, load_generation_config, load_model_config
 from finetuning.models.loading import load_adapter
+from finetuning.ranks import get_local_rank, get_local_world_size
 from finetuning.runs import BASE, read_json
 
 OWN_KEYS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty")
@@ -137,8 +137,8 @@ def load_model(
     if attention != "sdpa":  # which is the library's own choice, where the model has it
         settings["attn_implementation"] = attention
     if device_map is None and torch.cuda.is_available():
-        several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
-        device_map = {"": int(os.environ["LOCAL_RANK"])} if several else "auto"
+        several = get_local_world_size() > 1
+        device_map = {"": get_local_rank()} if several else "auto"
     if device_map is not None:
         offloaded = tempfile.mkdtemp(prefix="offloaded_weights_")
         settings |= {"device_map": device_map, "offload_folder": offloaded}
@@ -460,7 +460,7 @@ def choose_num_slots(model: PreTrainedModel, longest: int, num_beams: int = 1) -
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_sequence = 2 * config.num_hidden_layers * heads * head_dim * longest * model.dtype.itemsize
-    free = available_memory(model.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    free = available_memory(model.device, get_local_world_size())
     return MOST_SLOTS if free is None else max(1, min(MOST_SLOTS, int(free / 3 / per_sequence / num_beams)))
 
 

@@ -12,9 +12,10 @@ import transformers.modeling_utils
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedConfig
 
-from finetuning.errors import InputError, is_main_process
+from finetuning.errors import InputError
 from finetuning.models.config import base_of
 from finetuning.models.files import check_model_files, fingerprint_weights, read_header
+from finetuning.ranks import is_main_process
 from finetuning.runs import read_json, write_json
 
 WEIGHTS = "adapter_model.safetensors"

@@ -8,7 +8,6 @@ added up. docs/preflight.md has the estimate beside the measured peak, and the m
 
 import contextlib
 import logging
-import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from trl import SFTConfig
 
 from finetuning.errors import InputError
 from finetuning.models.config import own_code
+from finetuning.ranks import get_world_size
 
 GIB = 2**30
 USABLE = 0.92  # of what is free; the rest is left to fragmentation and to what else runs
@@ -235,7 +235,7 @@ def plan_memory(
     Args:
         checkpointing: Keep only each layer's input, and recompute one layer at a time.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = get_world_size()
     shards = world_size if args.fsdp else 1
     on_gpu = args.device.type != "cpu"
     compute_bytes = 2 if args.bf16 or args.fp16 else 4
@@ -310,7 +310,7 @@ def what_would_fit(shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict
     state = plan.parameters + plan.gradients + plan.optimizer
     rest = plan_memory(single, row_batch, args, settings, True, plan.available)
     rest = rest.total - (rest.parameters + rest.optimizer + rest.gathered)
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if args.fsdp else 1
+    world_size = get_world_size() if args.fsdp else 1
     room = USABLE * plan.available - rest
     if room > 0 and not found and args.device.type != "cpu":  # processes on one CPU share its memory
         devices = max(world_size + 1, -(-state * world_size // room))

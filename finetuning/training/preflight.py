@@ -40,6 +40,7 @@ from finetuning.data.rows import load_test_samples, tokens_to_add
 from finetuning.errors import InputError, make_folder, to_line, to_plain
 from finetuning.hardware import available_memory
 from finetuning.models.config import load_generation_config, load_model_config
+from finetuning.ranks import get_local_world_size, get_world_size
 from finetuning.runs import EDA, PREFLIGHT_FILE, RUN_FILE, write_json
 from finetuning.training.eda import plot_lengths
 from finetuning.training.memory import (
@@ -366,7 +367,7 @@ def check_positions(config: PreTrainedConfig, longest_row: int, args: SFTConfig)
 
 def plan_training(prepared: Dataset, num_rows: int, args: SFTConfig) -> dict:
     """Steps, tokens and checkpoints of the run that these arguments describe."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = get_world_size()
     per_step = args.per_device_train_batch_size * world_size * args.gradient_accumulation_steps
     batches = len(prepared) / (args.per_device_train_batch_size * world_size)
     if args.dataloader_drop_last and batches < 1:
@@ -597,7 +598,7 @@ def check_memory(
     if settings["dtype"] == "auto":
         settings = {**settings, "dtype": config.dtype or torch.float32}
     shapes = measure_shapes(config, batch, args, settings, peft_config, num_added_tokens)
-    available = available_memory(args.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    available = available_memory(args.device, get_local_world_size())
 
     def plan(checkpointing: bool) -> MemoryPlan:
         return plan_memory(shapes, batch, args, settings, checkpointing, available)

@@ -17,6 +17,7 @@ from datasets import Dataset
 from finetuning.credentials import hide_all, without_secrets
 from finetuning.data.rows import fingerprint_rows
 from finetuning.errors import InputError, make_folder
+from finetuning.ranks import get_world_size
 from finetuning.runs import (
     EDA,
     INCOMPLETE,
@@ -59,7 +60,7 @@ def git_commit() -> str | None:
 def describe_hardware() -> dict:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": get_world_size(),
         "devices": devices or ["cpu"],
         "num_cpus": os.cpu_count(),
         "threads_per_process": torch.get_num_threads(),

@@ -48,10 +48,11 @@ from trl.trainer.utils import create_model_from_path
 
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.data.chat import end_token_ids
-from finetuning.errors import InputError, is_main_process
+from finetuning.errors import InputError
 from finetuning.hardware import accelerator_available, bf16_available, env_flag, tf32_available
 from finetuning.models.config import load_model_config, own_code
 from finetuning.models.loading import record_base, refuse_quantised
+from finetuning.ranks import get_world_size, is_main_process, print_main
 from finetuning.runs import INCOMPLETE, RUN_FILE, list_checkpoints
 from finetuning.training.checkpoints import (
     OPTIMIZER_FOLDER,
@@ -100,7 +101,7 @@ class TrainingArguments(SFTConfig):
     def __post_init__(self):
         self.hardware_choices: dict[str, str] = {}
         self.gradient_checkpointing = False  # until the memory plan has decided
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = get_world_size()
         if not accelerator_available():
             self.use_cpu = True
         if self.hub_token is not None:  # every checkpoint has these arguments in its training_args.bin
@@ -569,7 +570,7 @@ class RecordShares(TrainerCallback):
             )
 
 
-def prepare_wandb(args: TrainingArguments, say: Callable[[str], None]) -> None:
+def prepare_wandb(args: TrainingArguments) -> None:
     """Let W&B write into the run's folder, and offline where nobody is logged in."""
     if "wandb" not in args.report_to:
         return
@@ -580,7 +581,7 @@ def prepare_wandb(args: TrainingArguments, say: Callable[[str], None]) -> None:
         wandb.teardown()  # it has read the environment when it looked for the login
         os.environ["WANDB_MODE"] = "offline"
         os.environ.setdefault("WANDB_SILENT", "true")
-        say(
+        print_main(
             f"wandb: nobody is logged in, so the run is logged offline; send it later with `wandb sync {args.output_dir}/wandb/offline-*`"
         )
 
