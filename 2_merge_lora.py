@@ -29,9 +29,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from finetuning.data.chat import load_tokenizer
+from finetuning.data.prompts import encode_prompts
 from finetuning.data.rows import load_test_samples
-from finetuning.inference.answers import encode_prompts, loading_options
-from finetuning.models.config import base_of, load_generation_config, load_model_config
+from finetuning.models.config import base_of, load_generation_config, load_model_config, loading_options
 from finetuning.models.loading import load_adapter, refuse_quantised
 from finetuning.runs import find_models, find_run, last_checkpoint, read_json, read_run
 from finetuning.schemas import TESTED_RUN_RECORD

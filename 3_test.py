@@ -41,30 +41,28 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.conversations import as_texts
+from finetuning.data.prompts import Prompt, encode_prompts
 from finetuning.data.rows import TestSamples, load_test_samples
 from finetuning.endpoint import Endpoint
 from finetuning.hardware import choose_dtype
 from finetuning.inference.answers import (
     Answer,
-    Prompt,
     TransformersEngine,
     build_generation_config,
     check_prompts,
     describe_generation,
-    encode_prompts,
     fingerprint_model,
     fingerprint_tokenizer,
     hash_text,
     ignored_settings,
     load_model,
-    loading_options,
     read_ahead,
     why_not_vllm,
 )
 from finetuning.inference.metrics import MOST_DISCARDED, score_predictions
 from finetuning.inference.openai_engine import OpenAIEngine, find_served
 from finetuning.inference.submission import check_submission, write_submission
-from finetuning.models.config import load_generation_config
+from finetuning.models.config import load_generation_config, loading_options
 from finetuning.report.tables import format_metrics, print_table
 from finetuning.results import RowFile, iterate_rows, read_info
 from finetuning.runs import (

@@ -75,7 +75,8 @@ def run_engine(name: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from finetuning.inference.answers import Prompt, TransformersEngine, load_model
+    from finetuning.data.prompts import Prompt
+    from finetuning.inference.answers import TransformersEngine, load_model
 
     task = json.loads((folder / "task.json").read_text())
     prompts, new_tokens = task["prompts"], task["new_tokens"]

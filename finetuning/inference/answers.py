@@ -1,9 +1,8 @@
 """
-Answers from a checkpoint: prompts, the settings they are answered with, and what becomes of the tokens. The engine
+Answers from a checkpoint: the settings they are made with, and what becomes of the tokens. The engine
 `transformers` is here, over finetuning/inference/decoding.py; the others are in openai_engine.py and vllm_engine.py.
 """
 
-import array
 import collections
 import dataclasses
 import hashlib
@@ -13,14 +12,13 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import bitsandbytes
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -30,14 +28,15 @@ from transformers import (
 )
 
 from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments
-from finetuning.data.chat import control_token_ids, decode_answer, end_token_ids, fit_to_template
+from finetuning.data.chat import control_token_ids, decode_answer, end_token_ids
+from finetuning.data.prompts import Prompt
 from finetuning.errors import InputError
 from finetuning.hardware import available_memory, choose_attention
 from finetuning.inference.decoding import Decoder, seed_of, why_not_exact
 from finetuning.models.config import base_of, describe_failure, load_generation_config, load_model_config
 from finetuning.models.loading import load_adapter
 from finetuning.ranks import get_local_rank, get_local_world_size
-from finetuning.runs import BASE, read_json
+from finetuning.runs import read_json
 
 OWN_KEYS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty")
 SAMPLING_KEYS = ("temperature", "top_p", "top_k")
@@ -45,22 +44,6 @@ PLAIN_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 MOST_SLOTS = 128
 SLOTS_WITHOUT_HEADS = 16  # of models whose memory cannot be told from their heads
 READ_AT_ONCE = 1 << 24  # bytes
-
-
-def loading_options(config: dict, name: str, in_run: bool, trust_remote_code: bool) -> dict:
-    """Keywords of from_pretrained for a model; says so where code that comes with the model may be run.
-
-    Args:
-        config: Of training, whose trust in code is in its base model and in what it made of that, and in no other model.
-        in_run: Whether the model is the base or in the run's folder.
-    """
-    as_in_training = in_run and config.get("trust_remote_code", False)
-    trusted = trust_remote_code or as_in_training
-    if trusted:
-        source = "as in training" if as_in_training else "--trust_remote_code true"
-        print(f"{name}: code that comes with the model may be run (trust_remote_code, {source})")
-    revision = {"revision": config.get("model_revision", "main")} if name == BASE else {}
-    return {"trust_remote_code": trusted, **revision}
 
 
 def fingerprint_model(name_or_path: str) -> str:
@@ -240,15 +223,6 @@ def describe_generation(config: GenerationConfig, seed: int) -> dict:
     return {**settings, "seed": seed} if config.do_sample else settings
 
 
-@dataclass(slots=True)
-class Prompt:
-    """The tokens of one test sample's question; `error` says why there are none."""
-
-    id: str
-    token_ids: Sequence[int] = ()  # up to where the model's answer begins
-    error: str | None = None
-
-
 @dataclass
 class Answer:
     """What a model answered to one prompt; `finish_reason` is stop, length or error."""
@@ -264,22 +238,6 @@ class Answer:
     @classmethod
     def failed(cls, prompt: Prompt, error: str) -> "Answer":
         return cls(prompt.id, None, len(prompt.token_ids), 0, "error", error=error)
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, samples: Iterable[dict]) -> list[Prompt]:
-    """Tokenise the questions of samples. One that the chat template refuses has the reason as its `error`."""
-    prompts = []
-    for sample in samples:
-        prompt = Prompt(sample["id"])
-        try:
-            template = {"tools": sample.get("tools"), "add_generation_prompt": True}
-            messages = fit_to_template(tokenizer, sample["prompt"], **template)
-            ids = tokenizer.apply_chat_template(messages, **template)["input_ids"]
-            prompt.token_ids = array.array("i", ids)  # a list would need ten times the memory
-        except (TemplateError, ValueError, TypeError) as error:
-            prompt.error = f"the chat template cannot phrase this sample: {error}"
-        prompts.append(prompt)
-    return prompts
 
 
 def check_prompts(

@@ -25,10 +25,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetuning.credentials import hide
 from finetuning.data.conversations import with_json_arguments
+from finetuning.data.prompts import Prompt
 from finetuning.data.rows import TestSamples
 from finetuning.endpoint import MOST_TOKENS, Endpoint, seconds_to_wait
 from finetuning.errors import InputError, to_line
-from finetuning.inference.answers import Answer, AnswerReader, Prompt
+from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.inference.decoding import seed_of
 from finetuning.interrupts import SoftStop
 

@@ -13,8 +13,9 @@ import torch
 from peft import PeftConfig
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from finetuning.data.prompts import Prompt
 from finetuning.errors import InputError
-from finetuning.inference.answers import Answer, AnswerReader, Prompt
+from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.inference.decoding import seed_of
 from finetuning.models.config import base_of
 

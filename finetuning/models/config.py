@@ -8,7 +8,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 
 from finetuning.errors import InputError
 from finetuning.models.files import check_model_files
-from finetuning.runs import read_json
+from finetuning.runs import BASE, read_json
 from finetuning.schemas import GENERATION_CONFIG, check
 
 
@@ -83,6 +83,22 @@ def own_code(config: PreTrainedConfig, revision: str | None) -> dict[str, str]:
     if reference is None or "--" in reference or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return {}  # it has none, it is in another repository, or it is loaded already
     return {"code_revision": revision or "main"}
+
+
+def loading_options(config: dict, name: str, in_run: bool, trust_remote_code: bool) -> dict:
+    """Keywords of from_pretrained for a model; says so where code that comes with the model may be run.
+
+    Args:
+        config: Of training, whose trust in code is in its base model and in what it made of that, and in no other model.
+        in_run: Whether the model is the base or in the run's folder.
+    """
+    as_in_training = in_run and config.get("trust_remote_code", False)
+    trusted = trust_remote_code or as_in_training
+    if trusted:
+        source = "as in training" if as_in_training else "--trust_remote_code true"
+        print(f"{name}: code that comes with the model may be run (trust_remote_code, {source})")
+    revision = {"revision": config.get("model_revision", "main")} if name == BASE else {}
+    return {"trust_remote_code": trusted, **revision}
 
 
 def load_generation_config(name_or_path: str, **kwargs) -> GenerationConfig:

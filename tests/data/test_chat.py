@@ -32,9 +32,9 @@ from finetuning.data.chat import (
     load_tokenizer,
 )
 from finetuning.data.checks import check_template, check_turns
+from finetuning.data.prompts import encode_prompts
 from finetuning.data.rows import find_row_format, to_sample, to_training_row
 from finetuning.errors import InputError
-from finetuning.inference.answers import encode_prompts
 from finetuning.models.config import load_generation_config
 from finetuning.training.trainer import ResumableSFTTrainer, TrainingArguments
 

@@ -17,10 +17,11 @@ from transformers import GenerationConfig
 
 from finetuning.config.arguments import TestArguments as Arguments
 from finetuning.data.chat import load_tokenizer
+from finetuning.data.prompts import encode_prompts
 from finetuning.data.rows import load_test_samples
 from finetuning.endpoint import Endpoint
 from finetuning.errors import InputError
-from finetuning.inference.answers import TransformersEngine, build_generation_config, encode_prompts, load_model
+from finetuning.inference.answers import TransformersEngine, build_generation_config, load_model
 from finetuning.inference.openai_engine import OpenAIEngine, find_served
 from finetuning.models.config import load_generation_config
 from finetuning.results import read_rows

@@ -21,24 +21,22 @@ from transformers import BartConfig, BertConfig, GenerationConfig, MambaConfig, 
 
 from finetuning.config.arguments import TestArguments as Arguments  # by its own name pytest would take it for a test
 from finetuning.data.chat import load_tokenizer
+from finetuning.data.prompts import Prompt, encode_prompts
 from finetuning.data.rows import load_test_samples
 from finetuning.errors import InputError
 from finetuning.inference.answers import (
     AnswerReader,
-    Prompt,
     TransformersEngine,
     build_generation_config,
     check_prompts,
-    encode_prompts,
     fingerprint_model,
     ignored_settings,
     load_model,
-    loading_options,
     read_ahead,
 )
 from finetuning.inference.decoding import Decoder, SlotCache, why_not_exact
 from finetuning.inference.submission import check_submission, write_submission
-from finetuning.models.config import _source_of_base, load_generation_config, load_model_config
+from finetuning.models.config import _source_of_base, load_generation_config, load_model_config, loading_options
 from finetuning.report import __main__ as report
 from finetuning.results import read_rows
 from finetuning.runs import read_json, write_json

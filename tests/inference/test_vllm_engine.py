@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from finetuning.config.arguments import TestArguments as Arguments
 from finetuning.data.chat import load_tokenizer
+from finetuning.data.prompts import encode_prompts
 from finetuning.data.rows import load_test_samples
 from finetuning.errors import InputError
-from finetuning.inference.answers import TransformersEngine, build_generation_config, encode_prompts, load_model
+from finetuning.inference.answers import TransformersEngine, build_generation_config, load_model
 from finetuning.models.config import load_generation_config
 
 pytest.importorskip("vllm")
