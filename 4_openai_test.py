@@ -30,9 +30,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from finetuning.config.arguments import JudgeArguments, run_step, split_names
+from finetuning.endpoint import find_endpoint
 from finetuning.errors import InputError, to_line
 from finetuning.judge.batches import BatchClient, BatchJudge, check_pending, clear_batches, under_way
-from finetuning.judge.client import Budget, cost_of, endpoint_of, has_key
+from finetuning.judge.client import Budget, cost_of
 from finetuning.judge.form import (
     Form,
     Item,
@@ -189,7 +190,8 @@ def main(args: JudgeArguments) -> None:
     plans = make_plans(work, judges_of(args), args)
     num_missing = sum(plan.num_requests for plan in plans.values())
     num_waiting = 0 if args.overwrite else sum(len(under_way(job.path)) for job in jobs)
-    print(f"judge: {', '.join(plans)} at {endpoint_of(args)}")
+    endpoint = find_endpoint(args.base_url, args.timeout)
+    print(f"judge: {', '.join(plans)} at {endpoint}")
     if work.num_shared:
         print(f"{work.num_shared} answers are another model's, word for word: judged once, with a row for each model")
     if work.num_certain:
@@ -201,7 +203,7 @@ def main(args: JudgeArguments) -> None:
     if args.dry_run:
         show_prompt(work)
         return
-    if (num_missing or num_waiting) and not has_key(args):
+    if (num_missing or num_waiting) and not endpoint.has_key:
         print(
             "OPENAI_API_KEY is not set, so nothing is judged. Set it (or OPENAI_BASE_URL, for a server of your own) and "
             "start this step again; all other steps work without it."

@@ -12,22 +12,33 @@ import os
 import random
 import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 import httpx2
-from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI
+from openai import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AsyncOpenAI,
+    AuthenticationError,
+    PermissionDeniedError,
+)
 
 from finetuning.credentials import hide, remember
 from finetuning.errors import InputError
 
 OPENAI_URL = "https://api.openai.com/v1"
-LONGEST_WAIT = 600.0  # seconds of a Retry-After that are worth waiting for
-LONGEST_BACKOFF = 8.0  # seconds between two attempts where the endpoint names none
-MOST_TOKENS = 2**53  # that a reply can say it used; a larger number is none
-SLOWEST = 50_000  # bytes of a file that are sent or fetched in a second, at least
+MAX_WAIT = 600.0  # seconds of a Retry-After that are worth waiting for
+MAX_BACKOFF = 8.0  # seconds between two attempts where the endpoint names none
+MAX_TOKEN_COUNT = 2**53  # that a reply can say it used; a larger number is none
+MIN_BYTES_PER_SECOND = 50_000  # at which a file is sent or fetched
+KEY_REFUSED = (AuthenticationError, PermissionDeniedError)  # whatever is asked for
+
+Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Endpoint:
         named_by: The setting that the address comes from.
 
     Raises:
-        InputError: The address is none, or no key looks like the one that is set.
+        InputError: The address is not one, or no key looks like the one that is set.
     """
 
     url: str
@@ -55,9 +66,7 @@ class Endpoint:
         except (ValueError, httpx2.InvalidURL):
             valid = False
         if not valid or not self.url.isprintable():
-            raise InputError(
-                f"{self.named_by}: {show_url(self.url)} is no address; write it as http://localhost:8000/v1"
-            )
+            raise InputError(f"{self.named_by}: {self} is no address; write it as http://localhost:8000/v1")
         if parts.password:
             user, password = unquote(parts.username or ""), unquote(parts.password)
             header = base64.b64encode(f"{user}:{password}".encode()).decode()  # as it is sent
@@ -67,6 +76,11 @@ class Endpoint:
 
     def __str__(self) -> str:
         return show_url(self.url)
+
+    @property
+    def has_key(self) -> bool:
+        """Whether requests can be sent: OpenAI wants a key, a server of one's own may take any."""
+        return bool(read_key()) or self.url != OPENAI_URL
 
     def open_client(self) -> AsyncOpenAI:
         """A client that makes each attempt once, and leaves its time to `attempt`.
@@ -82,27 +96,45 @@ class Endpoint:
                 f"HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE, SSL_CERT_DIR): {hide(' '.join(str(error).split()))}"
             ) from error
 
-    async def attempt(self, request: Awaitable, num_bytes: int = 0):
-        """What a request gives.
+    async def attempt(self, request: Awaitable[Reply], num_bytes: int = 0) -> Reply:
+        """Make one attempt at a request, and return its reply.
 
         Args:
-            num_bytes: Of a file that is sent, which has time of its own.
+            num_bytes: Size of a file that is sent with it, which has time of its own.
 
         Raises:
-            TimeoutError: Its last byte has not come in time; the client's own limit is between two bytes.
-            ValueError: It is no JSON that can be read.
+            TimeoutError: The last byte has not come in time; the client's own limit is between two bytes.
+            ValueError: The reply is no JSON that can be read.
         """
-        async with asyncio.timeout(self.timeout + num_bytes / SLOWEST):
+        async with asyncio.timeout(self.timeout + num_bytes / MIN_BYTES_PER_SECOND):
             try:
                 return await request
             except RecursionError as error:
                 raise ValueError("the reply is nested too deeply") from error
 
     def describe(self, error: Exception) -> str:
-        """One line that says what became of an attempt."""
+        """One line that says what became of an attempt, without what must not be read."""
         if isinstance(error, (TimeoutError, APITimeoutError)):
             return f"no reply within {self.timeout:g} s (--timeout)"
-        return describe_error(error)
+        if isinstance(error, APIStatusError):
+            text = hide(" ".join(str(error.message).split()))[:300]
+        elif isinstance(error, APIConnectionError):
+            cause = error.__cause__ or error
+            text = str(cause) or type(cause).__name__
+        else:
+            text = "the reply is not JSON"
+        return hide(f"{type(error).__name__}: {text}".splitlines()[0])
+
+
+def find_endpoint(base_url: str | None, timeout: float) -> Endpoint:
+    """The endpoint of a setting, or else of OPENAI_BASE_URL, or else OpenAI's.
+
+    Raises:
+        InputError: Its address is not one, or the key is not.
+    """
+    # always given to the client, which takes an empty OPENAI_BASE_URL for an address
+    url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    return Endpoint(url, timeout, "base_url" if base_url else "OPENAI_BASE_URL")
 
 
 def read_key() -> str:
@@ -123,18 +155,16 @@ def show_url(url: str) -> str:
     return f"{head}{separator}***@{rest.rpartition('@')[2]}" if "@" in rest else url
 
 
-def describe_error(error: Exception) -> str:
-    """One line that names the fault, without what must not be read."""
-    if isinstance(error, APIStatusError):
-        message = f"{type(error).__name__}: {hide(' '.join(str(error.message).split()))[:300]}"
-    elif isinstance(error, APITimeoutError):
-        message = "no reply in time"
-    elif isinstance(error, APIConnectionError):
-        cause = error.__cause__ or error
-        message = f"{type(error).__name__}: {str(cause) or type(cause).__name__}".splitlines()[0]
-    else:
-        message = f"{type(error).__name__}: the reply is not JSON"
-    return hide(message)
+def check_key(error: Exception) -> None:
+    """Raise where an attempt at judging failed because the key is refused, as every other one would.
+
+    Raises:
+        InputError: It did.
+    """
+    if isinstance(error, KEY_REFUSED):
+        raise InputError(
+            f"the judge's endpoint refuses the key (status {error.status_code}); check OPENAI_API_KEY"
+        ) from error
 
 
 def never_arrived(error: Exception) -> bool:
@@ -143,10 +173,10 @@ def never_arrived(error: Exception) -> bool:
 
 
 def seconds_to_wait(error: Exception, num_attempts: int) -> float | None:
-    """Seconds before a request is worth another attempt; None where it would fail in the same way.
+    """Seconds before a request is worth another attempt; None means that it would fail in the same way.
 
     Args:
-        num_attempts: Those that have failed.
+        num_attempts: How many attempts have failed.
     """
     if isinstance(error, APIStatusError):
         word = error.response.headers.get("x-should-retry")
@@ -155,17 +185,17 @@ def seconds_to_wait(error: Exception, num_attempts: int) -> float | None:
             return None
         wait = read_retry_after(error.response.headers)
         if wait > 0:
-            return wait if wait <= LONGEST_WAIT else None
+            return wait if wait <= MAX_WAIT else None
     elif not isinstance(error, (TimeoutError, APIConnectionError)):
         return None
     # shorter by up to a quarter, so that those that failed together do not come together again
-    return min(0.5 * 2 ** (num_attempts - 1), LONGEST_BACKOFF) * (1 - random.random() / 4)
+    return min(0.5 * 2 ** (num_attempts - 1), MAX_BACKOFF) * (1 - random.random() / 4)
 
 
-def read_retry_after(headers) -> float:
+def read_retry_after(headers: Mapping[str, str]) -> float:
     """Seconds to wait, as milliseconds, seconds or a date say it; 0 where nothing does."""
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, float(headers.get("retry-after-ms")) / 1000)
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(headers.get("retry-after-ms", "")) / 1000)
     text = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
         return max(0.0, float(text))

@@ -27,7 +27,7 @@ from finetuning.credentials import hide
 from finetuning.data.conversations import with_json_arguments
 from finetuning.data.prompts import Prompt
 from finetuning.data.rows import TestSamples
-from finetuning.endpoint import MOST_TOKENS, Endpoint, seconds_to_wait
+from finetuning.endpoint import MAX_TOKEN_COUNT, Endpoint, seconds_to_wait
 from finetuning.errors import InputError, to_line
 from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.inference.decoding import seed_of
@@ -228,7 +228,7 @@ class OpenAIEngine:
             self.gives_ids = False
             text = hide(choice.message.content or "")
             num_new_tokens = getattr(usage, "completion_tokens", None)
-            if type(num_new_tokens) is not int or not 0 <= num_new_tokens <= MOST_TOKENS:
+            if type(num_new_tokens) is not int or not 0 <= num_new_tokens <= MAX_TOKEN_COUNT:
                 num_new_tokens = len(self.reader.tokenizer(text)["input_ids"])
             return self.reader.read_text(prompt, text, num_new_tokens, choice.finish_reason == "stop")
         answer = self.reader.read(prompt, token_ids)

@@ -29,10 +29,8 @@ import httpx2
 from openai import (
     APIConnectionError,
     APIStatusError,
-    AuthenticationError,
     InternalServerError,
     OpenAIError,
-    PermissionDeniedError,
 )
 from openai.types import Batch
 from openai.types.chat import ChatCompletion
@@ -40,14 +38,13 @@ from tqdm import tqdm
 
 from finetuning.config.arguments import JudgeArguments
 from finetuning.credentials import hide
-from finetuning.endpoint import SLOWEST, seconds_to_wait, show_url
+from finetuning.endpoint import MIN_BYTES_PER_SECOND, check_key, find_endpoint, seconds_to_wait, show_url
 from finetuning.errors import InputError
 from finetuning.judge.client import (
     Budget,
     add_usage,
     build_request,
     cost_of,
-    endpoint_of,
     failure,
     most_cost,
     prompt_bytes,
@@ -229,7 +226,7 @@ class BatchClient:
     """The Batch API of the judge's endpoint, to be asked within `with`. None of its requests costs money by itself."""
 
     def __init__(self, args: JudgeArguments):
-        self.endpoint, self.max_retries = endpoint_of(args), args.max_retries
+        self.endpoint, self.max_retries = find_endpoint(args.base_url, args.timeout), args.max_retries
         self.poll_seconds = args.poll_seconds or POLL_SECONDS
         self.client = self.endpoint.open_client()
         self.address = show_url(str(self.client.base_url))
@@ -379,7 +376,7 @@ class BatchClient:
         ):
             async for chunk in response.iter_bytes():
                 file.write(chunk)
-                limit.reschedule(limit.when() + len(chunk) / SLOWEST)
+                limit.reschedule(limit.when() + len(chunk) / MIN_BYTES_PER_SECOND)
 
     def delete_files(self, batch: PendingBatch) -> None:
         """Leave no questions and answers at the endpoint, as far as it can be asked now."""
@@ -407,10 +404,6 @@ class BatchClient:
         """Errors of the client become one line that says what to do."""
         try:
             yield
-        except (AuthenticationError, PermissionDeniedError) as error:
-            raise InputError(
-                f"the judge's endpoint refuses the key (status {error.status_code}); check OPENAI_API_KEY"
-            ) from error
         except httpx2.HTTPError as error:  # in the middle of a download
             raise InputError(
                 f"the connection to {self.address} broke: {error}. Nothing is lost; the same command goes on"
@@ -418,6 +411,7 @@ class BatchClient:
         except InputError:
             raise
         except (OpenAIError, TimeoutError, AttributeError, TypeError, ValueError) as error:
+            check_key(error)
             unsent = batch.state["status"] in UNSENT
             if isinstance(error, APIStatusError) and error.status_code in ABSENT:
                 if unsent:

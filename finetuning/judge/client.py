@@ -13,7 +13,6 @@ most whose replies never came, or did not say what they used. Imports without to
 import asyncio
 import contextlib
 import itertools
-import os
 import re
 import sys
 import time
@@ -23,11 +22,9 @@ from dataclasses import dataclass, field
 from openai import (
     APIStatusError,
     AsyncOpenAI,
-    AuthenticationError,
     BadRequestError,
     NotFoundError,
     OpenAIError,
-    PermissionDeniedError,
     RateLimitError,
     UnprocessableEntityError,
 )
@@ -36,12 +33,11 @@ from openai.types.chat import ChatCompletion
 from finetuning.config.arguments import JudgeArguments
 from finetuning.credentials import hide, hide_all
 from finetuning.endpoint import (
-    LONGEST_WAIT,
-    MOST_TOKENS,
-    OPENAI_URL,
+    MAX_TOKEN_COUNT,
+    MAX_WAIT,
     Endpoint,
+    check_key,
     never_arrived,
-    read_key,
     read_retry_after,
     seconds_to_wait,
 )
@@ -53,22 +49,6 @@ RATE_LIMIT_ROUNDS = 3  # times --max_retries, before a rate limit is an error of
 RETRIES_UNREACHED = 2  # while nothing has ever answered at the address
 FAILURES_IN_A_ROW = 10  # from the start on: then nothing is set up as it should be
 NUM_TOP_LOGPROBS = 20  # the most that the API gives
-
-
-def endpoint_of(args: JudgeArguments) -> Endpoint:
-    """The judge's endpoint.
-
-    Raises:
-        InputError: Its address is none, or the key.
-    """
-    # always given to the client, which takes an empty OPENAI_BASE_URL for an address
-    url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    return Endpoint(url, args.timeout, "base_url" if args.base_url else "OPENAI_BASE_URL")
-
-
-def has_key(args: JudgeArguments) -> bool:
-    """Whether requests can be sent: OpenAI wants a key, a server of one's own may take any."""
-    return bool(read_key()) or endpoint_of(args).url != OPENAI_URL
 
 
 class Stopped(Exception):
@@ -141,7 +121,7 @@ class RateControl:
         if error.status_code == 429 and "insufficient_quota" in error.response.text:
             raise InputError("the judge's endpoint says that the quota of this key is used up")
         wait = read_retry_after(error.response.headers)
-        if wait > LONGEST_WAIT:
+        if wait > MAX_WAIT:
             raise InputError(
                 f"the judge's endpoint asks to wait {wait / 60:.0f} minutes; what was judged is kept, start again then"
             )
@@ -339,10 +319,7 @@ class Judge:
 
     def _check_hope(self, error: APIStatusError) -> None:
         """Raise where a refusal would meet every request."""
-        if isinstance(error, (AuthenticationError, PermissionDeniedError)):
-            raise InputError(
-                f"the judge's endpoint refuses the key (status {error.status_code}); check OPENAI_API_KEY"
-            ) from error
+        check_key(error)
         if isinstance(error, NotFoundError):
             raise InputError(f"the judge's endpoint has no model `{self.model}`; set --judge_model") from error
         if error.status_code in (400, 422) and "logprobs" in str(error.message) and self.args.expected_scores:
@@ -440,7 +417,7 @@ def read_completion(
 def _read_usage(completion: ChatCompletion) -> dict | None:
     usage = getattr(completion, "usage", None)
     counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(value, int) and 0 <= value <= MOST_TOKENS for value in counts):
+    if not all(isinstance(value, int) and 0 <= value <= MAX_TOKEN_COUNT for value in counts):
         return None
     cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", None)
     cached = min(cached, counts[0]) if isinstance(cached, int) and cached > 0 else 0

@@ -14,9 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from finetuning.config.arguments import JudgeArguments
+from finetuning.endpoint import find_endpoint
 from finetuning.errors import InputError
 from finetuning.interrupts import SoftStop
-from finetuning.judge.client import Budget, Judge, RateControl, add_usage, endpoint_of
+from finetuning.judge.client import Budget, Judge, RateControl, add_usage
 from finetuning.judge.form import Item, Job
 from finetuning.judge.jobs import Work, read_earlier, share
 from finetuning.judge.prices import Plan
@@ -53,7 +54,7 @@ class LiveJudging:
         Raises:
             InputError: Nothing more can be judged; what was in flight has been written before.
         """
-        endpoint = endpoint_of(self.args)
+        endpoint = find_endpoint(self.args.base_url, self.args.timeout)
         gc.freeze()  # the garbage collector would go through all that was imported, again and again
         with SoftStop(asyncio.get_running_loop(), self._describe_wait) as stop:
             self._rate = RateControl(
