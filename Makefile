@@ -1,9 +1,12 @@
-# make demo    set up, train the demo model, test, judge (if there is a key), and write the report
-# make test    set up, and run the tests
-# make report  the report of the newest run, or of RUN=outputs/<run>
-# make style   format; make quality: check format, lint and that the notebook has no outputs
+# make demo         set up, train the demo model, test, judge (if there is a key), and write the report
+# make report       write the report of the newest run, or of RUN=outputs/<run>
+# make check        set up, quality and the quick tests, under a minute: run it all day
+# make test         set up, quality and all tests: run it before a push
+# make quality      check format, lint, types and that the notebook has no outputs
+# make style        format, mend what lint can mend, and take the outputs out of the notebook
+# make constraints  pin what the requirements need in turn; without the file before, at its newest versions
 
-.PHONY: demo test report style quality install install-dev
+.PHONY: demo report check test quality style constraints install install-dev
 SHELL := /bin/bash
 
 # The first Python of a version that all pinned packages have wheels for.
@@ -22,9 +25,9 @@ install-dev: .venv/requirements-dev.installed
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or: make PYTHON=/path/to/python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.venv/%.installed: %.txt requirements.txt requirements-judge.txt | .venv/bin/python
+.venv/%.installed: %.txt requirements.txt requirements-judge.txt constraints.txt | .venv/bin/python
 	@echo "Installing $< into .venv (once; a minute or more)"
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c constraints.txt
 	@touch $@
 
 demo: install
@@ -41,13 +44,24 @@ report: install
 		2> >(grep -v "IPKernelApp. WARNING" >&2)  # the kernel's port is on this machine only
 	@echo "The report is at $(RUN)/report.html (and the executed notebook beside it)"
 
-test: install-dev
+check: quality
+	python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test: quality
 	python -m pytest -n 2 --dist loadfile  # two files at a time
+
+quality: install-dev
+	@ruff format --check . || { echo "error: make style formats them"; exit 1; }
+	@ruff check . || { echo "error: make style mends what has a fix; mend the rest by hand"; exit 1; }
+	@mypy || { echo "error: mend the types; CONTRIBUTING.md says how"; exit 1; }
+	@nbstripout --verify 5_score_notebook.ipynb || { echo "error: make style takes the outputs out of the notebook"; exit 1; }
 
 style: install-dev
 	ruff format . && ruff check --fix .
 	nbstripout 5_score_notebook.ipynb
 
-quality: install-dev
-	ruff format --check . && ruff check .
-	nbstripout --verify 5_score_notebook.ipynb
+# uv solves for all Pythons and platforms at once; it stands beside the packages, not among them.
+constraints: | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --target .venv/uv uv==0.13.9
+	UV_CUSTOM_COMPILE_COMMAND="make constraints" .venv/uv/bin/uv pip compile --quiet --universal --python-version 3.11 \
+		--annotation-style line requirements-dev.txt -o constraints.txt
