@@ -2,11 +2,14 @@ import ast
 import importlib.metadata
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
 from large_run import write_run
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from trl import TrlParser
 
 from finetuning.config.arguments import JudgeArguments
@@ -23,9 +26,25 @@ def pinned(file: Path) -> dict[str, str]:
         if line.startswith("-r "):
             found |= pinned(file.parent / line.removeprefix("-r ").strip())
         elif line.strip() and not line.startswith("#"):
-            name, version = line.split("#")[0].strip().split("==")
-            found[re.sub(r"[-_.]+", "-", name).lower()] = version
+            name, version = re.split("[;#]", line)[0].strip().split("==")
+            found[canonicalize_name(name)] = version
     return found
+
+
+def installed_for(names: Iterable[str]) -> dict[str, str]:
+    """Versions of these packages and of all that they need in turn, as they are installed here."""
+    versions: dict[str, str] = {}
+    waiting, seen = [Requirement(name) for name in names], set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras} - {extra for known, extra in seen if known == name}:
+            seen.add((name, extra))
+            distribution = importlib.metadata.distribution(name)
+            versions[name] = distribution.version.split("+")[0]  # torch's names its build
+            needs = map(Requirement, distribution.requires or [])
+            waiting += [need for need in needs if not need.marker or need.marker.evaluate({"extra": extra})]
+    return versions
 
 
 def test_every_package_that_is_imported_is_pinned():
@@ -39,7 +58,7 @@ def test_every_package_that_is_imported_is_pinned():
     packages = importlib.metadata.packages_distributions()
     optional = {"vllm"}  # docs/generation.md says how to install it
     names = {
-        re.sub(r"[-_.]+", "-", packages[module][0]).lower()
+        canonicalize_name(packages[module][0])
         for module in imported - set(sys.stdlib_module_names) - {"finetuning", "dialogues"} - optional
     }
     assert sorted(names - pinned(ROOT / "requirements.txt").keys()) == []
@@ -59,10 +78,17 @@ def names_in(node: ast.AST) -> list[str]:
     return [getattr(node, "module", None) or getattr(node, "attr", "")]
 
 
-def test_what_is_installed_is_what_is_pinned():
-    versions = pinned(ROOT / "requirements-dev.txt")
-    installed = {name: importlib.metadata.version(name).split("+")[0] for name in versions}  # torch's names its build
-    assert installed == versions
+def test_what_is_installed_is_what_is_pinned_and_constrained():
+    pins, constraints = pinned(ROOT / "requirements-dev.txt"), pinned(ROOT / "constraints.txt")
+    assert constraints == constraints | pins, "run: make constraints"
+    installed = installed_for(pins)
+    assert installed == {name: constraints.get(name) for name in installed}, "run: make install-dev"
+
+
+def test_the_constraints_are_those_of_every_machine():
+    """No build of torch, and no index or folder that only one machine has."""
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"#.*|[\w-]+==[\w.]+( ; [^/]+)?\s+# via .*", line) and "://" not in line, line
 
 
 # Runs a script as if only the packages of requirements-judge.txt were installed.
