@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,12 @@ def tokenizer():
     from finetuning.data.chat import load_tokenizer
 
     return load_tokenizer(str(ROOT / "demo" / "model"))
+
+
+def read_table(document: str, header: str) -> list[list[str]]:
+    """The cells of each row of the table in a Markdown file that begins with this header."""
+    text = (ROOT / document).read_text(encoding="utf-8").split(f"| {header} |")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()[2:]]
 
 
 def make_run(folder: Path, models: dict[str, list[str]]) -> Path:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, read_table
 
 PACKAGE = ROOT / "finetuning"
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
@@ -19,23 +19,21 @@ MODULES = sorted(
 )
 
 
-def read_table(header: str) -> list[list[str]]:
-    """The cells of each row of the table in docs/design.md that begins with this header."""
-    text = (ROOT / "docs/design.md").read_text(encoding="utf-8").split(f"| {header} |")[1].split("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
-
-
 def rooms_by_design() -> dict[str, set[str]]:
     """The rooms that each room may import besides itself."""
     return {
         "ground" if "ground" in room else room.strip("`/"): set(filter(None, imports.split(", ")))
-        for room, _, imports in read_table("room")
+        for room, _, imports in read_table("docs/design.md", "room")
     }
 
 
 def modules_by_design() -> dict[str, str]:
     """Whether each module imports torch."""
-    return {name: torch for names, _, torch in read_table("module") for name in re.findall(r"`([\w/]+)`", names)}
+    return {
+        name: torch
+        for names, _, torch in read_table("docs/design.md", "module")
+        for name in re.findall(r"`([\w/]+)`", names)
+    }
 
 
 def room_of(module: str) -> str:
