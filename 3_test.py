@@ -62,8 +62,8 @@ from finetuning.inference.answers import (
 from finetuning.inference.metrics import MOST_DISCARDED, score_predictions
 from finetuning.inference.openai_engine import OpenAIEngine, find_served
 from finetuning.inference.submission import check_submission, write_submission
+from finetuning.measures import format_metrics, print_table
 from finetuning.models.config import load_generation_config, loading_options
-from finetuning.report.tables import format_metrics, print_table
 from finetuning.results import RowFile, iterate_rows, read_info
 from finetuning.runs import (
     BASE,

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 
 from finetuning.config.arguments import Checked, run_step
 from finetuning.errors import naming
+from finetuning.measures import print_table
 from finetuning.report.headline import build_headline
 from finetuning.report.opinions import load_opinions
 from finetuning.report.page import write_report
 from finetuning.report.scores import choose_report_dir, find_baseline, find_runs, write_scores
-from finetuning.report.tables import format_table, load_runs, print_table, summarize
+from finetuning.report.tables import format_table, load_runs, summarize
 from finetuning.report.verdict import decide
 
 

@@ -16,8 +16,9 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from finetuning.measures import JUDGED, MEASURES, ROUGE_COLUMNS
 from finetuning.report.headline import Headline
-from finetuning.report.tables import JUDGED, MEASURES, ROUGE_COLUMNS, describe_measure, measures_in
+from finetuning.report.tables import describe_measure, measures_in
 from finetuning.report.verdict import WORDS as VERDICT_WORDS
 from finetuning.report.verdict import Verdict, say_samples
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from finetuning.errors import InputError
+from finetuning.measures import JUDGED, MEASURES
 from finetuning.report.comparison import bootstrap_interval, share_interval
 from finetuning.report.verdict import COVERAGE_NEEDED, DECIMALS, Verdict
 from finetuning.results import iterate_rows, prediction_hash, read_info
@@ -26,28 +27,7 @@ from finetuning.runs import (
 from finetuning.schemas import EVALUATION, EVALUATION_INFO, PREDICTION, PREDICTION_INFO, TRAINING_LOG, PredictionRow
 from finetuning.wording import say_number, say_p, say_share
 
-ROUGE_COLUMNS = ["rouge1", "rouge2", "rougeL"]
-JUDGED = {"overall": ("judge overall", 2), "expected_overall": ("judge expected", 2)}
-MEASURES = {  # column: (title, decimals); the criteria of a judge come from its evaluations
-    "rouge1": ("ROUGE-1", 3),
-    "rouge2": ("ROUGE-2", 3),
-    "rougeL": ("ROUGE-L", 3),
-    "chrf": ("chrF", 3),
-    "stopped": ("stopped", 2),
-    "seq_rep_4": ("seq-rep-4", 3),
-    "length_ratio": ("length ratio", 2),
-    "num_new_tokens": ("tokens", 1),
-}
 COUNTS = ("samples", "errors", "judged", "failed", "coverage", "seconds", "cost")  # columns that are no measure
-METRICS = {  # what step 3 measures of a whole model, under finetuning/inference/metrics.py's names
-    **{measure: MEASURES[measure] for measure in (*ROUGE_COLUMNS, "chrf")},
-    "stop_rate": MEASURES["stopped"],
-    "empty_rate": ("empty", 2),
-    "seq_rep_4": MEASURES["seq_rep_4"],
-    "distinct_2": ("distinct-2", 3),
-    "length_ratio": MEASURES["length_ratio"],
-    "mean_new_tokens": MEASURES["num_new_tokens"],
-}
 
 
 def load_predictions(run: Path) -> pd.DataFrame:
@@ -323,26 +303,6 @@ def format_cells(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
     if "cost" in summary and summary["cost"].notna().any():
         table["cost"] = ["-" if math.isnan(cost) else f"${cost:.4g}" for cost in summary["cost"]]
     return table
-
-
-def format_metrics(infos: dict[str, dict]) -> pd.DataFrame:
-    """Readable table of what step 3 measured, from the files beside the rows, by model."""
-    metrics = {name: info["metrics"] for name, info in infos.items()}
-    table = pd.DataFrame(index=pd.Index(metrics, name="model"))
-    table["samples"] = [values["num_samples"] for values in metrics.values()]
-    if any(values["num_errors"] for values in metrics.values()):
-        table["errors"] = [values["num_errors"] for values in metrics.values()]
-    for key, (title, decimals) in METRICS.items():
-        found = [values.get(key) for values in metrics.values()]
-        if key != "empty_rate" or any(found):
-            table[title] = ["-" if value is None else f"{value:.{decimals}f}" for value in found]
-    table["seconds"] = [f"{info.get('seconds', 0):.1f}" for info in infos.values()]
-    return table
-
-
-def print_table(table: pd.DataFrame) -> None:
-    """Print a table in aligned columns, none of them left out."""
-    print("\n" + table.reset_index().to_string(index=False) + "\n")
 
 
 def load_training_log(run: Path) -> pd.DataFrame:
