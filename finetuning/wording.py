@@ -1,6 +1,8 @@
 """
-Numbers in sentences and tables, as texts that rounding does not make untrue. Imports without torch.
+Numbers in sentences and tables, as texts that rounding does not make untrue, and how two records differ. Imports without torch.
 """
+
+from collections.abc import Mapping
 
 LEVEL = 0.05  # a difference is shown where its p is under it
 
@@ -49,3 +51,13 @@ def plural(num: int, thing: str) -> str:
     ('1 sample', '0 samples', '1,200 answers')
     """
     return f"{num:,} {thing}{'' if num == 1 else 's'}"
+
+
+def describe_differences(old: Mapping, new: Mapping) -> str:
+    """In which keys two records differ; nothing where they are the same.
+
+    >>> describe_differences({"seed": 1, "dtype": "float32"}, {"seed": 2, "dtype": "float32", "top_p": 0.9})
+    'seed was 1 and is 2; top_p was None and is 0.9'
+    """
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in keys)
