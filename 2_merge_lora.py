@@ -19,7 +19,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.config.arguments import MergeArguments, run_step
+from finetuning.config.arguments import MergeArguments
+from finetuning.config.run_step import run_step
 from finetuning.errors import InputError, make_folder
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 

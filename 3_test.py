@@ -27,7 +27,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments, run_step
+from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments
+from finetuning.config.run_step import run_step
 from finetuning.errors import InputError, to_line
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 from finetuning.ranks import get_rank, get_world_size, is_main_process

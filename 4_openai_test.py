@@ -29,7 +29,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from finetuning.config.arguments import JudgeArguments, run_step, split_names
+from finetuning.config.arguments import JudgeArguments, split_names
+from finetuning.config.run_step import run_step
 from finetuning.endpoint import find_endpoint
 from finetuning.errors import InputError, to_line
 from finetuning.judge.batches import BatchClient, BatchJudge, check_pending, clear_batches, under_way

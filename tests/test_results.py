@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import ROOT, make_run
 
-from finetuning.config.arguments import run_step
+from finetuning.config.run_step import run_step
 from finetuning.errors import InputError
 from finetuning.report import __main__ as report
 from finetuning.results import RowFile, read_rows

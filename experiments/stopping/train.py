@@ -11,8 +11,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetuning.config.arguments import ScriptArguments, run_step
+from finetuning.config.arguments import ScriptArguments
 from finetuning.config.model_arguments import ModelArguments
+from finetuning.config.run_step import run_step
 from finetuning.errors import InputError
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 

@@ -1,19 +1,14 @@
 """
-The arguments of every step, each key declared once, and the parser that reads them from YAML and the command line.
+The arguments of every step, each key declared once.
 
-Imports without torch; what needs torch (the training arguments, which subclass trl's SFTConfig) is in training.py.
+Imports without torch; what needs torch (the training arguments, which subclass trl's SFTConfig) is in training/trainer.py.
 """
 
 import math
-import signal
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from finetuning.config.parser import Parser
-from finetuning.errors import UNWRITABLE, InputError, PlainOutput, fail, to_line
-from finetuning.interrupts import Terminated, terminable
-from finetuning.ranks import is_main_process, print_main
+from finetuning.errors import to_line
 
 # Lowest and highest value of a key, both allowed. Keys of every step; None is always allowed where it is the default.
 RANGES = {
@@ -593,36 +588,3 @@ class JudgeArguments(RunArguments):
 
 
 OTHER_STEPS = {"2_merge_lora.py": MergeArguments, "3_test.py": TestArguments, "4_openai_test.py": JudgeArguments}
-
-
-def run_step(
-    main: Callable, *dataclass_types: type, fit_to_hardware: Callable[..., dict[str, str]] | None = None
-) -> None:
-    """Parse the arguments and run `main` with them; a fault in what the user gave ends it without a traceback.
-
-    Args:
-        fit_to_hardware: Takes the arguments, changes in them what this machine cannot do, and gives the reasons by key.
-    """
-    sys.stdout = PlainOutput(sys.stdout)
-    parser = Parser(dataclass_types, check=find_faults, other_steps=OTHER_STEPS)
-    arguments = parser.parse_args_and_config()
-    try:
-        reasons = fit_to_hardware(*arguments) if fit_to_hardware is not None else {}
-        if parser.print_config:
-            print_main("\n".join(parser.describe(arguments, reasons)))
-            return
-        with terminable():
-            main(*arguments)
-    except InputError as error:
-        fail(to_line(str(error)))
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        fail(
-            f"{error.filename or 'a file that this step writes'}: {error.strerror}. What stood there still does: make room, or give permission or another place, and start "
-            "the same command again"
-        )
-    except KeyboardInterrupt as stop:
-        if is_main_process():
-            print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))

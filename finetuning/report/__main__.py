@@ -17,7 +17,8 @@ Imports without torch.
 
 from dataclasses import dataclass, field
 
-from finetuning.config.arguments import Checked, run_step
+from finetuning.config.arguments import Checked
+from finetuning.config.run_step import run_step
 from finetuning.errors import naming
 from finetuning.measures import print_table
 from finetuning.report.headline import build_headline

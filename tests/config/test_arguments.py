@@ -9,9 +9,10 @@ import yaml
 from conftest import ROOT, command, run
 
 from finetuning.config import arguments as configs
-from finetuning.config.arguments import JudgeArguments, ScriptArguments, find_faults, run_step
+from finetuning.config.arguments import JudgeArguments, ScriptArguments, find_faults
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
+from finetuning.config.run_step import run_step
 from finetuning.report.__main__ import ScoreArguments
 from finetuning.training.trainer import TrainingArguments
 
