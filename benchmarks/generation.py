@@ -76,7 +76,7 @@ def run_engine(name: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from finetuning.data.prompts import Prompt
-    from finetuning.inference.answers import TransformersEngine, load_model
+    from finetuning.inference.transformers_engine import TransformersEngine, load_model
 
     task = json.loads((folder / "task.json").read_text())
     prompts, new_tokens = task["prompts"], task["new_tokens"]

@@ -1,9 +1,26 @@
 """
 Many prompts at once, with nothing but torch and transformers: one wide decode batch over a cache that is allocated once.
 
-Prompts are read in chunks of like length, without padding on the left and without the language model's head; from then
-on each has a slot of the cache. Every step adds one token to every slot. A finished sequence leaves at once, and prompts
-that wait take its place. Greedy tokens are those of `model.generate` for each prompt alone (docs/generation.md).
+The cache has a fixed number of slots, and each sequence that is being answered sits in one. The active ones are always
+the first, so that a step takes the front of every tensor and nothing is gathered. Of six slots, A to D are active:
+
+    slot                 0     1     2     3     4     5
+                       [ A ] [ B ] [ C ] [ D ] [   ] [   ]    each step gives every active slot one token
+    B ends             [ A ] [ D ] [ C ] [   ] [   ] [   ]    B is yielded, and the last one is copied into its slot
+    E, F, G wait       [ A ] [ D ] [ C ] [ E ] [ F ] [ G ]    they are read together, once enough slots are free
+
+    one slot, along the length of the cache:
+
+    position           0 ............ p-1 ........... n-1   n .................................... length
+                       keys of the prompt, of new tokens    old values, which the mask hides
+                                                            (the step writes the key of its token at n)
+
+A sequence of p prompt tokens and some new ones has keys in the cache for all but its last token: `Running.cached`, n above.
+A step takes that last token, writes its key and value at n, and gives the logits of the next one. So a prompt is read
+without its last token, in a chunk of prompts of like length, padded on the right, where causal attention does not look, and
+without the language model's head. No memory is freed before the end; a slot is free as soon as its sequence has ended.
+
+Greedy tokens are those of `model.generate` for each prompt alone (docs/generation.md).
 """
 
 import hashlib
@@ -28,19 +45,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SLOT_ATTENTION = "slots"
-# Read at once; more than this only where one prompt is longer. On a CPU, what a layer makes of them stays in its cache.
+# Prompt tokens that are read at once; one prompt may be longer. On a CPU, what a layer makes of so many stays in its cache.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 SLOTS_PER_GROUP = 8  # on a CPU, so many slots look no further than the longest of them; they are sorted, roughly
 REFILL = 4  # waiting prompts are read when 1 / REFILL of the slots is free
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, slot_groups=None, **kwargs):
-    """SDPA, where the queries of one token that share a key head are rows of one matrix: nothing is repeated.
+    """Attention (SDPA) of one new token a slot, in which heads that share keys are rows of one matrix: no key is repeated.
 
     Shapes: query (slots, heads, 1, dim), key and value (slots, key heads, length, dim), mask (slots, 1, 1, length).
 
     Args:
-        slot_groups: [(first slot, last slot + 1, length), ...]: no slot of a group has more keys than its length.
+        slot_groups: [(first slot, last slot + 1, length), ...]; no slot of a group has more keys than its length.
     """
     if query.shape[2] > 1 or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -64,7 +81,7 @@ AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
 
 
 class PromptCache:
-    """Keys and values of a chunk of prompts while they are read, as transformers' Cache has them."""
+    """Keys and values of a chunk of prompts while they are read; it has what models call of transformers' Cache."""
 
     def __init__(self):
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -85,29 +102,35 @@ class PromptCache:
 
 
 class SlotCache:
-    """Keys and values of `num_slots` sequences of up to `length` tokens, allocated once, the active ones in front."""
+    """Keys and values of `num_slots` sequences of up to `length` tokens; it has what models call of transformers' Cache.
+
+    Each layer is two tensors of shape (slots, key heads, length, dim), which are allocated once.
+    """
 
     def __init__(self, num_slots: int, length: int):
         self.num_slots, self.length = num_slots, length
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.active = 0
-        self.longest = 0
-        self.positions = torch.empty(0, dtype=torch.long)
+        self.active = 0  # slots in use, which are the first ones
+        self.longest = 0  # keys of the longest sequence, with that of this step's token
+        self.positions = torch.empty(0, dtype=torch.long)  # where each active slot's key of this step goes
 
     def write(self, prompts: PromptCache, lengths: list[int]) -> None:
         """Put prompts into the next free slots."""
         if not self.layers:
-            # zeros, as what is masked must be a number
-            for tensors in prompts.layers:
-                shapes = [(self.num_slots, t.shape[1], self.length, t.shape[3]) for t in tensors]
-                self.layers.append(tuple(t.new_zeros(shape) for t, shape in zip(tensors, shapes, strict=True)))
+            for key, value in prompts.layers:
+                self.layers.append((self._allocate(key), self._allocate(value)))
         last = self.active + len(lengths)
         for (keys, values), (new_keys, new_values) in zip(self.layers, prompts.layers, strict=True):
             keys[self.active : last, :, : new_keys.shape[2]] = new_keys
             values[self.active : last, :, : new_values.shape[2]] = new_values
         self.active = last
 
+    def _allocate(self, like: torch.Tensor) -> torch.Tensor:
+        # zeros, as what is masked must be a number
+        return like.new_zeros(self.num_slots, like.shape[1], self.length, like.shape[3])
+
     def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` keys and values of one slot into another."""
         for tensors in self.layers:
             for tensor in tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
@@ -136,9 +159,9 @@ class SlotCache:
 
 @dataclass
 class Running:
-    """A prompt and what has been generated for it."""
+    """A prompt that sits in a slot, and what has been generated for it."""
 
-    index: int
+    index: int  # among all prompts
     prompt: list[int]
     generator: torch.Generator | None
     new_ids: list[int] = field(default_factory=list)
@@ -146,7 +169,7 @@ class Running:
 
     @property
     def cached(self) -> int:
-        """Tokens whose keys are in the cache before the next step: all but the last."""
+        """The number of tokens whose keys are in the cache before the next step: all but the last one."""
         return len(self.prompt) + len(self.new_ids) - 1
 
 
@@ -155,10 +178,14 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1
 
 
-def why_not_exact(model: PreTrainedModel, config: GenerationConfig, longest: int) -> str | None:
-    """Why the slots cannot hold this model exactly, or None where they can."""
+def unsupported_reason(model: PreTrainedModel, config: GenerationConfig, longest: int) -> str | None:
+    """Why the slots cannot hold this model exactly, or None where they can.
+
+    Args:
+        longest: Tokens of the prompt and its longest answer.
+    """
     text_config = model.config.get_text_config()
-    layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    other_layers = set(getattr(text_config, "layer_types", None) or []) - {"full_attention"}
     window = getattr(text_config, "sliding_window", None)
     if (config.num_beams or 1) > 1:
         return "beam search"
@@ -166,11 +193,12 @@ def why_not_exact(model: PreTrainedModel, config: GenerationConfig, longest: int
     if peft_config is not None and peft_config.is_prompt_learning:
         return "an adapter of virtual tokens"
     rope = getattr(text_config, "rope_parameters", None) or {}
-    trained = rope.get("original_max_position_embeddings") or getattr(text_config, "max_position_embeddings", longest)
+    longest_trained = getattr(text_config, "max_position_embeddings", longest)
+    trained = rope.get("original_max_position_embeddings") or longest_trained
     if rope.get("rope_type") in ("dynamic", "longrope") and longest > trained:
         return f"rotary embeddings that change beyond {trained} tokens"
-    if layer_types - {"full_attention"}:
-        return f"layers of {', '.join(sorted(layer_types - {'full_attention'}))}"
+    if other_layers:
+        return f"layers of {', '.join(sorted(other_layers))}"
     if window is not None and getattr(text_config, "use_sliding_window", True) and window < longest:
         return f"a sliding window of {window} tokens"
     if getattr(text_config, "attn_logit_softcapping", None) is not None:
@@ -181,7 +209,7 @@ def why_not_exact(model: PreTrainedModel, config: GenerationConfig, longest: int
 
 
 def build_processors(config: GenerationConfig) -> tuple[LogitsProcessorList, LogitsProcessorList]:
-    """What changes logits before a token is chosen: by the tokens of each sequence, and for all sequences alike."""
+    """What changes logits before a token is chosen: what looks at the tokens of each sequence, and what does not."""
     by_sequence, alike = LogitsProcessorList(), LogitsProcessorList()
     if config.repetition_penalty not in (None, 1.0):
         by_sequence.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
@@ -217,13 +245,15 @@ def choose_tokens(
         logits = torch.cat(rows)
     if not config.do_sample:
         best, tokens = logits.max(dim=-1)
-        return _known(tokens, best)
+        return _known(tokens, evidence=best)
     cumulated = alike(None, logits).double().softmax(dim=-1).cumsum(dim=-1)
     drawn = torch.stack([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in sequences])
-    return _known(torch.searchsorted(cumulated, drawn.to(logits.device) * cumulated[:, -1:])[:, 0], cumulated[:, -1])
+    tokens = torch.searchsorted(cumulated, drawn.to(logits.device) * cumulated[:, -1:])[:, 0]
+    return _known(tokens, evidence=cumulated[:, -1])
 
 
 def _known(tokens: torch.Tensor, evidence: torch.Tensor) -> list[int | None]:
+    """Tokens as a list, with None where the number that the choice rests on is none."""
     pairs = zip(tokens.tolist(), evidence.isfinite().tolist(), strict=True)
     return [token if finite else None for token, finite in pairs]
 
@@ -232,10 +262,10 @@ class Decoder:
     """Generates for many prompts with one model.
 
     Args:
-        model: A causal language model that `why_not_exact` has nothing against, in evaluation mode.
+        model: A causal language model in evaluation mode for which `unsupported_reason` gives None.
         config: Settings of generation; `eos_token_id` is a list.
         num_slots: Sequences that are decoded at once.
-        tokenizer: Needed for `stop_strings`.
+        tokenizer: Needed where the config has `stop_strings`.
     """
 
     def __init__(
@@ -253,7 +283,7 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: list[int] | None = None
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] = ()
     ) -> Iterator[tuple[int, list[int] | None]]:
         """Yield (index of the prompt, new token ids with the end token if there is one), as sequences finish.
 
@@ -269,19 +299,24 @@ class Decoder:
         finally:
             self.model.set_attn_implementation(implementation)
 
-    def _generate(self, prompts, seeds) -> Iterator[tuple[int, list[int] | None]]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
+    ) -> Iterator[tuple[int, list[int] | None]]:
         # the longest first, so that memory runs out at once or not at all; pop() takes from the end
         waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         num_slots = min(self.num_slots, len(prompts))
         cache = SlotCache(num_slots, max(map(len, prompts), default=0) + self.config.max_new_tokens)
-        active: list[Running] = []
+        active: list[Running] = []  # in the order of their slots
         ends = set(self.config.eos_token_id)
         while waiting or active:
+            # 1. Read waiting prompts into the free slots, where enough of them are free.
             free = num_slots - len(active)
             if waiting and (free >= min(len(waiting), max(1, num_slots // REFILL)) or not active):
                 while waiting and len(active) < num_slots:
                     active += self._read(cache, self._take(waiting, prompts, seeds, num_slots - len(active)))
+            # 2. One step: every active slot takes in its last token, and gives the logits of the next one.
             logits = self._step(cache, active)
+            # 3. Choose the tokens, and see which sequences end with theirs.
             finished = []
             for slot, token in enumerate(choose_tokens(logits, active, self.config, self.processors)):
                 sequence = active[slot]
@@ -293,6 +328,7 @@ class Decoder:
                 full = len(sequence.new_ids) == self.config.max_new_tokens
                 if token in ends or full or self._stops(sequence.new_ids):
                     finished.append(slot)
+            # 4. Yield what has ended, and let the last sequence take its slot: from the back, as the last may have ended too.
             for slot in reversed(finished):
                 sequence, last = active[slot], active.pop()
                 if last is not sequence:
@@ -305,13 +341,17 @@ class Decoder:
         """Whether the text so far has a stop string; a token may end one that others began."""
         if not self.config.stop_strings:
             return False
-        # a token is at least a byte
+        if self.tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer")
+        # a token is at least a byte, so that so many tokens from the end have all that the last one may have ended
         longest = max(len(stop.encode()) for stop in self.config.stop_strings)
         tail = self.tokenizer.decode(new_ids[-longest - 1 :])
         return any(stop in tail for stop in self.config.stop_strings)
 
-    def _take(self, waiting: list[int], prompts, seeds, free: int) -> list[Running]:
-        """The longest prompts that wait, as many as are read at once."""
+    def _take(
+        self, waiting: list[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int], free: int
+    ) -> list[Running]:
+        """The longest prompts that wait, as many as are read at once, out of the list `waiting`."""
         taken: list[Running] = []
         while waiting and len(taken) < free:
             longest = len(taken[0].prompt) if taken else 0
@@ -323,10 +363,7 @@ class Decoder:
         return taken
 
     def _read(self, cache: SlotCache, sequences: list[Running]) -> list[Running]:
-        """Fill the cache with prompts, all but the last token of each, which the first step takes.
-
-        Padding stands on the right, where causal attention does not look.
-        """
+        """Fill the cache with prompts, all but the last token of each, which the first step takes in."""
         lengths = [sequence.cached for sequence in sequences]
         width = max(1, *lengths)
         ids = torch.zeros(len(sequences), width, dtype=torch.long)

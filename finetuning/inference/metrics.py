@@ -13,7 +13,7 @@ import importlib.metadata
 import itertools
 import statistics
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import mecab_ko
 import regex
@@ -31,7 +31,7 @@ WORD = regex.compile(rf"{CHARACTER}\p{{M}}*|{LETTER}(?:{LETTER}|\p{{M}})*")
 SINGLE = regex.compile(r"[\p{L}\p{N}]\p{M}*")
 HANGUL = regex.compile(r"[\uac00-\ud7a3]")
 MEANINGLESS = regex.compile(r"[\s\p{P}]")  # spaces and punctuation, which no metric of words counts
-MOST_DISCARDED = 0.05  # of the other characters; above it, scores say little about the texts
+MAX_DISCARDED = 0.05  # of the other characters; above it, scores say little about the texts
 TOKENIZERS = {
     "words": "words, English ones stemmed (Porter)",
     "morphemes": f"morphemes (mecab-ko {importlib.metadata.version('mecab-ko')})",
@@ -117,25 +117,19 @@ def discarded_share(texts: list[str], tokenizer: str) -> float:
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Plain mean of what is defined; None where nothing is."""
-    values = [value for value in values if value is not None]
-    return statistics.fmean(values) if values else None
+    defined = [value for value in values if value is not None]
+    return statistics.fmean(defined) if defined else None
 
 
 def over_references(name: str, scores: list[list[float | None]]) -> dict:
     """Mean over references, the first one and the best: each sample's, and their plain mean over samples."""
-    result = {}
-    for key, pick in ((name, mean), (f"{name}_first", _first), (f"{name}_max", _best)):
-        result[f"{key}_per_sample"] = [pick(sample) for sample in scores]
-        result[key] = mean(result[f"{key}_per_sample"])
-    return result
-
-
-def _first(scores: list[float | None]) -> float | None:
-    return scores[0] if scores else None
-
-
-def _best(scores: list[float | None]) -> float | None:
-    return max((score for score in scores if score is not None), default=None)
+    per_sample = {
+        name: [mean(sample) for sample in scores],
+        f"{name}_first": [sample[0] if sample else None for sample in scores],
+        f"{name}_max": [max((score for score in sample if score is not None), default=None) for sample in scores],
+    }
+    means = {key: mean(values) for key, values in per_sample.items()}
+    return {**means, **{f"{key}_per_sample": values for key, values in per_sample.items()}}
 
 
 def compute_rouge(
@@ -152,10 +146,11 @@ def compute_rouge(
     Returns:
         For each of rouge1, rouge2, rougeL: `<type>` (mean over references), `<type>_first` and `<type>_max`, each with
         a list of them, `<...>_per_sample`. None against references without a token; an empty prediction scores 0.
-        `tokenizers` counts samples by the tokenizer they were read with. `discarded_characters` is the mean share of
-        characters, spaces and punctuation aside, that are in no token.
+        `tokenizers` counts samples by the tokenizer they were read with; `tokenizer_per_sample` has its name in
+        TOKENIZERS. `discarded_characters` is the mean share of characters, spaces and punctuation aside, that are in
+        no token; `discarded_characters_per_sample` has each sample's.
     """
-    from finetuning.inference.rouge import Rouge  # which imports torch
+    from finetuning.inference.rouge import Rouge  # late, as it imports torch
 
     return Rouge().compute(predictions=predictions, references=references, language=language, tokenizer=tokenizer)
 
@@ -200,14 +195,8 @@ def length_ratio(prediction: str, references: list[str], tokenizer: str) -> floa
     return len(tokenize(prediction, tokenizer)[0]) / expected if expected else None
 
 
-def _chunks(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
-    rows = iter(rows)
-    while chunk := list(itertools.islice(rows, size)):
-        yield chunk
-
-
 def score_predictions(rows: Iterable[dict], tokenizer: str = "auto") -> dict:
-    """What step 3 reports of one model. Rows are taken one by one and not kept.
+    """What step 3 reports of one model. Rows are taken a few at a time and not kept.
 
     Args:
         rows: Predictions as finetuning/results.py describes them. Rows with an error have no prediction; they are
@@ -232,55 +221,66 @@ def score_predictions(rows: Iterable[dict], tokenizer: str = "auto") -> dict:
 
         None where nothing defines it. `per_sample` has a list for `id` and for each of PER_SAMPLE, in the order of rows.
     """
-    reasons, removed, tokenizers, counts = (collections.Counter() for _ in range(4))
-    bigrams: set[int] = set()
-    discarded: list[float] = []
-    columns: dict[str, list] = {name: [] for name in ("id", *PER_SAMPLE)}
-    variants: dict[str, list] = {f"{name}_{variant}": [] for name in SIMILARITIES for variant in ("first", "max")}
-    for chunk in _chunks(rows, CHUNK):
-        counts["rows"] += len(chunk)
+    totals = _Totals()
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        totals.num_rows += len(chunk)
         answered = [row for row in chunk if row["finish_reason"] != "error"]
-        if not answered:
-            continue
-        predictions, references = ([row[key] for row in answered] for key in ("prediction", "references"))
+        if answered:
+            totals.add(answered, tokenizer)
+    return totals.summarize(tokenizer)
+
+
+class _Totals:
+    """What is kept of the rows that have been read: a few numbers of each, and counts over all of them."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0  # those with an error as well
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.removed: collections.Counter[str] = collections.Counter()
+        self.tokenizers: collections.Counter[str] = collections.Counter()
+        self.bigrams: set[int] = set()  # hashes
+        variants = [f"{name}{variant}" for variant in ("", "_first", "_max") for name in SIMILARITIES]
+        names = ("id", *variants, "seq_rep_4", "length_ratio", "discarded_characters")
+        self.columns: dict[str, list] = {name: [] for name in names}
+
+    def add(self, rows: list[dict], tokenizer: str) -> None:
+        """Take in rows that have an answer."""
+        predictions, references = ([row[key] for row in rows] for key in ("prediction", "references"))
         scores = compute_rouge(predictions, references, tokenizer=tokenizer) | compute_chrf(predictions, references)
-        for name, values in (columns | variants).items():
+        for name, values in self.columns.items():
             values += scores.get(f"{name}_per_sample", [])
-        tokenizers.update(scores["tokenizers"])
-        for row in answered:
-            prediction, own = (
-                row["prediction"],
-                choose_tokenizer(row["prediction"], row["references"], "auto", tokenizer),
-            )
-            columns["id"].append(row["id"])
-            columns["seq_rep_4"].append(sequence_repetition(prediction, 4, own))
-            columns["length_ratio"].append(length_ratio(prediction, row["references"], own))
-            discarded.append(discarded_share([prediction, *row["references"]], own))
-            ngrams = count_ngrams(prediction, 2, own)
-            bigrams.update(map(hash, ngrams))
-            counts.update(bigrams=ngrams.total(), empty=not prediction.strip(), new_tokens=row["num_new_tokens"])
-            reasons[row["finish_reason"]] += 1
-            removed.update(row.get("removed_tokens"))
-    num_answered = len(columns["id"])
+        self.tokenizers.update(scores["tokenizers"])
+        for row, own in zip(rows, scores["tokenizer_per_sample"], strict=True):
+            prediction = row["prediction"]
+            self.columns["id"].append(row["id"])
+            self.columns["seq_rep_4"].append(sequence_repetition(prediction, 4, own))
+            self.columns["length_ratio"].append(length_ratio(prediction, row["references"], own))
+            bigrams = count_ngrams(prediction, 2, own)
+            self.bigrams.update(map(hash, bigrams))
+            self.counts.update([row["finish_reason"]], bigrams=bigrams.total(), new_tokens=row["num_new_tokens"])
+            self.counts["empty"] += not prediction.strip()
+            self.removed.update(row.get("removed_tokens"))
 
-    def share(number: int) -> float | None:
-        return number / num_answered if num_answered else None
+    def summarize(self, tokenizer: str) -> dict:
+        """The result of `score_predictions`."""
+        num_answered = len(self.columns["id"])
+        means = {name: mean(values) for name, values in self.columns.items() if name != "id"}
 
-    return {
-        "num_samples": counts["rows"],
-        "num_errors": counts["rows"] - num_answered,
-        **{name: mean(columns[name]) for name in SIMILARITIES},
-        **{name: mean(values) for name, values in variants.items()},
-        "stop_rate": share(reasons["stop"]),
-        "limit_rate": share(reasons["length"]),
-        "empty_rate": share(counts["empty"]),
-        "seq_rep_4": mean(columns["seq_rep_4"]),
-        "distinct_2": len(bigrams) / counts["bigrams"] if counts["bigrams"] else None,
-        "length_ratio": mean(columns["length_ratio"]),
-        "mean_new_tokens": share(counts["new_tokens"]),
-        "rouge_tokenizer": tokenizer,
-        "tokenizers": dict(tokenizers),
-        "discarded_characters": mean(discarded),
-        "removed_tokens": dict(removed),
-        "per_sample": columns,
-    }
+        def per_answer(name: str) -> float | None:
+            return self.counts[name] / num_answered if num_answered else None
+
+        return {
+            "num_samples": self.num_rows,
+            "num_errors": self.num_rows - num_answered,
+            **means,
+            "stop_rate": per_answer("stop"),
+            "limit_rate": per_answer("length"),
+            "empty_rate": per_answer("empty"),
+            "distinct_2": len(self.bigrams) / self.counts["bigrams"] if self.counts["bigrams"] else None,
+            "mean_new_tokens": per_answer("new_tokens"),
+            "rouge_tokenizer": tokenizer,
+            "tokenizers": dict(self.tokenizers),
+            "removed_tokens": dict(self.removed),
+            "per_sample": {name: self.columns[name] for name in ("id", *PER_SAMPLE)},
+        }

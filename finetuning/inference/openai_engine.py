@@ -4,12 +4,14 @@ Answers from any server that speaks the OpenAI API (vLLM, SGLang, llama.cpp, ...
     vllm serve outputs/demo/checkpoint-148 --served-model-name checkpoint-148
     python 3_test.py --model_name checkpoint-148 --base_url http://localhost:8000/v1
 
-Every setting of generation is sent with each request, so that no default of the server counts. Imports no torch itself.
+Every setting of generation is sent with each request, so that no default of the server counts.
 """
 
 import asyncio
+import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from openai import (
@@ -34,10 +36,19 @@ from finetuning.inference.decoding import seed_of
 from finetuning.interrupts import SoftStop
 
 NUM_RETRIES = 2  # of a request, where the server is busy or the connection breaks
+TIMEOUT = 600.0  # seconds that a reply may take, unless the arguments say otherwise
 
 
-def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> dict[str, str]:
-    """The served ids of models of the run, by name: an id is the name, the path, or the path's last two parts.
+@dataclass(frozen=True)
+class ServedModel:
+    """A model by its id at a server."""
+
+    endpoint: Endpoint
+    id: str
+
+
+def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> dict[str, ServedModel]:
+    """The models of the run that are served, by name: an id is the name, the path, or the path's last two parts.
 
     Args:
         models: Paths or Hub ids by name.
@@ -47,29 +58,15 @@ def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> 
         InputError: No server answers at the address, or it does not serve what was asked for.
     """
 
-    async def list_models() -> list[str]:
-        async with endpoint.open_client() as client:
-            return [hide(model.id) async for model in await endpoint.attempt(client.models.list())]
-
-    try:
-        served = asyncio.run(list_models())
-        if not all(isinstance(model, str) for model in served):
-            raise TypeError("the name of a model is no text")
-    except (AttributeError, TypeError) as error:  # the client checks no types
-        raise InputError(
-            f"{endpoint}/models gives no list of models, so this is no OpenAI-compatible server"
-        ) from error
-    except (TimeoutError, OpenAIError, ValueError) as error:
-        raise InputError(f"no OpenAI-compatible server answers at {endpoint}: {endpoint.describe(error)}") from error
+    served = _list_models(endpoint)
     found = {}
     for name, path in models.items():
         names = (name, path, str(Path(path).resolve()))
         # the last part alone may be another run's checkpoint
-        matching = [i for i in served if i in names] or [
-            i for i in served if i.endswith("/".join(Path(path).parts[-2:]))
-        ]
+        ending = "/".join(Path(path).parts[-2:])
+        matching = [i for i in served if i in names] or [i for i in served if i.endswith(ending)]
         if len(matching) == 1:
-            found[name] = matching[0]
+            found[name] = ServedModel(endpoint, matching[0])
             print(f"{name}: served as {to_line(matching[0])}")
     missing = [name for name in models if name not in found]
     if missing and (model_name != "all" or not found):
@@ -82,31 +79,47 @@ def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> 
     return found
 
 
+def _list_models(endpoint: Endpoint) -> list[str]:
+    async def ask() -> list[str]:
+        async with endpoint.open_client() as client:
+            return [hide(model.id) async for model in await endpoint.attempt(client.models.list())]
+
+    try:
+        served = asyncio.run(ask())
+        if not all(isinstance(model, str) for model in served):
+            raise TypeError("the name of a model is no text")
+    except (AttributeError, TypeError) as error:  # the client checks no types
+        raise InputError(
+            f"{endpoint}/models gives no list of models, so this is no OpenAI-compatible server"
+        ) from error
+    except (TimeoutError, OpenAIError, ValueError) as error:
+        raise InputError(f"no OpenAI-compatible server answers at {endpoint}: {endpoint.describe(error)}") from error
+    return served
+
+
 class OpenAIEngine:
     """Answers from one served model.
 
     Args:
-        served: The model's id at the endpoint.
         samples: Where the messages of a prompt are.
         concurrency: Requests in flight at once.
     """
 
     def __init__(
         self,
-        endpoint: Endpoint,
-        served: str,
+        served: ServedModel,
         samples: TestSamples,
         tokenizer: PreTrainedTokenizerBase,
         config: GenerationConfig,
         concurrency: int,
         seed: int,
     ):
-        self.endpoint, self.served, self.samples, self.config = endpoint, served, samples, config
+        self.endpoint, self.served_id, self.samples, self.config = served.endpoint, served.id, samples, config
         self.concurrency, self.seed = concurrency, seed
         self.reader = AnswerReader(tokenizer, config)
         self.hidden = sorted(set(tokenizer.all_special_ids) - self.reader.control_ids)  # tokens of the task
-        self.num_unlike = 0  # prompts that the server counts another number of tokens in
-        self.gives_ids = True
+        self.num_unlike = 0  # prompts in which the server counts another number of tokens
+        self.gives_ids = True  # until a reply has none
 
     def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
         """Answer prompts, `concurrency` at once, and yield each answer as it arrives.
@@ -127,16 +140,13 @@ class OpenAIEngine:
             client = self.endpoint.open_client()
             try:
                 while True:
-                    while (
-                        stop.signal is None
-                        and len(running) < self.concurrency
-                        and (prompt := next(waiting, None)) is not None
-                    ):
-                        running.add(runner.get_loop().create_task(self._ask(client, prompt, stop)))
+                    if stop.signal is None:
+                        for prompt in itertools.islice(waiting, self.concurrency - len(running)):
+                            running.add(runner.get_loop().create_task(self._ask(client, prompt, stop)))
                     if not running:
                         break
                     done, running = runner.run(_wait_for_one(running))
-                    # a fault ends the whole test, but not before what has arrived with it is kept
+                    # a fault ends the whole test, but the answers that have arrived with it are kept
                     for task in sorted(done, key=lambda task: task.exception() is not None):
                         answer = task.result()
                         if answer is not None:
@@ -146,7 +156,7 @@ class OpenAIEngine:
         if stop.signal is not None:
             print("stopped; the same command goes on from here", file=sys.stderr)
             sys.exit(128 + stop.signal)
-        self._say_what_differs(len(prompts))
+        self._warn(len(prompts))
 
     def close(self) -> None:
         """Nothing is held between two calls of `answer`."""
@@ -157,7 +167,7 @@ class OpenAIEngine:
             try:
                 completion = await self.endpoint.attempt(
                     client.chat.completions.create(
-                        model=self.served,
+                        model=self.served_id,
                         **self._conversation(prompt),
                         max_completion_tokens=self.config.max_new_tokens,
                         seed=seed_of(self.seed, prompt.id) % 2**31,
@@ -166,7 +176,7 @@ class OpenAIEngine:
                     )
                 )
                 break
-            except TimeoutError as error:  # of this sample, which would take as long again; the others may be faster
+            except TimeoutError as error:  # this sample would take as long again; the others may be faster
                 return Answer.failed(prompt, self.endpoint.describe(error))
             except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON, or no text
                 wait = seconds_to_wait(error, num_attempts)
@@ -191,10 +201,8 @@ class OpenAIEngine:
         sample = self.samples.by_id(prompt.id)
         messages = [with_json_arguments(message) for message in sample["prompt"]]
         # the template shows the tools, and a call comes back as the text that the model has written
-        return {
-            "messages": messages,
-            **({"tools": sample["tools"], "tool_choice": "none"} if "tools" in sample else {}),
-        }
+        tools = {"tools": sample["tools"], "tool_choice": "none"} if "tools" in sample else {}
+        return {"messages": messages, **tools}
 
     def _sampling(self) -> dict:
         config = self.config
@@ -232,20 +240,21 @@ class OpenAIEngine:
                 num_new_tokens = len(self.reader.tokenizer(text)["input_ids"])
             return self.reader.read_text(prompt, text, num_new_tokens, choice.finish_reason == "stop")
         answer = self.reader.read(prompt, token_ids)
-        answer.prediction = hide(answer.prediction)
+        answer.prediction = hide(answer.prediction or "")
         answer.finish_reason = choice.finish_reason  # a server may keep the end token to itself
         return answer
 
-    def _say_what_differs(self, num_prompts: int) -> None:
+    def _warn(self, num_prompts: int) -> None:
+        """Print in what the server's answers may not be those of the other engines."""
         if self.num_unlike:
             print(
-                f"warning: in {self.num_unlike} of {num_prompts} prompts {self.served} counts another number of tokens than "
+                f"warning: in {self.num_unlike} of {num_prompts} prompts {self.served_id} counts another number of tokens than "
                 "training did; give the server the checkpoint's chat_template.jinja (vllm serve --chat-template)"
             )
         if self.hidden and not self.gives_ids:
             names = ", ".join(self.reader.tokenizer.convert_ids_to_tokens(self.hidden[:5]))
             print(
-                f"warning: {self.served} returns text without token ids; if it hides special tokens, {names} are "
+                f"warning: {self.served_id} returns text without token ids; if it hides special tokens, {names} are "
                 "missing from the answers"
             )
 

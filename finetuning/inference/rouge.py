@@ -35,17 +35,23 @@ class Rouge(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, language="auto", tokenizer="auto"):
-        used, discarded = collections.Counter(), []
+        names: list[str] = []
+        discarded: list[float] = []
         scores: dict[str, list[list[float | None]]] = {rouge_type: [] for rouge_type in ROUGE_TYPES}
         for prediction, sample_references in zip(predictions, references, strict=True):
             name = choose_tokenizer(prediction, sample_references, language, tokenizer)
-            used[TOKENIZERS[name]] += 1
+            names.append(name)
             discarded.append(discarded_share([prediction, *sample_references], name))
             scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), tokenizer=RougeTokenizer(name))
             found = [scorer.score(r, prediction) if tokenize(r, name)[0] else None for r in sample_references]
             for rouge_type in ROUGE_TYPES:
                 scores[rouge_type].append([one and one[rouge_type].fmeasure for one in found])
-        result = {"tokenizers": dict(used), "discarded_characters": mean(discarded)}
+        result = {
+            "tokenizers": dict(collections.Counter(TOKENIZERS[name] for name in names)),
+            "tokenizer_per_sample": names,
+            "discarded_characters": mean(discarded),
+            "discarded_characters_per_sample": discarded,
+        }
         for rouge_type in ROUGE_TYPES:
             result |= over_references(rouge_type, scores[rouge_type])
         return result

@@ -18,6 +18,7 @@ from finetuning.errors import InputError
 from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.inference.decoding import seed_of
 from finetuning.models.config import base_of
+from finetuning.models.files import is_adapter
 
 # read when vllm is imported
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -29,8 +30,8 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-WAITING = 512  # requests given to vllm at once
-SMALLEST_RANK = 8  # vllm makes room for ranks that are powers of two
+MAX_RUNNING = 512  # requests that vllm has at once
+MIN_RANK = 8  # vllm makes room for ranks that are powers of two
 
 
 class VllmEngine:
@@ -68,35 +69,39 @@ class VllmEngine:
             **({} if batch_size is None else {"max_num_seqs": batch_size}),
             **options,
         }
-        self.adapter = None
-        if base_of(path) != path:
+        self.adapter: LoRARequest | None = None
+        if is_adapter(path):
             peft_config = PeftConfig.from_pretrained(path)
             if getattr(peft_config, "modules_to_save", None) or getattr(peft_config, "use_dora", False):
                 raise InputError(
                     f"vllm serves plain LoRA only, and {path} has modules_to_save or DoRA; merge it (2_merge_lora.py), or use "
                     "--engine transformers"
                 )
-            rank = max(SMALLEST_RANK, 1 << (peft_config.r - 1).bit_length())
+            rank = max(MIN_RANK, 1 << (peft_config.r - 1).bit_length())
             self.settings |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
             self.adapter = LoRARequest(Path(path).name, 1, str(Path(path).resolve()))
-        self.llm = None
+        self.llm: LLM | None = None  # from the first call of `answer` on
 
     def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
-        """Answer prompts, and yield each answer as it is finished. A prompt that vllm refuses is an error of that sample."""
+        """Answer prompts, and yield each answer as it is finished. A prompt that vllm refuses is an error of that sample.
+
+        Raises:
+            InputError: vllm could not start with this model.
+        """
         if not prompts:
             return
         longest = max(len(prompt.token_ids) for prompt in prompts) + self.config.max_new_tokens
         try:
-            self.llm = LLM(max_model_len=longest, **self.settings)
+            self.llm = llm = LLM(max_model_len=longest, **self.settings)
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"vllm could not start ({str(error).splitlines()[0]}); VLLM_LOGGING_LEVEL=INFO shows why, and --engine "
                 "transformers works without it"
             ) from error
-        engine = self.llm.llm_engine
-        waiting, running = iter(prompts), {}
+        engine, waiting = llm.llm_engine, iter(prompts)
+        running: dict[str, Prompt] = {}
         while True:
-            while len(running) < WAITING and (prompt := next(waiting, None)) is not None:
+            while len(running) < MAX_RUNNING and (prompt := next(waiting, None)) is not None:
                 request = TokensPrompt(prompt_token_ids=list(prompt.token_ids))
                 try:
                     engine.add_request(prompt.id, request, self._sampling(prompt), lora_request=self.adapter)
@@ -113,7 +118,7 @@ class VllmEngine:
 
     def _sampling(self, prompt: Prompt) -> SamplingParams:
         config = self.config
-        chosen = {"temperature": 0.0}
+        chosen: dict[str, float | int | None] = {"temperature": 0.0}
         if config.do_sample:
             chosen = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k or 0}
             chosen["seed"] = seed_of(self.seed, prompt.id) % 2**31

@@ -1,5 +1,6 @@
 """
-Whether the files of a model's folder are whole, before a library trips over one. Imports without torch.
+The files of a model's folder: whether they are whole, before a library trips over one, and which model they hold.
+Imports without torch.
 """
 
 import hashlib
@@ -9,8 +10,19 @@ from pathlib import Path
 from finetuning.errors import InputError
 
 POINTER = b"version https://git-lfs"
-MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
+MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 PIECE = 4096  # bytes of a tensor that a fingerprint reads at once
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def is_adapter(name_or_path: str | Path) -> bool:
+    """Whether a folder holds an adapter, which needs the base model that it names."""
+    return (Path(name_or_path) / ADAPTER_CONFIG).is_file()
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold weights, of a model or an adapter."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*model*.bin")])
 
 
 def check_model_files(name_or_path: str) -> None:
@@ -44,25 +56,19 @@ def _find_problem(path: Path) -> str | None:
         return "is empty; copy or download it again"
     if start.startswith(POINTER):
         return "is a pointer of git-lfs and not the file itself; fetch it with `git lfs pull`"
-    if path.suffix == ".safetensors":
-        return _find_problem_of_weights(path, size)
-    if path.suffix == ".json":
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            begin = start.decode("utf-8", "replace").strip().split("\n")[0][:20]
-            return f"is no JSON, or is cut off (it begins with `{begin}`); copy or download it again"
-    return None
-
-
-def _find_problem_of_weights(path: Path, size: int) -> str | None:
     try:
-        header_size, tensors = read_header(path)
-        expected = 8 + header_size + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (ValueError, TypeError, KeyError, IndexError):
-        return "holds no weights in the format safetensors, or is cut off; copy or download it again"
-    if size != expected:
-        return f"is cut off, or damaged: {size:,} of {expected:,} bytes; copy or download it again"
+        if path.suffix == ".safetensors":
+            header_size, tensors = read_header(path)
+            expected = 8 + header_size + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+            if size != expected:
+                return f"is cut off, or damaged: {size:,} of {expected:,} bytes; copy or download it again"
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        if path.suffix == ".safetensors":
+            return "holds no weights in the format safetensors, or is cut off; copy or download it again"
+        begin = start.decode("utf-8", "replace").strip().split("\n")[0][:20]
+        return f"is no JSON, or is cut off (it begins with `{begin}`); copy or download it again"
     return None
 
 
@@ -74,7 +80,7 @@ def read_header(path: Path) -> tuple[int, dict[str, dict]]:
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > MOST_HEADER:
+        if size > MAX_HEADER:
             raise ValueError(f"{path}: a header of {size} bytes")
         header = json.loads(file.read(size))
     if not isinstance(header, dict):
@@ -89,7 +95,7 @@ def fingerprint_weights(name_or_path: str) -> str | None:
     None for a Hub id, whose revision says which weights these are, and for a folder without safetensors.
     """
     folder = Path(name_or_path)
-    tensors = {}
+    tensors: dict[str, tuple[Path, int, dict]] = {}
     for path in folder.glob("model*.safetensors") if folder.is_dir() else ():
         header_size, in_file = read_header(path)
         tensors |= {name: (path, 8 + header_size, tensor) for name, tensor in in_file.items()}
@@ -103,3 +109,24 @@ def fingerprint_weights(name_or_path: str) -> str | None:
                 file.seek(start + place)
                 digest.update(file.read(min(PIECE, end - place)))
     return digest.hexdigest()[:16] if tensors else None
+
+
+def fingerprint_model(name_or_path: str) -> str:
+    """Hash of what a model's folder holds: its configs in full, of each weight file the size and 64 evenly spaced pieces.
+
+    A Hub id stands for itself.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*config.json")):
+        digest.update(path.read_bytes())
+    for path in list_weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for piece in range(64):
+                file.seek(size * piece // 64)
+                digest.update(file.read(16_384))
+    return digest.hexdigest()[:16]

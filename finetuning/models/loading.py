@@ -2,7 +2,8 @@
 Loading models and adapters so that every weight of them finds its place, and every weight of the model is in the files.
 
 transformers makes up the weights that the files of a model lack, and peft leaves out those of an adapter that have no place;
-both only warn. Importing this module turns the first into an error wherever a model is loaded.
+both only warn. Importing this module replaces a function of transformers, `modeling_utils.log_state_dict_report`, by
+`refuse_made_up_weights`. From then on, the first is an error wherever this process loads a model, by trl's code too.
 """
 
 from pathlib import Path
@@ -21,20 +22,21 @@ from finetuning.runs import read_json, write_json
 WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"  # in the folder of an adapter, of which weights it was trained on
 
-report_loading = transformers.modeling_utils.log_state_dict_report  # fails where a later version calls it otherwise
+# Importing fails here, and not silently, with a version of transformers that has no function of this name.
+report_loading = transformers.modeling_utils.log_state_dict_report
 
 
 def refuse_made_up_weights(model, pretrained_model_name_or_path, *args, loading_info, **kwargs) -> None:
-    """In place of transformers' report on what has been loaded."""
+    """Refuse a model whose files lack weights; else do what transformers does here, and report what has been loaded."""
     missing, misshapen = sorted(loading_info.missing_keys), sorted(loading_info.mismatched_keys)
     if is_main_process() and (missing or misshapen):  # the other ranks may get their weights from the first one
-        text = (
-            f"{len(missing)} weights are missing, {missing[0]} first"
-            if missing
-            else f"{misshapen[0][0]} has another shape"
-        )
+        if missing:
+            problem = f"{len(missing)} weights are missing, {missing[0]} first"
+        else:
+            problem = f"{misshapen[0][0]} has another shape"
         raise InputError(
-            f"the weight files of {pretrained_model_name_or_path} do not fit its config.json: {text}; copy or download both again"
+            f"the weight files of {pretrained_model_name_or_path} do not fit its config.json: {problem}; "
+            "copy or download both again"
         )
     report_loading(model, pretrained_model_name_or_path, *args, loading_info=loading_info, **kwargs)
 
@@ -53,7 +55,7 @@ def refuse_quantised(config: PreTrainedConfig, name_or_path: str) -> None:
 
 
 def load_adapter(path: str, **settings) -> PeftModel:
-    """Load an adapter, and its base model under it.
+    """Load an adapter on its base model.
 
     Args:
         settings: Keyword arguments of from_pretrained.
@@ -84,23 +86,25 @@ def load_adapter(path: str, **settings) -> PeftModel:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which has no place in its base model {base}"
         raise InputError(f"{folder / WEIGHTS} {what}; take adapter and base model from where they were trained")
     if is_main_process():
-        for where, tensors in ((folder / WEIGHTS, weights), (base, dict(model.named_parameters()))):
-            for name, tensor in tensors.items():
-                if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
-                    raise InputError(
-                        f"{where} holds values that are no numbers (NaN, infinity), in {name}; take another"
-                    )
+        _check_numbers(str(folder / WEIGHTS), weights)
+        _check_numbers(base, dict(model.named_parameters()))
     return model
 
 
+def _check_numbers(where: str, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+            raise InputError(f"{where} holds values that are no numbers (NaN, infinity), in {name}; take another")
+
+
 def record_base(adapter: Path, base: str) -> None:
-    """Write beside an adapter which weights it was trained on; those of the Hub are named by their revision."""
+    """Write beside an adapter which weights it was trained on; its own config names those of the Hub by their revision."""
     if (weights := fingerprint_weights(base)) is not None:
         write_json(adapter / BASE_FILE, {"weights": weights})
 
 
 def check_base(adapter: Path, base: str) -> None:
-    """Refuse other weights than those that record_base has seen, to which the adapter would be added without a word."""
+    """Refuse other weights than those that record_base has seen: peft would add the adapter to them without a word."""
     check_model_files(base)
     weights = fingerprint_weights(base)
     if weights is None or not (adapter / BASE_FILE).is_file():

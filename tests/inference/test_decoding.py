@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from finetuning.inference.decoding import Decoder, SlotCache, seed_of, why_not_exact
+from finetuning.inference.decoding import Decoder, SlotCache, seed_of, unsupported_reason
 
 VOCABULARY = 997
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -116,8 +116,8 @@ def test_sampled_tokens_follow_the_distribution():
 def test_a_sliding_window_is_left_to_the_library_where_it_matters():
     config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=40)
     model = build(MistralForCausalLM, config)
-    assert why_not_exact(model, GREEDY, 400) is not None
-    assert why_not_exact(build(*MODELS["llama, tied"]), GREEDY, 400) is None
+    assert unsupported_reason(model, GREEDY, 400) is not None
+    assert unsupported_reason(build(*MODELS["llama, tied"]), GREEDY, 400) is None
 
 
 def test_memory_of_the_cache_is_given_back_to_waiting_prompts():

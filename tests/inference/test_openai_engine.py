@@ -21,8 +21,9 @@ from finetuning.data.prompts import encode_prompts
 from finetuning.data.rows import load_test_samples
 from finetuning.endpoint import Endpoint
 from finetuning.errors import InputError
-from finetuning.inference.answers import TransformersEngine, build_generation_config, load_model
-from finetuning.inference.openai_engine import OpenAIEngine, find_served
+from finetuning.inference.openai_engine import OpenAIEngine, ServedModel, find_served
+from finetuning.inference.settings import build_generation_config
+from finetuning.inference.transformers_engine import TransformersEngine, load_model
 from finetuning.models.config import load_generation_config
 from finetuning.results import read_rows
 from finetuning.runs import write_json
@@ -50,9 +51,8 @@ def make_engine(base_url: str, engine: str = "openai", timeout: float = 30, **se
     config, _ = build_generation_config(Arguments(**settings), tokenizer, load_generation_config(str(DEMO)))
     if engine == "transformers":
         return TransformersEngine(load_model(str(DEMO), torch.float32), tokenizer, config, None, seed=0)
-    return OpenAIEngine(
-        Endpoint(base_url, timeout), "base", load_test_samples(CONFIG), tokenizer, config, concurrency=4, seed=0
-    )
+    served = ServedModel(Endpoint(base_url, timeout), "base")
+    return OpenAIEngine(served, load_test_samples(CONFIG), tokenizer, config, concurrency=4, seed=0)
 
 
 def demo_prompts(number: int, tokenizer):
@@ -92,7 +92,7 @@ def test_what_is_not_served_is_said(base_url, run_dir):
     shutil.copytree(DEMO, run_dir / "checkpoint-7")
     endpoint = Endpoint(base_url, 30)
     models = {"base": str(DEMO), "checkpoint-7": str(run_dir / "checkpoint-7")}
-    assert find_served(endpoint, models, "all") == {"base": "base"}
+    assert find_served(endpoint, models, "all") == {"base": ServedModel(endpoint, "base")}
     with pytest.raises(InputError, match="serves base, and not checkpoint-7; serve each"):
         find_served(endpoint, models, "checkpoint-*")
     with pytest.raises(InputError, match="no OpenAI-compatible server answers at"):

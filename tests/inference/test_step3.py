@@ -24,19 +24,13 @@ from finetuning.data.chat import load_tokenizer
 from finetuning.data.prompts import Prompt, encode_prompts
 from finetuning.data.rows import load_test_samples
 from finetuning.errors import InputError
-from finetuning.inference.answers import (
-    AnswerReader,
-    TransformersEngine,
-    build_generation_config,
-    check_prompts,
-    fingerprint_model,
-    ignored_settings,
-    load_model,
-    read_ahead,
-)
-from finetuning.inference.decoding import Decoder, SlotCache, why_not_exact
+from finetuning.inference.answers import AnswerReader, check_prompts
+from finetuning.inference.decoding import Decoder, SlotCache, unsupported_reason
+from finetuning.inference.settings import build_generation_config, ignored_settings
 from finetuning.inference.submission import check_submission, write_submission
-from finetuning.models.config import _source_of_base, load_generation_config, load_model_config, loading_options
+from finetuning.inference.transformers_engine import TransformersEngine, load_model, read_ahead
+from finetuning.models.config import find_base, load_generation_config, load_model_config, loading_options
+from finetuning.models.files import fingerprint_model
 from finetuning.report import __main__ as report
 from finetuning.results import read_rows
 from finetuning.runs import read_json, write_json
@@ -333,7 +327,7 @@ def test_a_stop_string_ends_an_answer_wherever_it_comes_from(stop):
 def test_beams_go_through_the_library_and_give_its_answers():
     engine = load_demo(max_new_tokens=12, num_beams=3)
     model, tokenizer, config = engine.model, engine.tokenizer, engine.config
-    assert why_not_exact(model, config, 100) == "beam search"
+    assert unsupported_reason(model, config, 100) == "beam search"
     answers = answers_to(TEXTS[:4], engine)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True, return_tensors="pt"
@@ -371,7 +365,7 @@ def test_a_model_without_attention_goes_through_the_library():
     engine = load_demo(max_new_tokens=8)
     config = MambaConfig(vocab_size=len(engine.tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
     engine.model = MambaForCausalLM(config).eval()
-    assert why_not_exact(engine.model, engine.config, 100) is not None
+    assert unsupported_reason(engine.model, engine.config, 100) is not None
     assert all(answer.num_new_tokens > 0 for answer in answers_to(TEXTS[:3], engine))
 
 
@@ -466,7 +460,7 @@ def test_a_model_of_another_kind_is_refused_by_its_config(tmp_path, config, said
 def test_the_base_of_an_adapter_is_looked_up_at_the_revision_that_it_names(tmp_path):
     adapter = {"base_model_name_or_path": "org/model", "revision": "v2"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    assert _source_of_base(str(tmp_path), trust_remote_code=True) == (
+    assert find_base(str(tmp_path), trust_remote_code=True) == (
         "org/model",
         {"trust_remote_code": True, "revision": "v2"},
     )

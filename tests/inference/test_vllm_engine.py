@@ -11,7 +11,8 @@ from finetuning.data.chat import load_tokenizer
 from finetuning.data.prompts import encode_prompts
 from finetuning.data.rows import load_test_samples
 from finetuning.errors import InputError
-from finetuning.inference.answers import TransformersEngine, build_generation_config, load_model
+from finetuning.inference.settings import build_generation_config
+from finetuning.inference.transformers_engine import TransformersEngine, load_model
 from finetuning.models.config import load_generation_config
 
 pytest.importorskip("vllm")

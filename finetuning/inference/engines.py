@@ -1,0 +1,153 @@
+"""
+Which engine answers, and one model as it is handed to it.
+"""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments
+from finetuning.data.chat import load_tokenizer
+from finetuning.data.rows import TestSamples
+from finetuning.errors import InputError
+from finetuning.hardware import choose_dtype
+from finetuning.inference.answers import Engine
+from finetuning.inference.openai_engine import OpenAIEngine, ServedModel
+from finetuning.inference.settings import build_generation_config, describe_generation, ignored_settings
+from finetuning.inference.transformers_engine import TransformersEngine, load_model
+from finetuning.models.config import load_generation_config, loading_options
+from finetuning.models.files import ADAPTER_CONFIG, fingerprint_model, is_adapter
+from finetuning.ranks import get_world_size
+from finetuning.runs import BASE, read_json
+
+CONCURRENCY = 64  # requests in flight at once, unless the arguments say otherwise
+
+
+@dataclass
+class ModelUnderTest:
+    """One model, and all that its answers depend on besides the samples."""
+
+    name: str
+    path: str  # a folder, or a Hub id
+    tokenizer: PreTrainedTokenizerBase
+    config: GenerationConfig
+    options: dict  # trust_remote_code and revision, as from_pretrained takes them
+    identity: dict  # what its rows are made under
+    served: ServedModel | None  # by a server, which answers then
+
+
+def choose_engine(args: TestArguments, models: list[str]) -> str:
+    """What generates: as asked, or what is fastest here and can serve all models.
+
+    Raises:
+        InputError: It is not installed, or cannot share its work among ranks.
+    """
+    several_ranks = get_world_size() > 1
+    if args.device_map is not None and several_ranks:
+        raise InputError("device_map spreads one process over all GPUs: start it without torchrun, or leave it out")
+    if args.base_url is not None:
+        return "openai"
+    installed = importlib.util.find_spec("vllm") is not None
+    if args.engine == "vllm":
+        if not installed:
+            raise InputError("vllm is not installed; docs/generation.md says how to, or use --engine transformers")
+        if several_ranks:
+            raise InputError("vllm is one process: start it without torchrun, or serve it and give its --base_url")
+    if args.engine != "auto":
+        return args.engine
+    asked = [key for key, neutral in NOT_OF_ENGINE["vllm"].items() if getattr(args, key) not in (None, neutral)]
+    if not installed or not torch.cuda.is_available() or several_ranks or asked:
+        return "transformers"
+    problem = next(filter(None, map(vllm_problem, models)), None)
+    if problem is not None:
+        print(f"engine: transformers (vllm is installed, but {problem})")
+        return "transformers"
+    print("engine: vllm (it is installed, and there is a GPU; another one with --engine)")
+    return "vllm"
+
+
+def vllm_problem(path: str) -> str | None:
+    """Why vllm cannot serve a model or adapter as it is, or None where it can, as far as its files say."""
+    if is_adapter(path):
+        config = read_json(Path(path) / ADAPTER_CONFIG)
+        if config.get("modules_to_save") or config.get("use_dora") or config.get("peft_type") != "LORA":
+            return f"{path} is more than plain LoRA; merge it with 2_merge_lora.py"
+    own_config = load_generation_config(path)
+    for key, neutral in NOT_OF_ENGINE["vllm"].items():
+        if getattr(own_config, key, None) not in (None, neutral):
+            return f"the generation_config.json of {path} has {key}"
+    return None
+
+
+def prepare_model(
+    args: TestArguments, run: Path, record: dict, name: str, path: str, engine: str, served: ServedModel | None
+) -> ModelUnderTest:
+    """Read all of a model but its weights, and print the settings that it answers with.
+
+    Args:
+        record: The run's. The chat template of training is that of its models, and of no others.
+        path: Folder or Hub id of the model.
+    """
+    in_run = name == BASE or Path(path).parent == run
+    options = loading_options(record["config"], name, in_run, args.trust_remote_code)
+    tokenizer = load_tokenizer(path, record["chat_template"] if in_run else None, **options)
+    own_config = load_generation_config(path, **options)
+    config, sources = build_generation_config(args, tokenizer, own_config, engine)
+    print(f"{name}: " + ", ".join(f"{key} {getattr(config, key)} ({source})" for key, source in sources.items()))
+    if ignored := ignored_settings(own_config):
+        print(f"{name}: without effect here, from its generation_config.json: {json.dumps(ignored, default=str)}")
+    identity = {
+        "model": fingerprint_model(path),
+        "engine": engine,
+        "weights": f"served as {served.id}" if served is not None else describe_weights(args),
+        "generation": describe_generation(config, args.seed),
+        "chat_template": hash_content(tokenizer.chat_template),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+    }
+    return ModelUnderTest(name, path, tokenizer, config, options, identity, served)
+
+
+def start_engine(args: TestArguments, model: ModelUnderTest, samples: TestSamples) -> Engine:
+    """The engine with one model in it, ready to answer.
+
+    Raises:
+        InputError: The model cannot be loaded, or vllm cannot be imported.
+    """
+    tokenizer, config = model.tokenizer, model.config
+    if model.served is not None:
+        return OpenAIEngine(model.served, samples, tokenizer, config, args.concurrency or CONCURRENCY, args.seed)
+    dtype = choose_dtype(args.dtype)
+    if model.identity["engine"] == "vllm":
+        try:
+            # late, as vllm need not be installed
+            from finetuning.inference.vllm_engine import VllmEngine
+        except (ImportError, OSError) as error:  # a build for another torch or GPU
+            reason = str(error).splitlines()[0]
+            raise InputError(f"vllm does not import ({reason}); use --engine transformers") from error
+        return VllmEngine(model.path, tokenizer, config, dtype, args.batch_size, args.seed, model.options)
+    quantised = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
+    loaded = load_model(model.path, dtype, device_map=args.device_map, **quantised, **model.options)
+    return TransformersEngine(loaded, tokenizer, config, args.batch_size, args.seed)
+
+
+def describe_weights(args: TestArguments) -> str:
+    """In what form the weights are computed with."""
+    quantised = "8bit " if args.load_in_8bit else "4bit " if args.load_in_4bit else ""
+    return quantised + str(choose_dtype(args.dtype)).removeprefix("torch.")
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what makes token ids of messages: the vocabulary, its merges and the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
+    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return hash_content([vocabulary, tokenizer.chat_template])
+
+
+def hash_content(content) -> str:
+    """Short hash of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,120 @@
+"""
+Predictions: the rows that step 3 writes of a model's answers, and what is measured of all of them.
+"""
+
+import collections
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from finetuning.config.arguments import TestArguments
+from finetuning.data.conversations import as_texts
+from finetuning.data.prompts import Prompt
+from finetuning.data.rows import TestSamples
+from finetuning.errors import InputError, to_line
+from finetuning.inference.answers import Answer, check_prompts
+from finetuning.inference.engines import ModelUnderTest, start_engine
+from finetuning.inference.metrics import MAX_DISCARDED, score_predictions
+from finetuning.inference.transformers_engine import read_ahead
+from finetuning.ranks import get_rank, get_world_size, is_main_process
+from finetuning.results import RowFile, iterate_rows, read_info
+from finetuning.runs import names_of_files
+from finetuning.schemas import PREDICTION
+
+
+def answer_share(
+    args: TestArguments,
+    model: ModelUnderTest,
+    prompts: list[Prompt],
+    samples: TestSamples,
+    next_path: str | None,
+    file: RowFile,
+    missing: set[str],
+) -> None:
+    """Append this rank's share of the answers to `file`, each as it is finished.
+
+    Args:
+        next_path: The model that is loaded next, whose weights are read ahead. None means that there is none.
+        missing: Ids of the samples that all ranks together have to answer.
+    """
+    # ranks take turns down the lengths, so that each has as much to do as the others
+    by_length = sorted((p for p in prompts if p.id in missing), key=lambda prompt: -len(prompt.token_ids))
+    mine = by_length[get_rank() :: get_world_size()]
+    good, faulty = check_prompts(mine, model.path, model.tokenizer, args.max_new_tokens, **model.options)
+    engine = start_engine(args, model, samples) if good else None
+    if engine is not None and next_path is not None and model.served is None and is_main_process():
+        read_ahead(next_path)
+    for answer in faulty:  # after the model is loaded, as the first row replaces those of an earlier start
+        append(file, samples, answer)
+    if engine is None:
+        return
+    start = written = time.perf_counter()
+    earlier, num_tokens = file.info.get("seconds", 0.0), 0
+    with tqdm(total=len(good), desc=model.name, unit="sample", disable=not is_main_process()) as progress:
+        for answer in engine.answer(good):
+            append(file, samples, answer)
+            num_tokens += answer.num_new_tokens
+            now = time.perf_counter()
+            progress.set_postfix_str(f"{num_tokens / (now - start):.0f} tokens/s", refresh=False)
+            progress.update()
+            if now - written > 1:
+                file.write_info(seconds=round(earlier + now - start, 2))
+                written = now
+    file.write_info(seconds=round(earlier + time.perf_counter() - start, 2))
+    engine.close()  # before the next model is loaded
+
+
+def append(file: RowFile, samples: TestSamples, answer: Answer) -> None:
+    """Write an answer as a row."""
+    sample = samples.by_id(answer.id)
+    file.append(
+        {
+            "id": sample["id"],
+            "messages": as_texts(sample["prompt"]),
+            "references": sample["references"],
+            "prediction": answer.prediction,
+            "num_prompt_tokens": answer.num_prompt_tokens,
+            "num_new_tokens": answer.num_new_tokens,
+            "finish_reason": answer.finish_reason,
+            "removed_tokens": answer.removed_tokens,
+            "error": answer.error,
+        }
+    )
+
+
+def measure(file: RowFile, name: str, rouge_tokenizer: str) -> None:
+    """Score all rows of a model, and print what is wrong with them."""
+    metrics = score_predictions(iterate_rows(file.path, PREDICTION), rouge_tokenizer)
+    file.write_info(metrics=metrics)
+    errors = collections.Counter(row["error"] for row in iterate_rows(file.path) if row["finish_reason"] == "error")
+    for error, count in errors.most_common(3):
+        print(f"{name}: {count} of {metrics['num_samples']} samples have no answer: {to_line(error)}")
+    removed = metrics["removed_tokens"]
+    if removed:
+        print(f"{name}: removed from the answers: " + ", ".join(f"{token} {n}" for token, n in removed.items()))
+    if metrics["discarded_characters"] is not None and metrics["discarded_characters"] > MAX_DISCARDED:
+        print(
+            f"warning: {name}: ROUGE leaves out {metrics['discarded_characters']:.0%} of the characters of answers and "
+            f"references (read as {', '.join(metrics['tokenizers'])}), so it says little about them; see chrF"
+        )
+
+
+def rescore(folder: Path, model_name: str, rouge_tokenizer: str) -> list[str]:
+    """Measure the predictions there are, and leave them as they are; gives the names of their models.
+
+    Raises:
+        InputError: `model_name` means none of them, or one has no rows.
+    """
+    names = names_of_files(folder, model_name.replace("/", "--"))  # as the rows of a Hub id are named
+    if not names:
+        there = ", ".join(names_of_files(folder, "all")) or "none"
+        raise InputError(f"no predictions of `{model_name}` in {folder}, which has {there}")
+    for name in names:
+        path = folder / f"{name}.jsonl"
+        identity = read_info(path)["identity"]
+        if next(iterate_rows(path), None) is None:
+            raise InputError(f"{path} has no rows; answer again without --rescore")
+        with RowFile(path, identity) as file:
+            measure(file, name, rouge_tokenizer)
+    return names
