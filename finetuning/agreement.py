@@ -8,26 +8,27 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import krippendorff
 import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike
 
+from finetuning.resampling import percentile_interval
 from finetuning.wording import plural
 
-NUM_RESAMPLES = 500
-FEWEST_RANKED = 5  # answers, under which nothing is said of agreement
+MIN_RANKED = 5  # answers; of fewer, nothing is said of their agreement
 
 
 @dataclass
 class Estimate:
     """A value with its 95 % interval; NaN where there is too little to take it from."""
 
-    value: float
-    low: float
-    high: float
-    num_samples: int
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    num_samples: int = 0
 
     def __str__(self) -> str:
         if math.isnan(self.value):
@@ -38,13 +39,13 @@ class Estimate:
 
 def rank_correlation(first: Iterable[float], second: Iterable[float]) -> Estimate:
     """Spearman's correlation, its interval by Fisher's z with the variance of Bonett and Wright (2000)."""
-    first, second = np.asarray(list(first), float), np.asarray(list(second), float)
-    n = len(first)
-    if n < FEWEST_RANKED or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return Estimate(math.nan, math.nan, math.nan, n)
-    rho = float(scipy.stats.spearmanr(first, second).statistic)
+    x, y = np.asarray(list(first), float), np.asarray(list(second), float)
+    n = len(x)
+    if n < MIN_RANKED or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Estimate(num_samples=n)
+    rho = float(scipy.stats.spearmanr(x, y).statistic)
     if abs(rho) >= 1 - 1e-12:
-        return Estimate(rho, math.nan, math.nan, n)
+        return Estimate(rho, num_samples=n)
     half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (n - 3))
     return Estimate(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half), n)
 
@@ -66,8 +67,7 @@ def _estimate_within_models(statistic: Callable, first: np.ndarray, second: np.n
     """Mean of a statistic of two scores within each model.
 
     Each model counts with the number of its scores. Over the answers of all models together, scores would agree as soon
-    as both prefer the same model. Answers to the same sample are not independent, so whole samples are resampled
-    (percentile bootstrap).
+    as both prefer the same model. Answers to the same sample are not independent, so whole samples are resampled.
 
     Args:
         first, second: Samples x models, or samples x models x people; NaN where there is no score.
@@ -75,17 +75,16 @@ def _estimate_within_models(statistic: Callable, first: np.ndarray, second: np.n
     known = ~(np.isnan(first) | np.isnan(second))
     by_sample_and_model = known.sum(axis=tuple(range(2, known.ndim)))
     # a model of few scores is in no resample, either, which might draw them more than once
-    models = by_sample_and_model.sum(axis=0) >= FEWEST_RANKED
+    models = by_sample_and_model.sum(axis=0) >= MIN_RANKED
     has_scores = by_sample_and_model[:, models].any(axis=1)
     first, second = (np.where(known, table, np.nan)[has_scores][:, models] for table in (first, second))
     value, num_scores = _mean_within_models(statistic, first, second)
-    if len(first) < FEWEST_RANKED or num_scores == 0:
-        return Estimate(math.nan, math.nan, math.nan, int(known.sum()))
-    rng = np.random.default_rng(0)
-    drawn = (rng.integers(len(first), size=len(first)) for _ in range(NUM_RESAMPLES))
-    values = np.array([_mean_within_models(statistic, first[rows], second[rows])[0] for rows in drawn])
-    low, high = np.nanquantile(values, [0.025, 0.975]) if not np.isnan(values).all() else (math.nan, math.nan)
-    return Estimate(value, float(low), float(high), num_scores)
+    if len(first) < MIN_RANKED or num_scores == 0:
+        return Estimate(num_samples=int(known.sum()))
+    interval = percentile_interval(
+        lambda rows: _mean_within_models(statistic, first[rows], second[rows])[0], len(first)
+    )
+    return Estimate(value, *interval, num_scores)
 
 
 def _mean_within_models(statistic: Callable, first: np.ndarray, second: np.ndarray) -> tuple[float, int]:
@@ -94,7 +93,7 @@ def _mean_within_models(statistic: Callable, first: np.ndarray, second: np.ndarr
     for model in range(first.shape[1]):
         x, y = first[:, model], second[:, model]
         x, y = x[~np.isnan(x)], y[~np.isnan(y)]
-        if len(x) >= FEWEST_RANKED and np.ptp(x) > 0 and np.ptp(y) > 0:
+        if len(x) >= MIN_RANKED and np.ptp(x) > 0 and np.ptp(y) > 0:
             total += len(x) * statistic(x, y)
             num_scores += len(x)
     return (total / num_scores if num_scores else math.nan), num_scores
@@ -128,41 +127,36 @@ class JuryAgreement:
 
     def __str__(self) -> str:
         means = ", ".join(f"{judge} {mean:.2f}" for judge, mean in self.means.items())
-        alpha = (
-            "not defined (too few answers, or all scores are equal)" if math.isnan(self.alpha) else f"{self.alpha:.2f}"
-        )
+        unknown = "not defined (too few answers, or all scores are equal)"
         return (
-            f"jury on {plural(self.num_samples, 'answer')}: means {means}; standard deviation between the judges {self.disagreement:.2f}; "
-            f"Krippendorff's alpha {alpha}"
+            f"jury on {plural(self.num_samples, 'answer')}: means {means}; "
+            f"standard deviation between the judges {self.disagreement:.2f}; "
+            f"Krippendorff's alpha {unknown if math.isnan(self.alpha) else f'{self.alpha:.2f}'}"
         )
 
 
 def measure_jury(scores: dict[str, list[dict[str, float]]]) -> JuryAgreement | None:
-    """Agreement of judges.
+    """Agreement of judges; None where there is no answer.
 
     Args:
         scores: For each judge the scores of the same answers in the same order, by criterion.
     """
-    judges = list(scores)
-    num_samples = len(scores[judges[0]])
-    if num_samples == 0:
+    answers = next(iter(scores.values()))
+    if not answers:
         return None
-    criteria = list(scores[judges[0]][0])
-    overall = np.array([[np.mean(list(answer.values())) for answer in scores[judge]] for judge in judges])
-    by_criterion = {
-        criterion: np.array([[answer[criterion] for answer in scores[judge]] for judge in judges])
-        for criterion in criteria
-    }
+    criteria = list(answers[0])
+    table = np.array([[[answer[criterion] for criterion in criteria] for answer in its] for its in scores.values()])
+    overall = table.mean(axis=2)  # judges x answers
     return JuryAgreement(
-        means={judge: float(row.mean()) for judge, row in zip(judges, overall, strict=True)},
-        disagreement=float(overall.std(axis=0, ddof=1).mean()) if len(judges) > 1 else math.nan,
+        means={judge: float(row.mean()) for judge, row in zip(scores, overall, strict=True)},
+        disagreement=float(overall.std(axis=0, ddof=1).mean()) if len(scores) > 1 else math.nan,
         alpha=_alpha(overall, "interval"),
-        alphas={criterion: _alpha(table, "ordinal") for criterion, table in by_criterion.items()},
-        num_samples=num_samples,
+        alphas={criterion: _alpha(table[:, :, k], "ordinal") for k, criterion in enumerate(criteria)},
+        num_samples=len(answers),
     )
 
 
-def _alpha(table: np.ndarray, level: str) -> float:
+def _alpha(table: np.ndarray, level: Literal["interval", "ordinal"]) -> float:
     if np.ptp(table) == 0 or min(table.shape) < 2:
         return math.nan
     return float(krippendorff.alpha(reliability_data=table, level_of_measurement=level))

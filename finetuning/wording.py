@@ -38,8 +38,8 @@ def say_p(p: float, decimals: int = 3) -> str:
 
 
 def _apart(value: float, others: tuple[float, ...], kind: str, decimals: int) -> str:
-    others = [other for other in others if abs(value - other) > 1e-9]  # nearer is the error of floats
-    while any(f"{value:.{decimals}{kind}}" == f"{other:.{decimals}{kind}}" for other in others):
+    distinct = [other for other in others if abs(value - other) > 1e-9]  # nearer is the error of floats
+    while any(f"{value:.{decimals}{kind}}" == f"{other:.{decimals}{kind}}" for other in distinct):
         decimals += 1
     return f"{value:.{decimals}{kind}}"
 

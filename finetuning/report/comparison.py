@@ -5,7 +5,6 @@ Nothing here knows what a score is of; tables of samples come from tables.py, se
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -13,73 +12,10 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
+from finetuning.resampling import NUM_FLIPS, bootstrap_interval, randomisation_p
 from finetuning.wording import LEVEL
 
-NUM_RESAMPLES = 2000
-NUM_FLIPS = 9999
 POWER = 0.8
-
-
-def bootstrap_interval(values) -> tuple[float, float]:
-    """95 % interval of the mean: BCa bootstrap over samples (Efron 1987), the same on every call.
-
-    For few samples its level is raised as Student's t is wider than the normal (Hesterberg 2015), without which it
-    would cover less than 95 %; tests/report/test_comparison.py has the coverage on skewed scores with ties. (nan, nan) for
-    fewer than two values; the value itself where all are equal. Values that no resample can vary enough for BCa (one
-    outlier among equals) get the percentile interval.
-    """
-    values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values)]
-    if len(values) < 2:
-        return math.nan, math.nan
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    n = len(values)
-    level = 2 * scipy.stats.norm.cdf(scipy.stats.t.ppf(0.975, n - 1) * math.sqrt(n / (n - 1))) - 1
-    for method in ("BCa", "percentile"):
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # nan says it, too
-            result = scipy.stats.bootstrap(
-                (values,), np.mean, n_resamples=NUM_RESAMPLES, method=method, confidence_level=level,
-                rng=np.random.default_rng(0), batch=max(1, 4_000_000 // n),
-            )  # fmt: skip
-        low, high = result.confidence_interval
-        if not math.isnan(low):
-            break
-    return float(low), float(high)
-
-
-def share_interval(values) -> tuple[float, float]:
-    """95 % interval of a share of ones among ones and zeros (Wilson 1927), which is no point where all are equal."""
-    values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values)]
-    if len(values) == 0:
-        return math.nan, math.nan
-    interval = scipy.stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def randomisation_p(differences, num_flips: int = NUM_FLIPS) -> float:
-    """Two-sided p of paired differences by approximate randomisation (Noreen 1989): their signs are flipped at random.
-
-    (1 + flips with a mean at least as far from 0) / (1 + flips); 1 where all differences are 0 or there are none. Where
-    there are no more ways to flip them than that, each way is taken once, and p is exact (Fisher 1935).
-    """
-    differences = np.asarray(differences, dtype=float)
-    nonzero = differences[differences != 0].astype(np.float32)
-    if len(nonzero) == 0:
-        return 1.0
-    rng = np.random.default_rng(0)
-    observed, extreme = abs(float(nonzero.sum(dtype=np.float64))), 0
-    tolerance = 1e-5 * float(np.abs(nonzero).sum())  # sums of the same numbers in float32
-    if 2 ** len(nonzero) <= num_flips:
-        ways = np.arange(2 ** len(nonzero))[:, None] >> np.arange(len(nonzero)) & 1
-        return float((np.abs((2 * ways - 1).astype(np.float32) @ nonzero) >= observed - tolerance).mean())
-    for start in range(0, num_flips, 1000):
-        shape = (min(1000, num_flips - start), len(nonzero))
-        signs = rng.integers(0, 2, size=shape, dtype=np.int8) * np.int8(2) - np.int8(1)
-        extreme += int((np.abs(signs.astype(np.float32) @ nonzero) >= observed - tolerance).sum())
-    return (1 + extreme) / (1 + num_flips)
 
 
 def holm(p_values: list[float]) -> list[float]:

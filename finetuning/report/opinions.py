@@ -22,9 +22,10 @@ from finetuning.agreement import (
     rank_correlation,
 )
 from finetuning.errors import InputError
-from finetuning.report.comparison import bootstrap_interval, holm, share_interval
+from finetuning.report.comparison import holm
 from finetuning.report.tables import name_runs
 from finetuning.report.verdict import Verdict
+from finetuning.resampling import bootstrap_interval, share_interval
 from finetuning.results import iterate_rows, pair_hash, read_info
 from finetuning.runs import EVALUATIONS, HUMAN_AGREEMENT_FILE, is_there, read_json
 from finetuning.schemas import COMPARISON, COMPARISON_INFO, EVALUATION, HUMAN_AGREEMENT, JUDGES_INFO

@@ -12,8 +12,8 @@ import pandas as pd
 
 from finetuning.errors import InputError
 from finetuning.measures import JUDGED, MEASURES
-from finetuning.report.comparison import bootstrap_interval, share_interval
 from finetuning.report.verdict import COVERAGE_NEEDED, DECIMALS, Verdict
+from finetuning.resampling import bootstrap_interval, share_interval
 from finetuning.results import iterate_rows, prediction_hash, read_info
 from finetuning.runs import (
     EVALUATIONS,

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from finetuning.agreement import Estimate, correlation_within_models
-from finetuning.report.comparison import Comparison, bootstrap_interval, compare_all, fewest_samples
+from finetuning.report.comparison import Comparison, compare_all, fewest_samples
+from finetuning.resampling import bootstrap_interval
 from finetuning.wording import say_number, say_p, say_share
 
 COVERAGE_NEEDED = 0.95  # of its answers a model must have a score of, to be ranked
