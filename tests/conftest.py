@@ -12,10 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import psutil
 import pytest
 
@@ -37,10 +39,18 @@ def command(script: str, *args: str, num_processes: int = 1) -> list[str]:
     return [*launcher, f"./{script}", *map(str, args)]
 
 
-def run(args: list[str], check: bool = True, timeout: int = 150, **env: str) -> subprocess.CompletedProcess:
-    """Run a command in the project's folder and return what it printed; `check` asserts that it succeeds."""
-    environment = {**os.environ, **env}
-    result = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+def run(
+    args: list[str], check: bool = True, timeout: int = 150, fork: bool = True, **env: str
+) -> subprocess.CompletedProcess:
+    """Run a command in the project's folder and return what it printed; `check` asserts that it succeeds.
+
+    A script as a single process is forked from one that has imported what it needs; `fork=False` starts Python anew.
+    """
+    if fork and args[:1] == [sys.executable] and args[1].startswith("./"):
+        result = fork_step(args[1].removeprefix("./"), *args[2:], **env)
+    else:
+        environment = {**os.environ, **env}
+        result = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
@@ -59,8 +69,8 @@ for line in sys.stdin:
     if child == 0:
         signal.alarm(140)
         os.environ.update(environment)
-        output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1), os.dup2(output, 2)
+        for number, path in enumerate(printed, start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
         sys.argv = [script, *arguments]
         try:
             runpy.run_path(script, run_name="__main__")
@@ -86,10 +96,13 @@ def script_server(script: str) -> subprocess.Popen:
     return server
 
 
-def start_step(script: str, printed: Path, *arguments: str, **env: str) -> int:
-    """Start a script in a process of its own, that need not import everything anew; gives the process id."""
+def start_step(script: str, printed: Path, *arguments: str, errors: Path | None = None, **env: str) -> int:
+    """Start a script in a process of its own, that need not import everything anew; gives the process id.
+
+    What it prints goes to the file `printed`, and what of it is errors to the file `errors`, if there is one.
+    """
     server = script_server(script)
-    server.stdin.write(json.dumps([str(printed), env, *map(str, arguments)]) + "\n")
+    server.stdin.write(json.dumps([[str(printed), str(errors or printed)], env, *map(str, arguments)]) + "\n")
     server.stdin.flush()
     return int(server.stdout.readline())
 
@@ -103,6 +116,14 @@ def run_step(script: str, printed: Path, *arguments: str, **env: str) -> tuple[i
     """Run a script in a process of its own; gives the status and all that it printed."""
     start_step(script, printed, *arguments, **env)
     return end_step(script), printed.read_text()
+
+
+def fork_step(script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """Run a script as `run_step` does, with what it printed and its errors apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        printed, errors = Path(folder, "stdout"), Path(folder, "stderr")
+        start_step(script, printed, *arguments, errors=errors, **env)
+        return subprocess.CompletedProcess(arguments, end_step(script), printed.read_text(), errors.read_text())
 
 
 def train(output_dir: Path, *args: str, num_processes: int = 1, check: bool = True, **env: str):
@@ -145,9 +166,13 @@ def read_losses(run_dir: Path) -> dict[int, float]:
 @pytest.fixture(scope="session")
 def fsdp_run(tmp_path_factory) -> Path:
     """A finished run of two ranks under FSDP2: 10 steps, checkpoints 5 and 10. Copy it before changing it."""
-    output_dir = tmp_path_factory.mktemp("runs") / "fsdp"
-    result = train(output_dir, num_processes=2, **FSDP)
-    (output_dir / "printed.txt").write_text(result.stdout + result.stderr)
+    temporary = tmp_path_factory.getbasetemp()
+    shared = temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary  # by the workers of this start
+    output_dir = shared / "fsdp_run"
+    with filelock.FileLock(f"{output_dir}.lock"):
+        if not (output_dir / "printed.txt").is_file():
+            result = train(output_dir, num_processes=2, **FSDP)
+            (output_dir / "printed.txt").write_text(result.stdout + result.stderr)
     return output_dir
 
 

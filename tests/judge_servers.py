@@ -257,7 +257,7 @@ def serve(stub: StubJudge):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # how soon it sees its end, in s
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     finally:

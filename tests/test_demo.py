@@ -16,9 +16,10 @@ import dialogues
 def test_the_whole_chain_on_a_small_budget(tmp_path):
     run_dir = tmp_path / "run"
     train(run_dir, "--max_length", 512, "--max_steps", 30, "--save_steps", 15, num_processes=2, **FSDP)
-    run(command("3_test.py", "--output_dir", run_dir, "--num_samples", 12))
+    run(command("3_test.py", "--output_dir", run_dir, "--num_samples", 12), fork=False)
     with serve(StubJudge(evaluation(7))) as url:
-        run(command("4_openai_test.py", "--output_dir", run_dir), OPENAI_API_KEY="x", OPENAI_BASE_URL=url)
+        judge = command("4_openai_test.py", "--output_dir", run_dir)
+        run(judge, fork=False, OPENAI_API_KEY="x", OPENAI_BASE_URL=url)
     result = run([sys.executable, "-m", "finetuning.report", "--output_dir", str(run_dir)])
     assert re.search(r"checkpoint-30\s+12\s+12\s+100%\s+7.00", result.stdout), result.stdout
     metrics = {
