@@ -128,7 +128,7 @@ def identity_of(judge_model: str, form: Form, args: JudgeArguments) -> dict:
 def mask_of(args: JudgeArguments) -> Callable[[str], str] | None:
     if not args.mask_pii:
         return None
-    from finetuning.data.cleaning import mask_pii
+    from finetuning.data.pii import mask_pii
 
     return mask_pii
 

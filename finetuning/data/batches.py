@@ -6,15 +6,12 @@ what is trained on.
 """
 
 import bisect
-import inspect
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -22,7 +19,8 @@ from trl.data_utils import common_prefix_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first
 
-from finetuning.data.chat import TEMPLATE_ERRORS, end_of_turn_id, fit_to_template, hidden_keys
+from finetuning.data.chat import TEMPLATE_ERRORS, fit_to_template, hidden_keys
+from finetuning.data.fingerprints import fingerprint_of_result
 from finetuning.errors import InputError
 
 IGNORED = -100  # a label that counts in no loss
@@ -49,14 +47,12 @@ class RowPreparation(SFTTrainer):
             "answers_only": self.completion_only_loss,
             "marked_only": self.args.assistant_only_loss,
         }
-        # `map` alone would know an imported function by its name, and give yesterday's rows after an edit
-        source = [inspect.getsource(sys.modules[module]) for module in (__name__, end_of_turn_id.__module__)]
         try:
             with global_then_local_main_first():
                 return rows.map(
                     tokenize_row,
                     fn_kwargs=settings,
-                    new_fingerprint=Hasher.hash([rows._fingerprint, source, settings]),
+                    new_fingerprint=fingerprint_of_result(rows._fingerprint, settings),
                     num_proc=self.args.dataset_num_proc,
                     desc=f"Tokenizing {name} dataset",
                 )

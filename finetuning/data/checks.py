@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from datasketch import MinHash, MinHashLSH
 
-from finetuning.data.cleaning import find_jamo
 from finetuning.data.conversations import text_of
+from finetuning.data.jamo import find_jamo
 
 NEAR = 0.8  # Jaccard similarity of two texts' word triples, from which they count as near-duplicates
 NUM_PERMUTATIONS = 128

@@ -6,12 +6,10 @@ Cells are read as they are written. Readers of JSON that give each column one ty
 """
 
 import hashlib
-import inspect
 import json
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -22,6 +20,7 @@ import pandas as pd
 from datasets import Dataset, Features, NamedSplit, Value, load_dataset
 from datasets.packaged_modules.generator.generator import Generator
 
+from finetuning.data.fingerprints import fingerprint_of_result
 from finetuning.errors import InputError
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -247,13 +246,13 @@ def load_json(files: list[Path], split_name: str, split: str) -> Dataset:
     columns = find_columns(files)
     if not columns:
         raise InputError(f"{', '.join(str(file) for file in files)}: the split `{split}` has no rows")
-    content = hashlib.sha256((split_name + inspect.getsource(sys.modules[__name__])).encode())
+    contents = []
     for file in files:
         with file.open("rb") as stream:
-            content.update(hashlib.file_digest(stream, "sha256").digest())
+            contents.append(hashlib.file_digest(stream, "sha256").digest())
     builder = Generator(
         dataset_name="json",
-        config_id=f"default-fingerprint={content.hexdigest()}",
+        config_id=f"default-fingerprint={fingerprint_of_result(split_name, contents)}",
         generator=write_cells,
         gen_kwargs={"files": tuple(files), "columns": columns},
         features=Features(dict.fromkeys(columns, Value("string"))),

@@ -3,20 +3,19 @@ Data rows and how a row is phrased: the one place where training, testing and ju
 """
 
 import hashlib
-import inspect
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from datasets import Dataset, Features, Json, Value
-from datasets.fingerprint import Hasher
 
 from finetuning.config.arguments import ScriptArguments
-from finetuning.data.cleaning import PII_TOKENS, clean_jamo, mask_pii
 from finetuning.data.conversations import as_texts, prepare_message, read_messages, read_tools, text_of
 from finetuning.data.files import load_split
+from finetuning.data.fingerprints import fingerprint_of_result
+from finetuning.data.jamo import clean_jamo
+from finetuning.data.pii import PII_TOKENS, mask_pii
 from finetuning.errors import InputError
 
 
@@ -245,21 +244,18 @@ def format_of(dataset: Dataset, where: str, given: dict) -> RowFormat:
 def _load_prompts_and_completions(args: ScriptArguments, split: str) -> tuple[Dataset, RowFormat]:
     """Load a split as training rows, with the format in which its rows were read.
 
-    The result is cached on disk by `datasets` under what it depends on, the text of this module included: `map` alone
-    would know an imported function by its name only, and give yesterday's rows after an edit.
+    `datasets` caches the result on disk.
     """
     dataset = load_split(args.dataset_name, split, args.dataset_config)
     given = {key: getattr(args, key) for key in FORMAT_KEYS}
     row_format = format_of(dataset, f"{args.dataset_name} ({split})", given)
-    modules = (__name__, clean_jamo.__module__, read_messages.__module__)
-    source = [inspect.getsource(sys.modules[module]) for module in modules]
     try:
         rows = dataset.map(
             to_training_row,
             fn_kwargs={"row_format": row_format},
             remove_columns=dataset.column_names,
             features=TRAINING_FEATURES,
-            new_fingerprint=Hasher.hash([dataset._fingerprint, source, row_format]),
+            new_fingerprint=fingerprint_of_result(dataset._fingerprint, row_format),
             desc=f"Reading {split}",
         )
     except InputError:
@@ -289,14 +285,6 @@ def load_training_rows(args: ScriptArguments) -> tuple[Dataset, Dataset | None, 
     if args.dataset_eval_split is not None:
         eval_rows, _ = _load_prompts_and_completions(args, args.dataset_eval_split)
     return train_rows, eval_rows, row_format
-
-
-def fingerprint_rows(rows: Dataset) -> str:
-    """Hash of the content of `rows`, in their order; the same on every machine."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
 
 
 class TestSamples(Sequence):

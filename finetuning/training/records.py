@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from finetuning.credentials import hide_all, without_secrets
-from finetuning.data.rows import fingerprint_rows
+from finetuning.data.fingerprints import fingerprint_rows
 from finetuning.errors import InputError, make_folder
 from finetuning.ranks import get_world_size
 from finetuning.runs import (
