@@ -12,8 +12,8 @@ from finetuning.data.batches import IGNORED, RowPreparation, build_collator
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.rows import load_training_rows
 from finetuning.models.config import load_generation_config
+from finetuning.training.arguments import TrainingArguments
 from finetuning.training.preflight import inspect
-from finetuning.training.trainer import TrainingArguments
 
 
 @pytest.fixture

@@ -28,9 +28,11 @@ from finetuning.data.checks import question_of
 from finetuning.data.rows import load_test_samples, load_training_rows
 from finetuning.hardware import choose_attention
 from finetuning.models.config import load_generation_config
+from finetuning.training.arguments import TrainingArguments
+from finetuning.training.callbacks import RecordShares
 from finetuning.training.preflight import inspect, render, use_colour
 from finetuning.training.records import build_record, now, open_run, save_record
-from finetuning.training.trainer import RecordShares, ResumableSFTTrainer, TrainingArguments
+from finetuning.training.trainer import ResumableSFTTrainer
 
 RESPONSE_TEMPLATE = "<|im_start|>assistant\n"  # as users wrote it for templates of the ChatML kind
 

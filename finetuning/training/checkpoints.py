@@ -42,15 +42,9 @@ METADATA_GLOBALS = {
     **{
         (dcp_metadata.__name__, name): getattr(dcp_metadata, name)
         for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
+            "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
+            "TensorStorageMetadata _MEM_FORMAT_ENCODING"
+        ).split()
     },
     (_StorageInfo.__module__, _StorageInfo.__name__): _StorageInfo,
     ("torch", "Size"): torch.Size,
@@ -107,6 +101,11 @@ def load_distributed(state: dict, folder: Path) -> None:
     dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """The error itself, or the one of a rank that torch's distributed format has wrapped."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
 @contextlib.contextmanager
 def named_file(path: Path, checkpoint: Path) -> Iterator[None]:
     """End in one line that names `path` where reading it or using what it holds fails.
@@ -121,10 +120,9 @@ def named_file(path: Path, checkpoint: Path) -> Iterator[None]:
     except InputError:
         raise
     except (Exception, CheckpointException) as error:
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
-        if isinstance(error, pickle.UnpicklingError):
+        cause = cause_of(error)
+        reason = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0][:200]
+        if isinstance(cause, pickle.UnpicklingError):
             reason = "it is damaged, or holds code"
         raise InputError(
             f"{path} cannot be used ({reason}); copy it again, or delete {checkpoint} to go on from the one before it"
@@ -153,11 +151,8 @@ def check_resumable(checkpoint: Path) -> None:
         check_model_files(str(checkpoint))
     except InputError as error:
         raise InputError(f"{error}, or delete {checkpoint} to go on from the one before it") from None
-    pickles = (
-        SCHEDULER_FILE,
-        *(path.name for pattern in ("rng_state*.pth", "scaler.pt") for path in checkpoint.glob(pattern)),
-    )
-    for name in sorted(pickles):
+    others = [path.name for pattern in ("rng_state*.pth", "scaler.pt") for path in checkpoint.glob(pattern)]
+    for name in sorted([SCHEDULER_FILE, *others]):
         with named_file(checkpoint / name, checkpoint), safe_globals():
             torch.load(checkpoint / name, map_location="cpu", weights_only=True)
     with named_file(optimizer / METADATA_FILE, checkpoint):
@@ -204,7 +199,7 @@ def saved_shapes(model: PreTrainedModel | PeftModel) -> dict[str, list[int]]:
         tensors = {name: tensor for name, tensor in without_tied_copies(model, tensors).items() if name not in ignored}
         tensors = revert_weight_conversion(
             model, tensors
-        )  # some models are saved under other names than they compute with
+        )  # to the names in its files, which are others for some models
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 

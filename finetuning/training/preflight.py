@@ -17,13 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetuning.config.arguments import ScriptArguments
-from finetuning.config.model_arguments import ModelArguments
 from finetuning.data.batches import IGNORED, build_collator, sequences
 from finetuning.data.chat import control_tokens, end_of_turn_id, end_token_ids
 from finetuning.data.checks import (
@@ -51,6 +49,7 @@ from finetuning.training.memory import (
     plan_memory,
     what_would_fit,
 )
+from finetuning.training.model import ModelPlan
 
 LEVELS = ("refused", "allowed", "warning", "note", "ok")
 NO_END = 0.5  # share of the rows that must end in an end token
@@ -571,18 +570,11 @@ def render(report: Report, colour: bool) -> str:
 
 
 def check_memory(
-    args: SFTConfig,
-    model_args: ModelArguments,
-    settings: dict,
-    peft_config: PeftConfig | None,
-    num_added_tokens: int,
-    longest_row: int,
-    labelled: float,
+    args: SFTConfig, model: ModelPlan, longest_row: int, labelled: float
 ) -> tuple[list[Finding], dict, bool]:
     """Whether training fits into memory, with activation checkpointing where it does not fit without.
 
     Args:
-        settings: Keyword arguments of from_pretrained.
         longest_row: Tokens of the longest sequence that the trainer has.
         labelled: Share of the tokens that the loss is on.
 
@@ -593,11 +585,11 @@ def check_memory(
     # a batch may have a larger share of answers than the average
     batch = Batch(args.per_device_train_batch_size, longest_row, flattened, min(1.0, 1.5 * labelled))
     requested = args.activation_checkpointing
-    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
+    config = AutoConfig.from_pretrained(model.name_or_path, **model.source)
+    settings = model.settings
     if settings["dtype"] == "auto":
         settings = {**settings, "dtype": config.dtype or torch.float32}
-    shapes = measure_shapes(config, batch, args, settings, peft_config, num_added_tokens)
+    shapes = measure_shapes(config, batch, args, settings, model.peft_config, len(model.new_ids))
     available = available_memory(args.device, get_local_world_size())
 
     def plan(checkpointing: bool) -> MemoryPlan:
@@ -629,11 +621,7 @@ def run_preflight(
     run: Path,
     script_args: ScriptArguments,
     args: SFTConfig,
-    model_args: ModelArguments,
-    settings: dict,
-    peft_config: PeftConfig | None,
-    tokenizer: PreTrainedTokenizerBase,
-    num_added_tokens: int,
+    model: ModelPlan,
     train_rows: Dataset,
     prepared: Dataset,
     eval_rows: Dataset | None,
@@ -641,7 +629,6 @@ def run_preflight(
     """Check everything, print one screen, and write preflight.json and the plots into the run's folder.
 
     Args:
-        settings: Keyword arguments of from_pretrained.
         train_rows, eval_rows: Rows as RowPreparation.tokenize gives them.
         prepared: The training rows as RowPreparation.cut_and_pack makes them.
 
@@ -656,8 +643,8 @@ def run_preflight(
         raise InputError(
             f"supervision: with max_length: {args.max_length} no row has anything left to learn from; raise it"
         )
-    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-    generation_config = load_generation_config(model_args.model_name_or_path, **source)
+    tokenizer = model.tokenizer
+    generation_config = load_generation_config(model.name_or_path, **model.source)
     held_out = {} if eval_rows is None else {"validation": [question_of(prompt) for prompt in eval_rows["prompt"]]}
     notes, tokens = [], control_tokens(tokenizer, end_token_ids(tokenizer, generation_config))
     try:
@@ -677,11 +664,9 @@ def run_preflight(
         train_rows, prepared, collator, tokenizer, generation_config, args, held_out, script_args.preview_rows
     )
     longest_row = int(min(per_row["row tokens"].max(), args.max_length or 2**62))
-    notes += check_positions(load_model_config(model_args.model_name_or_path, **source), longest_row, args)
+    notes += check_positions(load_model_config(model.name_or_path, **model.source), longest_row, args)
     longest = args.max_length if args.packing else longest_row
-    findings, report.memory, checkpointing = check_memory(
-        args, model_args, settings, peft_config, num_added_tokens, longest, report.plan["labelled_share"]
-    )
+    findings, report.memory, checkpointing = check_memory(args, model, longest, report.plan["labelled_share"])
     if eval_rows is not None:
         notes += check_conversations(eval_rows, tokens, "in the validation split, ")
     report.findings += notes + findings

@@ -216,7 +216,7 @@ def open_run(
 
 def delete_run(run: Path) -> None:
     """Delete what is in a run's folder but what preflight has just written, and the logs that W&B may have begun."""
-    for path in run.iterdir():
+    for path in run.iterdir() if (run / RUN_FILE).is_file() else ():
         if path.name not in (PREFLIGHT_FILE, EDA, "wandb"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

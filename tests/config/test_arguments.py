@@ -14,7 +14,7 @@ from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
 from finetuning.config.run_step import run_step
 from finetuning.report.__main__ import ScoreArguments
-from finetuning.training.trainer import TrainingArguments
+from finetuning.training.arguments import TrainingArguments
 
 YAMLS = sorted([*ROOT.glob("0_*.yaml"), *(ROOT / "recipes").rglob("*.yaml")])
 SCRIPTS = ["1_train_full_fine_tuning.py", "2_merge_lora.py", "3_test.py", "4_openai_test.py"]

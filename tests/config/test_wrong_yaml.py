@@ -25,7 +25,7 @@ from finetuning.config.parser import Parser
 from finetuning.config.renames import RENAMES
 from finetuning.credentials import is_secret
 from finetuning.errors import InputError
-from finetuning.training.trainer import TrainingArguments, check_optimizer
+from finetuning.training.arguments import TrainingArguments, check_optimizer
 
 SCRIPT = "1_train_full_fine_tuning.py"
 ARGUMENTS = (ScriptArguments, TrainingArguments, ModelArguments)

@@ -36,7 +36,8 @@ from finetuning.data.prompts import encode_prompts
 from finetuning.data.rows import find_row_format, to_sample, to_training_row
 from finetuning.errors import InputError
 from finetuning.models.config import load_generation_config
-from finetuning.training.trainer import ResumableSFTTrainer, TrainingArguments
+from finetuning.training.arguments import TrainingArguments
+from finetuning.training.trainer import ResumableSFTTrainer
 
 CHAT = [
     {"prompt": [{"role": "user", "content": f"#Person1#: 안녕하세요, {name}."}], "completion": [{"role": "assistant", "content": answer}]}

@@ -19,8 +19,9 @@ from finetuning.config.model_arguments import ModelArguments
 from finetuning.errors import InputError
 from finetuning.models.loading import load_adapter, record_base
 from finetuning.runs import read_json, write_json
+from finetuning.training.arguments import TrainingArguments
+from finetuning.training.model import check_model
 from finetuning.training.preflight import Report
-from finetuning.training.trainer import TrainingArguments, check_model
 
 BASE = str(ROOT / "demo" / "model")
 

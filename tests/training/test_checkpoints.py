@@ -26,6 +26,7 @@ from trl import SFTTrainer
 import finetuning.training.trainer
 from finetuning.errors import InputError
 from finetuning.runs import list_checkpoints
+from finetuning.training.arguments import TrainingArguments
 from finetuning.training.checkpoints import (
     MetadataUnpickler,
     SafeReader,
@@ -34,8 +35,9 @@ from finetuning.training.checkpoints import (
     delete_older_checkpoints,
     saved_shapes,
 )
+from finetuning.training.collective import failing_together
 from finetuning.training.records import open_run
-from finetuning.training.trainer import ResumableSFTTrainer, TrainingArguments, failing_together
+from finetuning.training.trainer import ResumableSFTTrainer
 
 OVERRIDDEN = {  # private methods of the libraries, and the parameters that ours take
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
@@ -60,7 +62,7 @@ def test_every_private_method_that_is_overridden_is_still_there():
 
 
 def test_a_renamed_name_of_trl_fails_loudly(monkeypatch):
-    source = inspect.getsource(finetuning.training.trainer).split("@dataclass")[0]
+    source = inspect.getsource(finetuning.training.trainer).split("class ResumableSFTTrainer")[0]
     exec(source, {})
     monkeypatch.delattr(trl.trainer.utils, "_use_triton")
     with pytest.raises(AssertionError, match="has renamed _use_triton"):

@@ -27,8 +27,9 @@ from finetuning.data.checks import check_leaks, check_rows, find_leaks, normaliz
 from finetuning.data.rows import TRAINING_FEATURES, find_row_format, to_training_row
 from finetuning.errors import InputError
 from finetuning.training import preflight
+from finetuning.training.arguments import TrainingArguments
 from finetuning.training.memory import Batch, Shapes, check_adapter_names, plan_memory
-from finetuning.training.trainer import TrainingArguments, build_adapter_config
+from finetuning.training.model import ModelPlan, build_adapter_config
 
 MODEL = str(ROOT / "demo/model")
 QUESTIONS = [
@@ -382,10 +383,9 @@ def memory_plan(tmp_path, monkeypatch, gigabytes, **settings):
     args = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=4, max_length=2048, report_to="none", **settings
     )
-    model_args = ModelArguments(model_name_or_path=MODEL)
-    return preflight.check_memory(
-        args, model_args, {"dtype": torch.float32, "attn_implementation": "sdpa"}, None, 0, 2048, 1.0
-    )
+    settings = {"revision": "main", "trust_remote_code": False, "dtype": torch.float32, "attn_implementation": "sdpa"}
+    model = ModelPlan(MODEL, settings, load_tokenizer(MODEL), [], None)
+    return preflight.check_memory(args, model, 2048, 1.0)
 
 
 def test_activations_are_recomputed_only_where_they_do_not_fit(tmp_path, monkeypatch):

@@ -1,0 +1,225 @@
+"""
+The training arguments of step 1, fitted to the hardware: what this machine cannot do is replaced, and the reason printed.
+"""
+
+import copy
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, DynamoBackend
+from transformers import Trainer, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.utils import is_liger_kernel_available
+from trl import SFTConfig
+
+from finetuning.config.arguments import ScriptArguments
+from finetuning.config.model_arguments import ModelArguments
+from finetuning.errors import InputError
+from finetuning.hardware import accelerator_available, bf16_available, choose_attention, env_flag, tf32_available
+from finetuning.ranks import get_world_size
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+ONE_PROCESS = "off, there is only one process (start more with torchrun)"
+
+
+@dataclass
+class TrainingArguments(SFTConfig):
+    """trl's SFTConfig, fitted to the machine it is read on; `hardware_choices` has the reasons by key."""
+
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Fill sequences of max_length with several rows, which do not see each other."},
+    )
+    activation_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "Recompute activations in the backward pass, which saves memory and costs about a third of the "
+            "speed. auto: only where training would not fit without it.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Show in place of a loss that is no number (NaN) the mean of those before it."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Older name of activation_checkpointing, which decides."}
+    )
+
+    def __post_init__(self):
+        self.hardware_choices: dict[str, str] = {}
+        self.gradient_checkpointing = False  # until the memory plan has decided
+        world_size = get_world_size()
+        if not accelerator_available():
+            self.use_cpu = True
+        if self.hub_token is not None:  # every checkpoint has these arguments in its training_args.bin
+            os.environ["HF_TOKEN"] = self.hub_token
+            self.hub_token: str | None = None
+        self._check_compiler()
+        self._choose_precision()
+        self._choose_sharding(world_size)
+        self._choose_packages()
+        super().__post_init__()
+        if self.fsdp:
+            # Rank 0 alone loads the weights when this is set, and the wrapper hands them on only if it is told the same:
+            # where they disagree, all other ranks would train from empty weights without a word.
+            ram_efficient = self.fsdp_plugin_args["cpu_ram_efficient_loading"]
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(ram_efficient).lower()
+        elif world_size == 1:
+            self._n_gpu = min(self.n_gpu, 1)  # one process means one GPU; trl refuses nn.DataParallel
+        if self.use_cpu and self.fsdp:
+            # accelerate takes its FSDP path for the types of accelerators only, and would fall back to DDP without a
+            # word; the path itself works on any device. Step 1 asserts that parameters are sharded in the end.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    def _replace(self, key: str, value, choice: str) -> None:
+        """Set a key to what this machine can do.
+
+        Args:
+            choice: What is printed: the new value, and why.
+        """
+        setattr(self, key, value)
+        self.hardware_choices[key] = choice
+
+    def _check_compiler(self) -> None:
+        backends = [backend.value.lower() for backend in DynamoBackend]
+        if self.torch_compile_backend is not None and self.torch_compile_backend.lower() not in backends:
+            raise ValueError(f"torch_compile_backend: {self.torch_compile_backend} is none of {', '.join(backends)}")
+        if self.torch_compile_mode is not None and self.torch_compile_mode not in COMPILE_MODES:
+            raise ValueError(f"torch_compile_mode: {self.torch_compile_mode} is none of {', '.join(COMPILE_MODES)}")
+
+    def _choose_precision(self) -> None:
+        if self.tf32 and not tf32_available():
+            self._replace("tf32", None, "off, this machine has no GPU that can")
+        if self.use_cpu:
+            for key in ("bf16", "fp16"):
+                if getattr(self, key):
+                    self.hardware_choices[key] = "off, training on the CPU in float32"
+            self.bf16 = self.fp16 = False
+        elif not bf16_available() and (self.bf16 or (self.bf16 is None and not self.fp16)):
+            self.fp16 = torch.cuda.is_available()
+            self._replace("bf16", False, f"off, this device has none; {'fp16' if self.fp16 else 'float32'} instead")
+
+    def _choose_sharding(self, world_size: int) -> None:
+        if self.use_cpu and self.activation_offloading:
+            self._replace("activation_offloading", False, "off, there is no GPU to take activations from")
+        if world_size == 1 and self.ddp_backend is not None:
+            self._replace("ddp_backend", None, ONE_PROCESS)
+        # the command line gives a text
+        asked = {"true": True, "false": False}.get(str(self.fsdp).lower(), self.fsdp)
+        requested = env_flag("ACCELERATE_USE_FSDP") if asked is None else bool(asked)
+        if requested and world_size > 1:
+            if not asked:
+                self.hardware_choices["fsdp"] = "on, the environment says ACCELERATE_USE_FSDP"
+            self.fsdp: bool | None = True
+            self.fsdp_config: dict | str | None = self._fit_fsdp_config()
+            return
+        if requested:
+            self.hardware_choices["fsdp"] = ONE_PROCESS
+        self.fsdp = None
+        # transformers reads these while loading weights, and would leave every rank but the first without any
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+    def _fit_fsdp_config(self) -> dict:
+        config = read_fsdp_config(self.fsdp_config) if isinstance(self.fsdp_config, str) else self.fsdp_config or {}
+        for key in ("state_dict_type", "fsdp_state_dict_type"):
+            asked = str(config.pop(key, "FULL_STATE_DICT"))
+            if asked.upper() != "FULL_STATE_DICT":
+                choice = f"FULL_STATE_DICT and not {asked}, as the steps that follow read whole weights"
+                self.hardware_choices["fsdp_state_dict_type"] = choice
+        # transformers takes its own default over the variable
+        config.setdefault("cpu_ram_efficient_loading", env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+        if self.use_cpu and config.pop("cpu_offload", False):
+            self.hardware_choices["fsdp_config"] = "cpu_offload is off, the weights are on the CPU already"
+        return config
+
+    def _choose_packages(self) -> None:
+        """What is not installed is left out: a run is not lost for the want of a logger, or of a faster kernel."""
+        if self.use_liger_kernel and (self.use_cpu or not is_liger_kernel_available()):
+            self.liger_kernel_config = None
+            reason = "the CPU has no such kernels" if self.use_cpu else "liger-kernel is not installed"
+            self._replace("use_liger_kernel", False, f"off, {reason}")
+        wanted = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+        known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise ValueError(f"report_to: {', '.join(unknown)} is none of {', '.join(known)}")
+        available = ("all", "none", *get_available_reporting_integrations())
+        missing = [name for name in wanted if name not in available]
+        if missing:
+            left = [name for name in wanted if name in available] or ["none"]
+            self._replace("report_to", left, f"without {', '.join(missing)}, which is not installed")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+def read_fsdp_config(path: str) -> dict:
+    """FSDP settings from text that is JSON itself, or from a JSON file."""
+    try:
+        return json.loads(path if path.lstrip().startswith("{") else Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"fsdp_config: {path} is neither JSON nor a JSON file: {error}") from error
+
+
+def fit_to_hardware(
+    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+) -> dict[str, str]:
+    """Replace what this machine cannot do, and choose what the YAML leaves open; gives the reasons by key."""
+    check_optimizer(training_args)
+    reasons = training_args.hardware_choices
+    compute_dtype, dtype = training_args.compute_dtype, model_args.dtype
+    low_precision = dtype in ("bfloat16", "float16")
+    if low_precision and (compute_dtype == torch.float32 or (dtype == "bfloat16" and not bf16_available())):
+        model_args.dtype = "float32"
+        reasons["dtype"] = f"float32, this machine does not compute in {dtype}"
+    elif dtype == "float16" and not model_args.use_peft:
+        model_args.dtype = "float32"
+        reasons["dtype"] = "float32, weights in float16 cannot be trained; fp16: true computes in it"
+    attention, problem = choose_attention(model_args.attn_implementation, compute_dtype)
+    if model_args.attn_implementation is not None and problem:
+        reasons["attn_implementation"] = f"sdpa, {problem}"
+    model_args.attn_implementation = attention
+    if training_args.eval_strategy != "no" and script_args.dataset_eval_split is None:
+        script_args.dataset_eval_split = script_args.dataset_test_split
+        reasons["dataset_eval_split"] = f"{script_args.dataset_test_split}, as eval_strategy needs a split to measure"
+    return reasons
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Take a step with the optimizer and the schedule on a model of two layers, before data and model are loaded.
+
+    Raises:
+        InputError: A package for them is not installed, or they do not take what optim_args and lr_scheduler_kwargs say.
+    """
+    trial = copy.copy(args)
+    if args.optim_target_modules is not None:  # names of modules that this model does not have
+        trial.optim_target_modules = "all-linear"
+    with torch.random.fork_rng(devices=[]):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).to(args.device)
+    key = "optim"
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(trial, model)
+        if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & settings.keys():
+            return  # it takes apart the model itself
+        optimizer = kind(model.parameters(), **settings)
+        model(torch.ones(1, 64, device=args.device)).sum().backward()
+        optimizer.step()
+        trial.optim_args = None
+        without = Trainer.get_optimizer_cls_and_kwargs(trial, model)[1]
+        if args.optim_args and without == settings:
+            raise ValueError(f"optim_args: {args.optim_args} changes nothing of {args.optim.value}; leave it out")
+        key, num_steps = "lr_scheduler_type", args.max_steps if args.max_steps > 0 else 100
+        warmup_steps = args.get_warmup_steps(num_steps)
+        get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps, args.lr_scheduler_kwargs)
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:  # each of many packages its own
+        reason = " ".join(str(error).split())
+        raise InputError(f"{key}: {getattr(args, key).value} cannot be used as it is set: {reason}") from error

@@ -1,0 +1,192 @@
+"""
+The model that step 1 trains: its tokenizer, its adapter, and how it is loaded.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import get_peft_config, get_quantization_config
+from trl.trainer.utils import create_model_from_path
+
+from finetuning.config.model_arguments import ModelArguments
+from finetuning.data.chat import add_tokens, load_tokenizer
+from finetuning.errors import InputError
+from finetuning.models.config import load_model_config, own_code
+from finetuning.models.loading import load_adapter, refuse_quantised
+from finetuning.ranks import print_main
+from finetuning.training.arguments import TrainingArguments
+
+
+def check_model(name_or_path: str, **source) -> None:
+    """Refuse a model that cannot be trained: one of another kind, or an adapter."""
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        raise InputError(
+            f"model_name_or_path: {name_or_path} is an adapter; merge it with 2_merge_lora.py, and name the merged model"
+        )
+    if Path(name_or_path).is_dir() and source.get("revision", "main") not in (None, "main"):
+        raise InputError(
+            f"model_revision: {source['revision']} has no effect, as {name_or_path} is a folder, which has one state only; "
+            "leave it out, or name a model on the Hub"
+        )
+    refuse_quantised(load_model_config(name_or_path, **source), name_or_path)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The model that is trained, before it is loaded."""
+
+    name_or_path: str
+    settings: dict  # keyword arguments of from_pretrained
+    tokenizer: PreTrainedTokenizerBase
+    new_ids: list[int]  # of the tokens that its tokenizer has been given
+    peft_config: PeftConfig | None  # None means that all weights are trained
+
+    @property
+    def source(self) -> dict:
+        """Which files of the model are read, and whether code in them may run."""
+        return {key: self.settings[key] for key in ("revision", "trust_remote_code")}
+
+
+def choose_model_settings(model_args: ModelArguments, training_args: TrainingArguments) -> dict:
+    """Keyword arguments of from_pretrained."""
+    if model_args.dtype is None:
+        dtype = training_args.compute_dtype if model_args.use_peft else torch.float32
+    else:
+        dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
+    settings = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "dtype": dtype,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    quantization_config = get_quantization_config(dataclasses.replace(model_args, dtype=None))
+    if quantization_config is not None:
+        quantization_config.bnb_4bit_compute_dtype = training_args.compute_dtype
+        settings |= {"quantization_config": quantization_config, "device_map": {"": training_args.device}}
+    return settings
+
+
+def print_hardware(record: dict, settings: dict, args: TrainingArguments) -> None:
+    """Say on what is trained, and what of the arguments was replaced for it.
+
+    Args:
+        settings: Keyword arguments of from_pretrained.
+    """
+    for key, choice in args.hardware_choices.items():
+        print_main(f"{key}: {choice}")
+    devices = ", ".join(dict.fromkeys(record["hardware"]["devices"]))
+    dtype, compute_dtype = (str(dtype).removeprefix("torch.") for dtype in (settings["dtype"], args.compute_dtype))
+    attention = settings["attn_implementation"]
+    print_main(f"hardware: {devices}; weights {dtype}, compute {compute_dtype}, attention {attention}")
+
+
+def read_chat_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"chat_template_path: {path} is no file")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"chat_template_path: {path} is no text in UTF-8") from None
+
+
+def prepare_tokenizer(
+    name_or_path: str, args: TrainingArguments, added: list[str], **source
+) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The tokenizer with the chat template and the tokens of the YAML, and the ids of those that were not there before.
+
+    What is in the tokenizer is taken out of the arguments, so that trl does not set it again.
+    """
+    chat_template = read_chat_template(args.chat_template_path)
+    args.chat_template_path = None
+    tokenizer = load_tokenizer(name_or_path, chat_template, **source)
+    for key in ("eos_token", "pad_token"):
+        token = getattr(args, key)
+        if token is not None and token not in tokenizer.get_vocab():
+            raise InputError(
+                f"{key}: {token} is not in the vocabulary of the tokenizer; leave it out, or see special_tokens"
+            )
+        if token is not None:
+            setattr(tokenizer, key, token)
+            setattr(args, key, None)
+    return tokenizer, add_tokens(tokenizer, added)
+
+
+def embedding_names(config: PreTrainedConfig, revision: str, trust_remote_code: bool) -> list[str]:
+    """Names of the modules that read and write tokens, as `modules_to_save` takes them."""
+    code = {"trust_remote_code": trust_remote_code, **own_code(config, revision)}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **code)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name.split(".")[-1] for name, module in model.named_modules() if any(module is e for e in embeddings)]
+
+
+def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **source) -> PeftConfig | None:
+    """The adapter that the arguments describe, or None.
+
+    Args:
+        new_ids: Ids of added tokens, whose embeddings are trained: an adapter could neither read nor write them otherwise.
+        source: revision and trust_remote_code of the model.
+    """
+    config = get_peft_config(model_args)
+    if config is None:
+        return None
+    config.revision = model_args.model_revision
+    model_config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
+    embeddings = embedding_names(model_config, **source)
+    if new_ids:
+        config.modules_to_save = [*(config.modules_to_save or []), *embeddings]
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
+    trained = {name.split(".")[-1] for name in [*targets, *(config.modules_to_save or [])]}
+    # what is learned by one of two tied embeddings must be learned by both, as the merged model has one weight for them
+    config.ensure_weight_tying = model_config.tie_word_embeddings and not trained.isdisjoint(embeddings)
+    return config
+
+
+def load_model(
+    plan: ModelPlan, checkpoint: Path | None, args: TrainingArguments
+) -> tuple[PreTrainedModel | PeftModel | str, PeftConfig | None]:
+    """What SFTTrainer takes for model and peft_config; a model without anything to add is its path, which trl loads.
+
+    Args:
+        checkpoint: Where training goes on from; None means that it starts from the model itself.
+    """
+    if checkpoint is not None and plan.peft_config is not None:
+        settings = {key: value for key, value in plan.settings.items() if key != "revision"}  # that of its base
+        return load_adapter(str(checkpoint), is_trainable=True, **settings), None
+    if checkpoint is None and plan.new_ids:
+        return load_with_new_tokens(plan.name_or_path, plan.new_ids, plan.settings), plan.peft_config
+    args.model_init_kwargs = plan.settings
+    return plan.name_or_path if checkpoint is None else str(checkpoint), plan.peft_config
+
+
+def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) -> PreTrainedModel:
+    """Load a model whose tokenizer has been given tokens; their embeddings start as the mean of all others.
+
+    Args:
+        new_ids: Their ids; embeddings are added where there are too few.
+        settings: Keyword arguments of from_pretrained.
+    """
+    model = create_model_from_path(name_or_path, **{"device_map": None, **settings})
+    known = model.get_input_embeddings().num_embeddings
+    if max(new_ids) >= known:
+        model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
+    old_ids = [i for i in range(known) if i not in set(new_ids)]
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        # ranks that wait for the weights of the first one have none to start from
+        if embeddings is not None and embeddings.weight.device.type != "meta":
+            with torch.no_grad():
+                weight = embeddings.weight
+                weight[new_ids] = weight[old_ids].mean(dim=0, dtype=torch.float32).to(weight.dtype)
+    return model
