@@ -13,7 +13,7 @@ from finetuning.data.chat import load_tokenizer
 from finetuning.data.rows import load_training_rows
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.preflight import inspect
+from finetuning.training.preflight import TrainingRows, inspect
 
 
 @pytest.fixture
@@ -58,7 +58,8 @@ def test_the_old_collator_ignores_a_row_without_the_response_template(tokenizer)
 def test_preflight_refuses_the_arm_that_masks_every_end_and_no_other(prepare, arm, refused):
     tokenizer, args, tokenized, prepared = prepare(arm)
     collator = build_collator(tokenizer, args) if args.packing else OldAnswerOnlyCollator(tokenizer, RESPONSE_TEMPLATE)
-    report, _ = inspect(tokenized, prepared, collator, tokenizer, load_generation_config("demo/model"), args, {})
+    rows = TrainingRows(tokenized, prepared, collator)
+    report, _ = inspect(rows, tokenizer, load_generation_config("demo/model"), args, {})
     assert [finding.check for finding in report.refused] == refused
     if not refused:
         terminator = next(finding for finding in report.findings if finding.check == "terminator")

@@ -30,8 +30,9 @@ from finetuning.hardware import choose_attention
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.callbacks import RecordShares
-from finetuning.training.preflight import inspect, render, use_colour
+from finetuning.training.preflight import TrainingRows, inspect
 from finetuning.training.records import build_record, now, open_run, save_record
+from finetuning.training.report import render, use_colour
 from finetuning.training.trainer import ResumableSFTTrainer
 
 RESPONSE_TEMPLATE = "<|im_start|>assistant\n"  # as users wrote it for templates of the ChatML kind
@@ -65,8 +66,9 @@ def main(script_args: OldScriptArguments, training_args: TrainingArguments, mode
     collator = OldAnswerOnlyCollator(tokenizer, RESPONSE_TEMPLATE)
     held_out = {"test": [question_of(sample["prompt"]) for sample in load_test_samples(vars(script_args))]}
     generation_config = load_generation_config(model_args.model_name_or_path)
-    parts = (train_rows, prepared_rows, collator, tokenizer, generation_config, training_args, held_out)
-    report, _ = inspect(*parts, preview_rows=0)  # a preview shows the labels before collation
+    rows = TrainingRows(train_rows, prepared_rows, collator)
+    # a preview would show the labels before collation
+    report, _ = inspect(rows, tokenizer, generation_config, training_args, held_out, num_previews=0)
     report.allow(script_args.allow or [])
     report.save(run)
     print(render(report, use_colour()), flush=True)

@@ -118,7 +118,7 @@ class TrainingArguments(SFTConfig):
             if not asked:
                 self.hardware_choices["fsdp"] = "on, the environment says ACCELERATE_USE_FSDP"
             self.fsdp: bool | None = True
-            self.fsdp_config: dict | str | None = self._fit_fsdp_config()
+            self.fsdp_config: dict | None = self._fit_fsdp_config(self.fsdp_config)
             return
         if requested:
             self.hardware_choices["fsdp"] = ONE_PROCESS
@@ -127,8 +127,8 @@ class TrainingArguments(SFTConfig):
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
-    def _fit_fsdp_config(self) -> dict:
-        config = read_fsdp_config(self.fsdp_config) if isinstance(self.fsdp_config, str) else self.fsdp_config or {}
+    def _fit_fsdp_config(self, given: dict | str | None) -> dict:
+        config = read_fsdp_config(given) if isinstance(given, str) else given or {}
         for key in ("state_dict_type", "fsdp_state_dict_type"):
             asked = str(config.pop(key, "FULL_STATE_DICT"))
             if asked.upper() != "FULL_STATE_DICT":

@@ -1,27 +1,25 @@
 """
-What training will need of a device's memory, estimated before the model is loaded.
+What training will need of a device's memory, estimated before the model is loaded, and what it has taken in the end.
 
-Weights, gradients and optimizer state are counted. Activations are measured: the model's own forward pass runs on
-tensors that have a shape and no data (torch's FakeTensorMode), and what autograd would keep for the backward pass is
-added up. docs/preflight.md has the estimate beside the measured peak, and the models that do not run without data.
+Weights, gradients and optimizer state are counted, activations measured (shapes.py). docs/preflight.md has the estimate
+beside the measured peak, and the models that do not run without data.
 """
 
 import contextlib
-import logging
-import re
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
-from peft import PeftConfig, get_peft_model
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from trl import SFTConfig
+from transformers import AutoConfig
 
-from finetuning.errors import InputError
-from finetuning.models.config import own_code
-from finetuning.ranks import get_world_size
+from finetuning.data.checks import Finding
+from finetuning.hardware import available_memory
+from finetuning.ranks import get_local_world_size, get_world_size
+from finetuning.training.arguments import TrainingArguments
+from finetuning.training.model import ModelPlan
+from finetuning.training.shapes import Batch, Shapes, measure_shapes
 
 GIB = 2**30
 USABLE = 0.92  # of what is free; the rest is left to fragmentation and to what else runs
@@ -35,34 +33,6 @@ OPTIMIZER_BYTES = {
     "paged_lion_8bit": 1, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adamw_torch_8bit": 2,
     "adamw_torch_4bit": 1, "rmsprop_bnb_8bit": 1, "ademamix": 12, "ademamix_8bit": 3, "paged_ademamix_8bit": 3,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The tensors of one step: `rows` sequences of `length` tokens; packed ones are laid end to end in one row."""
-
-    rows: int
-    length: int
-    packed: bool
-    labelled: float = 1.0  # share of the tokens that the loss is on: the head projects no others
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What of a model decides the memory: counts of parameters, and bytes that its forward pass keeps."""
-
-    parameters: int
-    trained: int
-    outside_layers: int  # parameters of embeddings, last norm and head
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    activations: int  # bytes, with nothing recomputed; 0 where they could not be measured
-    unmeasured: str | None = None  # why they could not
 
 
 @dataclass(frozen=True)
@@ -90,14 +60,16 @@ class MemoryPlan:
         return steady + max(self.activations + self.head, self.gradients + self.head / 4)
 
     @property
+    def usable(self) -> float:
+        return math.inf if self.available is None else USABLE * self.available
+
+    @property
     def fits(self) -> bool:
-        return self.available is None or self.total <= USABLE * self.available
+        return self.total <= self.usable
 
     def to_dict(self) -> dict:
-        return {
-            **{k: round(v) if isinstance(v, float) else v for k, v in asdict(self).items()},
-            "total": round(self.total),
-        }
+        sizes = {key: round(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
+        return {**sizes, "total": round(self.total)}
 
     def describe(self) -> str:
         parts = ("parameters", "gradients", "optimizer", "activations", "head", "gathered")
@@ -110,136 +82,40 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def measure_shapes(
-    config: PreTrainedConfig,
-    batch: Batch,
-    args: SFTConfig,
-    settings: dict,
-    peft_config: PeftConfig | None,
-    num_added_tokens: int = 0,
-) -> Shapes:
-    """Count parameters, run the model's forward pass without data, and add up what the backward pass would need.
-
-    Args:
-        settings: Keyword arguments of from_pretrained: dtype, attn_implementation.
-
-    Raises:
-        InputError: The model could not be loaded with these settings, or has no module of that name for an adapter.
-    """
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    dtype = settings["dtype"]
-    if args.fsdp and compute is not None:
-        dtype, compute = compute, None  # FSDP hands each layer its weights in the lower precision
-    # FlashAttention's own kernels do not run without data; sdpa without a mask keeps the same tensors
-    attention = "eager" if settings["attn_implementation"] == "eager" else "sdpa"
-    masked = not settings["attn_implementation"].startswith("flash")
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=args.trust_remote_code,
-                **own_code(config, settings.get("revision")),
-            )
-        except ValueError as error:  # loading it would end in the same words
-            raise InputError(f"{config.name_or_path} cannot be built with attention {attention}: {error}") from error
-        if num_added_tokens:
-            size = model.get_input_embeddings().num_embeddings + num_added_tokens
-            model.resize_token_embeddings(size, mean_resizing=False)
-        layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-        inside = {id(parameter): parameter.numel() for module in layers for parameter in module.parameters()}
-        outside = sum(parameter.numel() for parameter in model.parameters()) - sum(inside.values())
-        trained = model
-        if peft_config is not None:
-            check_adapter_names(model, peft_config)
-            try:
-                trained = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
-            except ValueError as error:  # a module of a kind that peft cannot adapt
-                raise InputError(f"lora_target_modules: {error}") from error
-    model.train()
-    text_config = config.get_text_config()
-    activations, unmeasured = 0, None
-    try:
-        activations = _kept_bytes(model.base_model, batch, args.device.type, compute, masked)
-    except (RuntimeError, TypeError, ValueError) as error:  # the model's own code, which may look at its data
-        unmeasured = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return Shapes(
-        parameters=sum(p.numel() for p in trained.parameters()),
-        trained=sum(p.numel() for p in trained.parameters() if p.requires_grad),
-        outside_layers=outside,
-        num_layers=text_config.num_hidden_layers,
-        hidden_size=text_config.hidden_size,
-        vocab_size=text_config.vocab_size + num_added_tokens,
-        activations=activations,
-        unmeasured=unmeasured,
-    )
-
-
-def check_adapter_names(model: torch.nn.Module, peft_config: PeftConfig) -> None:
-    """Refuse a name that no module or parameter of the model has: peft leaves it out where others are found."""
-    modules = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
-    for key, names in (
-        ("target_modules", modules),
-        ("modules_to_save", modules),
-        ("target_parameters", parameters),
-    ):
-        wanted = getattr(peft_config, key) or []
-        for name in [] if isinstance(wanted, str) else sorted(wanted):  # a text is `all-linear`, or an expression
-            if not any(known == name or known.endswith(f".{name}") for known in names):
-                ends = sorted({known.rpartition(".")[2] for known in names} - {""})
-                ends = [end for end in ends if not end.isdigit() and key != "target_parameters"]
-                raise InputError(
-                    f"lora_{key}: {name} is nowhere in the model" + (f", which has {', '.join(ends)}" if ends else "")
-                )
-
-
-def _kept_bytes(backbone: torch.nn.Module, batch: Batch, device: str, compute: torch.dtype | None, masked: bool) -> int:
-    """Bytes of what autograd keeps from the forward pass of a model on the meta device, its own parameters left out."""
-    kept: dict[int, int] = {}
-    tensors = []  # as long as they live, no other storage gets their address
-    rows, length = (1, batch.tokens) if batch.packed else (batch.rows, batch.length)
-    # where an operation has no form without data, torch prints a traceback before it raises
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    with FakeTensorMode(), torch.device(device):
-        state = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
-            for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())
-        }
-        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage.nbytes()
-                tensors.append(tensor)
-            return tensor
-
-        inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long), "position_ids": torch.arange(length)[None]}
-        if masked:
-            inputs["attention_mask"] = torch.zeros(rows, 1, length, length, dtype=torch.bool)
-            if backbone.config._attn_implementation == "eager":
-                inputs["attention_mask"] = inputs["attention_mask"].to(compute or torch.float32)
-        precision = contextlib.nullcontext() if compute is None else torch.autocast(device, compute)
-        with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            torch.func.functional_call(backbone, state, kwargs={**inputs, "use_cache": False})
-    return sum(kept.values())
-
-
 def plan_memory(
-    shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict, checkpointing: bool, available: float | None
+    shapes: Shapes, batch: Batch, args: TrainingArguments, settings: dict, checkpointing: bool, available: float | None
 ) -> MemoryPlan:
     """Bytes at the peak of a step.
 
     Args:
         checkpointing: Keep only each layer's input, and recompute one layer at a time.
     """
-    world_size = get_world_size()
-    shards = world_size if args.fsdp else 1
     on_gpu = args.device.type != "cpu"
-    compute_bytes = 2 if args.bf16 or args.fp16 else 4
-    fsdp = args.fsdp_config or {} if args.fsdp else {}
+    parameters, gradients, optimizer = state_bytes(shapes, args, settings)
+    if args.fsdp and (args.fsdp_config or {}).get("cpu_offload") and on_gpu:
+        parameters = gradients = optimizer = 0.0
+    activations = float(shapes.activations)
+    if checkpointing:
+        layer_input = batch.tokens * shapes.hidden_size * args.compute_dtype.itemsize
+        activations = shapes.num_layers * layer_input + shapes.activations / shapes.num_layers
+    return MemoryPlan(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        head=head_bytes(shapes, batch, args),
+        gathered=gathered_bytes(shapes, args),
+        other=0.0 if on_gpu else CPU_BUFFERS,
+        available=available,
+        activation_checkpointing=checkpointing,
+        accumulates=args.gradient_accumulation_steps > 1,
+    )
+
+
+def state_bytes(shapes: Shapes, args: TrainingArguments, settings: dict) -> tuple[float, float, float]:
+    """Bytes of each rank's weights, gradients and optimizer state."""
+    world_size, compute_bytes = get_world_size(), args.compute_dtype.itemsize
+    shards = world_size if args.fsdp else 1
     # FSDP2 keeps trained weights in float32 where it computes in a lower precision
     weight_bytes = 4 if args.fsdp and compute_bytes == 2 else settings["dtype"].itemsize
     quantization = settings.get("quantization_config")
@@ -247,46 +123,44 @@ def plan_memory(
     if quantization is not None:  # block-wise scales are a few percent
         frozen_bytes = 0.56 if quantization.load_in_4bit else 1.05
     frozen = shapes.parameters - shapes.trained
-    adapter_bytes = 4 if frozen else weight_bytes
-    parameters = (shapes.trained * adapter_bytes + frozen * frozen_bytes) / shards
+    trained_bytes = 4 if frozen else weight_bytes
+    parameters = shapes.trained * trained_bytes + frozen * frozen_bytes
     if quantization is not None:  # embeddings and head are not quantised
-        parameters += shapes.outside_layers * (compute_bytes - frozen_bytes) / shards
-    gradients = shapes.trained * adapter_bytes / shards
+        parameters += shapes.outside_layers * (compute_bytes - frozen_bytes)
+    gradients = shapes.trained * trained_bytes
     if world_size > 1 and not args.fsdp:
         gradients *= 2  # DDP reduces in buckets of its own
-    state_bytes = OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), 2 * adapter_bytes)
-    optimizer = shapes.trained * state_bytes / shards
+    optimizer = shapes.trained * OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), 2 * trained_bytes)
+    return parameters / shards, gradients / shards, optimizer / shards
 
-    per_layer = shapes.activations / shapes.num_layers
-    layer_input = batch.tokens * shapes.hidden_size * compute_bytes
-    activations = shapes.num_layers * layer_input + per_layer if checkpointing else shapes.activations
 
+def head_bytes(shapes: Shapes, batch: Batch, args: TrainingArguments) -> float:
+    """Bytes of what trl's fused head keeps and computes with: tiles of logits, and the gradients of what it reads."""
+    on_gpu = args.device.type != "cpu"
     tile_tokens, tile_words = min(round(batch.tokens * batch.labelled), HEAD_TOKENS), min(shapes.vocab_size, HEAD_WORDS)
-    tile = tile_tokens * (HEAD_WORDS * compute_bytes if on_gpu else tile_words * 4)
-    copies = 0 if on_gpu else HEAD_COPIES_ON_CPU
-    head_trains = frozen == 0
-    head = tile * (1 + copies) + batch.tokens * shapes.hidden_size * 4
+    tile = tile_tokens * (HEAD_WORDS * args.compute_dtype.itemsize if on_gpu else tile_words * 4)
+    head = tile * (1 if on_gpu else 1 + HEAD_COPIES_ON_CPU) + batch.tokens * shapes.hidden_size * 4
     if args.label_smoothing_factor:  # the loss is then made of all logits at once
         head += 3 * batch.tokens * shapes.vocab_size * 4
-    if head_trains:
+    if shapes.trained == shapes.parameters:
         head += shapes.vocab_size * shapes.hidden_size * 4  # the gradient of the head, gathered in float32
-    gathered = 0.0
-    if shards > 1:
-        one_layer = (shapes.parameters - shapes.outside_layers) / shapes.num_layers
-        gathered = (shapes.outside_layers + 2 * one_layer) * compute_bytes + shapes.vocab_size * shapes.hidden_size * 4
-        gathered += one_layer * compute_bytes  # gradients of the layer that is being reduced
-        if not fsdp.get("reshard_after_forward", True):
-            gathered += shapes.parameters * compute_bytes
-    if fsdp.get("cpu_offload") and on_gpu:
-        parameters = gradients = optimizer = 0.0
-    other = 0.0 if on_gpu else CPU_BUFFERS
-    accumulates = args.gradient_accumulation_steps > 1
-    return MemoryPlan(
-        parameters, gradients, optimizer, activations, head, gathered, other, available, checkpointing, accumulates
-    )
+    return head
 
 
-def what_would_fit(shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict, plan: MemoryPlan) -> list[str]:
+def gathered_bytes(shapes: Shapes, args: TrainingArguments) -> float:
+    """Bytes of what FSDP gathers from other ranks: two layers and what is outside of them, or the whole model."""
+    if not args.fsdp or get_world_size() == 1:
+        return 0.0
+    one_layer = (shapes.parameters - shapes.outside_layers) / shapes.num_layers
+    num_parameters = shapes.outside_layers + 3 * one_layer  # with the gradients of the layer that is being reduced
+    if not (args.fsdp_config or {}).get("reshard_after_forward", True):
+        num_parameters += shapes.parameters
+    return num_parameters * args.compute_dtype.itemsize + shapes.vocab_size * shapes.hidden_size * 4
+
+
+def what_would_fit(
+    shapes: Shapes, batch: Batch, args: TrainingArguments, settings: dict, plan: MemoryPlan
+) -> list[str]:
     """Changes under which a plan that does not fit would, the smallest change first."""
     found = []
     row_batch = replace(batch, rows=1)
@@ -308,18 +182,67 @@ def what_would_fit(shapes: Shapes, batch: Batch, args: SFTConfig, settings: dict
                     f"max_length: {length}, one row a device and activation_checkpointing: true ({gib(smaller.total)})"
                 )
     state = plan.parameters + plan.gradients + plan.optimizer
-    rest = plan_memory(single, row_batch, args, settings, True, plan.available)
-    rest = rest.total - (rest.parameters + rest.optimizer + rest.gathered)
+    smallest = plan_memory(single, row_batch, args, settings, True, plan.available)
+    rest = smallest.total - (smallest.parameters + smallest.optimizer + smallest.gathered)
     world_size = get_world_size() if args.fsdp else 1
-    room = USABLE * plan.available - rest
+    room = plan.usable - rest
     if room > 0 and not found and args.device.type != "cpu":  # processes on one CPU share its memory
         devices = max(world_size + 1, -(-state * world_size // room))
         found.append(f"FSDP over {devices:.0f} or more such GPUs (fsdp: true, torchrun)")
     if shapes.trained == shapes.parameters:
         lora_bytes = shapes.parameters * 2 / world_size
-        if lora_bytes + rest < USABLE * plan.available:
+        if lora_bytes < room:
             found.append(f"use_peft: true, which trains an adapter on weights of {gib(lora_bytes)}")
     return found or ["a smaller model, or a device with more memory"]
+
+
+def check_memory(
+    args: TrainingArguments, model: ModelPlan, longest_row: int, labelled: float
+) -> tuple[Finding, dict, bool]:
+    """Whether training fits into memory, with activation checkpointing where it does not fit without.
+
+    Args:
+        longest_row: Tokens of the longest sequence that the trainer has.
+        labelled: Share of the tokens that the loss is on.
+
+    Returns:
+        The finding, the plan for preflight.json, and whether to checkpoint activations.
+    """
+    flattened = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+    # a batch may have a larger share of answers than the average
+    batch = Batch(args.per_device_train_batch_size, longest_row, flattened, min(1.0, 1.5 * labelled))
+    requested = args.activation_checkpointing
+    config = AutoConfig.from_pretrained(model.name_or_path, **model.source)
+    settings = model.settings
+    if settings["dtype"] == "auto":
+        settings = {**settings, "dtype": config.dtype or torch.float32}
+    shapes = measure_shapes(config, batch, args, settings, model.peft_config, len(model.new_ids))
+    available = available_memory(args.device, get_local_world_size())
+
+    def plan(checkpointing: bool) -> MemoryPlan:
+        return plan_memory(shapes, batch, args, settings, checkpointing, available)
+
+    chosen = plan(requested == "true")
+    if requested == "auto" and (shapes.unmeasured or not chosen.fits):
+        chosen = plan(True)
+    numbers = {**chosen.to_dict(), "model_parameters": shapes.parameters, "trained_parameters": shapes.trained}
+    checkpoints = chosen.activation_checkpointing
+    state = "on" if checkpoints else "off"
+    if not chosen.fits:
+        would = what_would_fit(shapes, batch, args, settings, chosen)
+        if not checkpoints and plan(True).fits:
+            would = [f"activation_checkpointing: true ({gib(plan(True).total)})"]
+        text = f"training needs {chosen.describe()}. What would fit: {'; or '.join(would)}"
+        return Finding("memory", "refused", text, numbers=numbers), numbers, checkpoints
+    if shapes.unmeasured:
+        text = (
+            f"at least {chosen.describe()}, and the activations, which could not be measured ({shapes.unmeasured}); "
+            f"activation checkpointing {state}"
+        )
+        return Finding("memory", "warning", text, numbers=numbers), numbers, checkpoints
+    why = {"auto": "it fits without" if state == "off" else "it does not fit without"}.get(requested, "as asked")
+    text = f"{chosen.describe()}; activation checkpointing {state}, {why}"
+    return Finding("memory", "ok", text, numbers=numbers), numbers, checkpoints
 
 
 class MemoryPeak:
@@ -342,4 +265,5 @@ class MemoryPeak:
             status = Path("/proc/self/status").read_text()
         except OSError:
             return None
-        return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024 - self.start
+        peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(peak) * 1024 - self.start  # the file has it in kB

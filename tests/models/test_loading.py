@@ -21,7 +21,7 @@ from finetuning.models.loading import load_adapter, record_base
 from finetuning.runs import read_json, write_json
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.model import check_model
-from finetuning.training.preflight import Report
+from finetuning.training.report import Report
 
 BASE = str(ROOT / "demo" / "model")
 

@@ -1,35 +1,26 @@
 """Each failure is shown first: the trainer takes the rows and says nothing. Then preflight finds it in the same rows."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-import torch
-from conftest import CONFIG, ROOT, SMALL, TRAIN, command, run, run_step, train
+from conftest import ROOT, train
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BartConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
 )
 from trl import SFTTrainer
 
-from finetuning.config.model_arguments import ModelArguments
 from finetuning.data.batches import RowPreparation, build_collator
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.checks import check_leaks, check_rows, find_leaks, normalize
 from finetuning.data.rows import TRAINING_FEATURES, find_row_format, to_training_row
-from finetuning.errors import InputError
-from finetuning.training import preflight
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.memory import Batch, Shapes, check_adapter_names, plan_memory
-from finetuning.training.model import ModelPlan, build_adapter_config
+from finetuning.training.lengths import check_positions
+from finetuning.training.preflight import TrainingRows, check_conversations, inspect
+from finetuning.training.report import preview_row, render, render_preview
 
 MODEL = str(ROOT / "demo/model")
 QUESTIONS = [
@@ -62,15 +53,8 @@ def look(tmp_path, rows, tokenizer, held_out=None, **settings):
     loss = trainer.compute_loss(trainer.model, batch).item()
     prepared = preparation.cut_and_pack(tokenized, "train")
     assert prepared["input_ids"] == trainer.train_dataset["input_ids"]  # what is checked is what is trained on
-    report, _ = preflight.inspect(
-        tokenized,
-        prepared,
-        build_collator(tokenizer, args),
-        tokenizer,
-        generation_config,
-        args,
-        held_out or {},
-    )
+    looked_at = TrainingRows(tokenized, prepared, build_collator(tokenizer, args))
+    report, _ = inspect(looked_at, tokenizer, generation_config, args, held_out or {})
     learned = batch["labels"][batch["labels"] != -100].tolist()
     return learned, loss, {finding.check: finding for finding in report.findings}, report
 
@@ -275,10 +259,10 @@ def test_the_preview_shows_every_token_and_what_is_learned(tmp_path, tokenizer):
     assert QUESTIONS[0] in text and text.endswith(ANSWERS[0] + "<|im_end|>")
     assert "".join(token for token, learned, _ in preview["tokens"] if learned) == ANSWERS[0] + "<|im_end|>"
     assert ["<|im_end|>", True, True] in preview["tokens"]
-    assert "⟦#Person1#|" in preflight.render_preview(preview, colour=False)
-    assert "\033[1;30;42m<|im_end|>\033[0m" in preflight.render_preview(preview, colour=True)
+    assert "⟦#Person1#|" in render_preview(preview, colour=False)
+    assert "\033[1;30;42m<|im_end|>\033[0m" in render_preview(preview, colour=True)
     odd = {"tokens": [["\x9b31m\x1b]0;x\x07\n\u202e\ud83d", True, False]], "gap": None, "left_out": 0}
-    assert preflight.render_preview(odd, True) == "\033[30;42m\\x9b31m\\x1b]0;x\\x07⏎\n\\u202e\\ud83d\033[0m"
+    assert render_preview(odd, True) == "\033[30;42m\\x9b31m\\x1b]0;x\\x07⏎\n\\u202e\\ud83d\033[0m"
 
 
 def conversations(first_answers=ANSWERS, **arguments) -> Dataset:
@@ -300,8 +284,8 @@ def inspected(tmp_path, rows, tokenizer, **settings):
     tokenized = preparation.tokenize(rows, "train")
     prepared = preparation.cut_and_pack(tokenized, "train")
     generation_config = GenerationConfig.from_pretrained(MODEL)
-    collator = build_collator(tokenizer, args)
-    report, per_row = preflight.inspect(tokenized, prepared, collator, tokenizer, generation_config, args, {})
+    looked_at = TrainingRows(tokenized, prepared, build_collator(tokenizer, args))
+    report, per_row = inspect(looked_at, tokenizer, generation_config, args, {})
     return {finding.check: finding for finding in report.findings}, report, per_row
 
 
@@ -310,7 +294,7 @@ def test_every_turn_that_is_learned_is_counted_and_shown(tmp_path, tokenizer, pa
     found, report, per_row = inspected(tmp_path, conversations(), tokenizer, packing=packing)
     assert (found["assistant_turns"].level, found["assistant_turns"].text) == ("ok", "2.0 a row, all learned")
     assert found["terminator"].numbers["answers"] == found["terminator"].numbers["ended"] == 8
-    shown = preflight.render_preview(report.preview[0], colour=False).replace("|", "")
+    shown = render_preview(report.preview[0], colour=False).replace("|", "")
     assert f"⟦{ANSWERS[0]}<im_end>⟧" in shown and shown.endswith(f"⟦{ANSWERS[-1]}<im_end>⟧") and shown.count("⟦") == 2
     assert per_row["answer characters"][0] == len(ANSWERS[0] + ANSWERS[-1])
     assert per_row["question characters"][0] == len(QUESTIONS[0] + "And?")
@@ -318,7 +302,7 @@ def test_every_turn_that_is_learned_is_counted_and_shown(tmp_path, tokenizer, pa
     found, report, _ = inspected(tmp_path, conversations(mask_history=True), tokenizer, packing=packing)
     assert (found["assistant_turns"].level, found["assistant_turns"].text) == ("note", "2.0 a row, 1.0 of them learned")
     assert found["terminator"].numbers["answers"] == 4
-    assert preflight.render_preview(report.preview[0], colour=False).count("⟦") == 1
+    assert render_preview(report.preview[0], colour=False).count("⟦") == 1
 
 
 def test_an_earlier_turn_without_an_end_counts_as_much_as_the_last(tmp_path):
@@ -350,9 +334,9 @@ def test_control_tokens_in_the_text_of_rows_are_named(tmp_path, tokenizer):
     assert text.startswith("2 rows (50.0 %) with control tokens in their text")
     for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>"):
         assert f"{token} (1 row)" in text
-    assert "(rows 0, 2)" in preflight.render(report, colour=False)
+    assert "(rows 0, 2)" in render(report, colour=False)
     tokenized = RowPreparation(tokenizer, TrainingArguments(output_dir=str(tmp_path))).tokenize(rows_of(), "eval")
-    assert preflight.check_conversations(tokenized, ["saw"], "in the validation split, ")[0].text.startswith(
+    assert check_conversations(tokenized, ["saw"], "in the validation split, ")[0].text.startswith(
         "in the validation split, 4 rows (100.0 %) with control tokens"
     )
 
@@ -360,100 +344,8 @@ def test_control_tokens_in_the_text_of_rows_are_named(tmp_path, tokenizer):
 def test_a_korean_character_of_several_tokens_is_shown_whole(tokenizer):
     ids = tokenizer("뷁똠", add_special_tokens=False)["input_ids"]
     assert len(ids) > 2
-    tokens = preflight.preview_row(tokenizer, ids, ids)["tokens"]
+    tokens = preview_row(tokenizer, ids, ids)["tokens"]
     assert "".join(text for text, _, _ in tokens).strip() == "뷁똠"
-
-
-# Memory
-
-SHAPES = Shapes(
-    parameters=10**9,
-    trained=10**9,
-    outside_layers=10**8,
-    num_layers=16,
-    hidden_size=2048,
-    vocab_size=128_000,
-    activations=20 * 10**9,
-)
-
-
-def memory_plan(tmp_path, monkeypatch, gigabytes, **settings):
-    monkeypatch.setattr(preflight, "available_memory", lambda *_: gigabytes * 1e9)
-    monkeypatch.setattr(preflight, "measure_shapes", lambda *_: SHAPES)
-    args = TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, max_length=2048, report_to="none", **settings
-    )
-    settings = {"revision": "main", "trust_remote_code": False, "dtype": torch.float32, "attn_implementation": "sdpa"}
-    model = ModelPlan(MODEL, settings, load_tokenizer(MODEL), [], None)
-    return preflight.check_memory(args, model, 2048, 1.0)
-
-
-def test_activations_are_recomputed_only_where_they_do_not_fit(tmp_path, monkeypatch):
-    ((finding,), plan, checkpointing) = memory_plan(tmp_path, monkeypatch, 80)
-    assert (finding.level, checkpointing) == ("ok", False)
-    assert plan["parameters"] == 4 * 10**9 and plan["optimizer"] == 8 * 10**9
-    ((finding,), _, checkpointing) = memory_plan(tmp_path, monkeypatch, 30)
-    assert (finding.level, checkpointing) == ("ok", True)
-
-
-def test_what_does_not_fit_is_refused_with_what_would(tmp_path, monkeypatch):
-    ((finding,), _, _) = memory_plan(tmp_path, monkeypatch, 22.5, activation_checkpointing="true")
-    assert finding.level == "refused"
-    assert "per_device_train_batch_size: 1 with gradient_accumulation_steps: 4" in finding.text
-    ((finding,), _, _) = memory_plan(tmp_path, monkeypatch, 30, activation_checkpointing="false")
-    assert finding.level == "refused" and "What would fit: activation_checkpointing: true" in finding.text
-    ((finding,), _, _) = memory_plan(tmp_path, monkeypatch, 10)
-    assert "use_peft: true" in finding.text
-
-
-def test_shards_share_weights_gradients_and_optimizer(tmp_path, monkeypatch):
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
-    settings = {"dtype": torch.float32}
-    whole = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    args.fsdp = True
-    shard = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
-    for part in ("parameters", "gradients", "optimizer"):
-        assert getattr(shard, part) == getattr(whole, part) / 4
-    assert shard.total < whole.total
-    args.fsdp = False
-    ddp = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
-    assert ddp.gradients == 2 * whole.gradients and ddp.parameters == whole.parameters
-
-
-def test_accumulated_gradients_are_there_all_the_time(tmp_path):
-    plans = []
-    for steps in (1, 4):
-        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", gradient_accumulation_steps=steps)
-        plans.append(plan_memory(SHAPES, Batch(1, 512, True), args, {"dtype": torch.float32}, False, None))
-    assert plans[1].total - plans[0].total > 0.5 * plans[0].gradients
-
-
-def test_the_estimate_is_within_a_fifth_of_the_measured_peak(tmp_path):
-    """On a shape large enough for the resident set to show it."""
-    config = LlamaConfig(
-        hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, vocab_size=8192,
-        tie_word_embeddings=True, max_position_embeddings=2048,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        (tmp_path / "model" / name).write_bytes((ROOT / "demo/model" / name).read_bytes())
-    train(
-        tmp_path / "run",
-        "--model_name_or_path",
-        tmp_path / "model",
-        "--max_length",
-        512,
-        "--max_steps",
-        2,
-        "--save_steps",
-        2,
-    )
-    memory = json.loads((tmp_path / "run/run.json").read_text())["memory"]
-    assert memory["estimate"]["total"] == pytest.approx(memory["measured_peak"], rel=0.2)
-
-
-# Step 1, as users run it
 
 
 def test_step_1_refuses_before_it_loads_anything_and_says_why(tmp_path):
@@ -470,16 +362,6 @@ def test_step_1_refuses_before_it_loads_anything_and_says_why(tmp_path):
     assert "finished" in allowed.stdout
     findings = {f["check"]: f for f in json.loads((tmp_path / "run" / "preflight.json").read_text())["findings"]}
     assert findings["terminator"]["level"] == "allowed"
-
-
-def test_a_model_of_another_kind_is_refused_before_anything_is_tokenised(tmp_path):
-    model = shutil.copytree(MODEL, tmp_path / "model")
-    BartConfig(d_model=8, vocab_size=1000, architectures=["BartForConditionalGeneration"]).save_pretrained(model)
-    given = ["--config", CONFIG, *SMALL, "--output_dir", tmp_path / "run", "--model_name_or_path", model]
-    status, printed = run_step(TRAIN, tmp_path / "printed", *given)
-    assert (
-        status == 2 and printed.startswith(f"error: {model} is an encoder-decoder model") and printed.count("\n") == 1
-    )
 
 
 def test_preflight_only_writes_its_report_and_trains_nothing(tmp_path):
@@ -500,184 +382,12 @@ def test_a_refused_overwrite_leaves_the_run_as_it_was(copy_of_run, tmp_path):
     assert (copy_of_run / "checkpoint-10" / "model.safetensors").is_file()
 
 
-def test_an_overwrite_that_cannot_load_its_model_leaves_the_run_as_it_was(copy_of_run, tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in (ROOT / "demo/model").iterdir():
-        (model / file.name).write_bytes(b"no weights" if file.suffix == ".safetensors" else file.read_bytes())
-    result = train(copy_of_run, "--overwrite", "true", "--model_name_or_path", model, check=False)
-    assert result.returncode != 0
-    assert (copy_of_run / "checkpoint-10" / "model.safetensors").is_file() and (copy_of_run / "run.json").is_file()
-
-
 def test_preflight_only_changes_nothing_in_a_run(copy_of_run):
     (copy_of_run / "checkpoint-10" / "INCOMPLETE").touch()
     before = {f: f.read_bytes() for f in copy_of_run.rglob("*") if f.is_file()}
     result = train(copy_of_run, "--per_device_train_batch_size", 4, "--preflight_only", "true")
     assert "nothing is written, the folder holds a run" in result.stdout
     assert {f: f.read_bytes() for f in copy_of_run.rglob("*") if f.is_file()} == before
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("--allow", "leakge"), "allow: leakge is none of the checks that refuse"),
-        (("--pad_token", "<|nope|>"), "pad_token: <|nope|> is not in the vocabulary"),
-        (("--use_peft", "true", "--lora_target_modules", "nope"), "lora_target_modules: "),
-        (("--lora_r", 64), "lora_r has no effect without use_peft: true"),
-        (("--model_init_kwargs", '{"token": "x"}'), "model_init_kwargs is not used here"),
-        (("--assistant_only_loss", "true"), "assistant_only_loss: the chat template does not mark answers"),
-        (("--attn_implementation", "flash_attention_9"), "attn_implementation: flash_attention_9 is none of"),
-    ],
-)
-def test_what_the_libraries_would_trip_over_is_one_line(tmp_path, arguments, message):
-    given = ["--config", CONFIG, *SMALL, "--output_dir", tmp_path / "run", *arguments]
-    status, printed = run_step(TRAIN, tmp_path / "printed", *given)
-    assert status == 2 and "Traceback" not in printed
-    assert printed.count("error: ") == 1 and message in printed
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_estimate_stands_beside_the_measured_peak(fsdp_run):
-    memory = json.loads((fsdp_run / "run.json").read_text())["memory"]
-    assert memory["estimate"]["total"] > 0 and memory["measured_peak"] > 0
-    assert memory["estimate"]["parameters"] == pytest.approx(4 * 1_151_744 / 2)
-
-
-def test_new_tokens_are_trained_saved_merged_and_shown(tmp_path):
-    """Under LoRA and FSDP, which both would leave them untrained or lose them; the run goes on in one process."""
-    data = tmp_path / "data"
-    data.mkdir()
-    rows = json.loads((ROOT / "demo/data/train_dataset.json").read_text())[:120]
-    for row in rows:
-        row["messages"][-1]["content"] = "#Topic# " + row["messages"][-1]["content"]
-        row["messages"][-2]["content"] += "\n#Person1#: Call 010-1234-5678."
-    (data / "train.json").write_text(json.dumps(rows[:100]))
-    (data / "test.json").write_text(json.dumps(rows[100:]))
-    settings = ["--config", "recipes/lora.yaml", *SMALL, "--max_length", 192, "--dataset_name", data, "--mask_pii", "true",
-                "--special_tokens", "#Topic#", "--output_dir", tmp_path / "run"]  # fmt: skip
-    script = "1_train_full_fine_tuning.py"
-    printed = run(
-        command(script, *settings, "--fsdp", "true", "--per_device_train_batch_size", 1, num_processes=2)
-    ).stdout
-    assert "special_tokens: in the rows: #Topic# 100" in printed and "#PhoneNumber# 100" in printed
-    tokenizer = load_tokenizer(str(tmp_path / "run/checkpoint-10"))
-    topic, phone, unused = tokenizer.convert_tokens_to_ids(["#Topic#", "#PhoneNumber#", "#SSN#"])
-    run(command("2_merge_lora.py", "--output_dir", tmp_path / "run"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-10-merged", dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).get_input_embeddings().weight
-    embeddings = merged.get_input_embeddings().weight
-    moved = (embeddings[[topic, phone, unused]] - base.mean(dim=0)).abs().amax(dim=1)
-    assert moved[0] > 0.01 and moved[1] > 0.01, moved
-    run(command("3_test.py", "--output_dir", tmp_path / "run", "--model_name", "checkpoint-10*", "--num_samples", 4))
-    predictions = (tmp_path / "run/predictions/checkpoint-10.jsonl").read_text().splitlines()
-    assert all("#PhoneNumber#" in json.loads(line)["messages"][-1]["content"] for line in predictions)
-    assert all("#Topic#" in json.loads(line)["references"][0] for line in predictions)
-    (tmp_path / "run/checkpoint-10/INCOMPLETE").touch()
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    (tmp_path / "run/run.json").write_text(json.dumps({**record, "finished": None}))
-    resumed = run(command(script, *settings)).stdout
-    assert "going on from" in resumed and "checkpoint-5" in resumed and "finished" in resumed
-
-
-OLD_YAML = """
-# as tutorials for trl 0.8 and transformers 4.44 write it
-model_id: demo/model
-dataset_path: demo/data
-max_seq_length: 160
-torch_dtype: bfloat16
-bf16: true
-tf32: true
-optim: adamw_torch_fused
-learning_rate: 2e-4
-lr_scheduler_type: constant
-max_steps: 4
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 1
-gradient_checkpointing: true
-gradient_checkpointing_kwargs: {use_reentrant: false}
-evaluation_strategy: epoch
-save_strategy: epoch
-logging_steps: 1
-logging_dir: logs
-max_grad_norm: 0.3
-warmup_ratio: 0.03
-group_by_length: true
-overwrite_output_dir: true
-report_to: tensorboard
-fsdp: "full_shard auto_wrap offload"
-fsdp_config:
-  backward_prefetch: "backward_pre"
-  forward_prefetch: "false"
-  use_orig_params: "false"
-"""
-
-
-def test_a_yaml_for_trl_0_8_trains_as_it_is(tmp_path):
-    config = tmp_path / "old.yaml"
-    config.write_text(OLD_YAML + f"output_dir: {tmp_path}/run\n")
-    result = run(command("1_train_full_fine_tuning.py", "--config", config, num_processes=2))
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    assert record["parallelism"]["kind"] == "fsdp2" and record["finished"]
-    assert record["config"]["activation_checkpointing"] == "true" and record["config"]["gradient_checkpointing"]
-    assert record["config"]["warmup_steps"] == 0.03 and record["config"]["max_length"] == 160
-    for said in (
-        "model_id: is called model_name_or_path now", "max_seq_length: is called max_length now",
-        "warmup_ratio: is read as warmup_steps: 0.03", "overwrite_output_dir: has no effect any more",
-        "fsdp: is read as fsdp: true", "tf32: off, this machine has no GPU", "bf16: off, training on the CPU in float32",
-        "report_to: without tensorboard, which is not installed", "dtype: float32, this machine does not compute",
-    ):  # fmt: skip
-        assert result.stdout.count(said) == 1, said
-
-
-def test_print_config_says_where_every_value_came_from(tmp_path):
-    base, config = tmp_path / "base.yaml", tmp_path / "sub" / "mine.yaml"
-    config.parent.mkdir()
-    base.write_text("model_name_or_path: /no/such/model\nmax_length: 256\nlearning_rate: 1e-4\n")
-    config.write_text(
-        f"base: ../base.yaml\ndataset_name: /no/such/data\nmax_seq_length: 512\ntf32: true\noutput_dir: {tmp_path}/run\n"
-    )
-    arguments = ["--config", config, "--learning_rate", "3e-4", "--print_config", "true"]
-    lines = run(command("1_train_full_fine_tuning.py", *arguments)).stdout.splitlines()
-    shown = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
-    assert shown["learning_rate"] == "0.0003 command line"
-    assert shown["model_name_or_path"] == f"/no/such/model {config.parent}/../base.yaml:1"
-    assert shown["max_length"] == f"512 {config}:3, written as max_seq_length: 512"
-    assert shown["tf32"] == f"null hardware: off, this machine has no GPU that can; {config}:4 says true"
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_secret_under_another_key_is_refused_and_not_printed(tmp_path):
-    secret = "hf_" + "a" * 34
-    refused = train(tmp_path / "other", "--run_name", secret, check=False)
-    assert refused.returncode == 2 and "run_name" in refused.stderr and secret not in refused.stderr + refused.stdout
-
-
-@pytest.mark.parametrize(
-    "settings, said",
-    [
-        ({"warmup_steps": 9}, "warmup_steps: 9 is all of the 4 steps, so learning_rate is never reached"),
-        ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, "warmup_steps: 2 has no effect with lr_scheduler_type"),
-        ({"gradient_accumulation_steps": 50}, "a step is to take 100 sequences and there are 10, so it takes fewer"),
-        ({"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 9}, "longer than the run, so nothing is evaluated"),
-        ({"warmup_steps": 2}, None),
-    ],
-)
-def test_what_never_comes_within_the_steps_of_the_run_is_said(tmp_path, settings, said):
-    args = TrainingArguments(
-        output_dir=str(tmp_path), report_to="none", max_steps=4, per_device_train_batch_size=2, **settings
-    )
-    prepared = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 10})
-    findings = preflight.check_schedule(preflight.plan_training(prepared, 10, args), len(prepared), args)
-    assert [said in finding.text for finding in findings] == ([] if said is None else [True])
-
-
-def test_a_batch_that_is_never_full_is_refused_where_the_last_one_is_dropped(tmp_path):
-    args = TrainingArguments(
-        output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=16, dataloader_drop_last=True
-    )
-    with pytest.raises(InputError, match="the 10 sequences do not fill one batch of 16, so nothing would be trained"):
-        preflight.plan_training(Dataset.from_dict({"input_ids": [[1]] * 10}), 10, args)
 
 
 @pytest.mark.parametrize(
@@ -693,7 +403,7 @@ def test_rows_longer_than_the_model_has_positions_are_said(tmp_path, config, set
     def check(length: int) -> list[str]:
         max_length = length if settings else 1024  # alone, it is no length of a sequence
         args = TrainingArguments(output_dir=str(tmp_path), report_to="none", max_length=max_length, **settings)
-        return [finding.level for finding in preflight.check_positions(config, length, args)]
+        return [finding.level for finding in check_positions(config, length, args)]
 
     assert (check(longest), check(longest + 1)) == ([], [level])
 
@@ -702,45 +412,3 @@ def test_rows_longer_than_the_model_has_positions_are_said(tmp_path, config, set
 def test_a_row_without_anything_to_read_is_empty(text):
     assert "empty_rows" in [f.check for f in check_rows(["a question"], [text])]
     assert "empty_rows" not in [f.check for f in check_rows(["a question"], [text + "👨‍👩‍👧"])]
-
-
-@pytest.mark.parametrize(
-    "key, names",
-    [
-        ("target_modules", ["q_proj", "q_porj"]),
-        ("modules_to_save", ["embd_tokens"]),
-        ("target_parameters", ["a.weight"]),
-    ],
-)
-def test_a_name_that_an_adapter_would_leave_out_in_silence_is_refused(key, names):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL))
-    check_adapter_names(model, LoraConfig(target_modules=["v_proj", "self_attn.k_proj"], modules_to_save=["lm_head"]))
-    with pytest.raises(InputError, match=f"lora_{key}: {names[-1]} is nowhere in the model"):
-        check_adapter_names(model, LoraConfig(**{"target_modules": ["v_proj"], key: names}))
-
-
-@pytest.mark.parametrize("trained, tied", [(["embed_tokens"], True), (["lm_head"], True), (["q_proj"], False)])
-def test_tied_embeddings_stay_tied_under_an_adapter(trained, tied):
-    args = ModelArguments(model_name_or_path=MODEL, use_peft=True, lora_target_modules=["v_proj"], lora_modules_to_save=trained)  # fmt: skip
-    assert build_adapter_config(args, [], revision="main", trust_remote_code=False).ensure_weight_tying == tied
-
-
-def test_training_ends_where_the_loss_is_no_number(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    model.save_pretrained(tmp_path / "model")
-    load_tokenizer(MODEL).save_pretrained(tmp_path / "model")
-    arguments = [
-        "--config",
-        CONFIG,
-        *SMALL,
-        "--model_name_or_path",
-        tmp_path / "model",
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    status, printed = run_step(TRAIN, tmp_path / "printed", *arguments)
-    assert status == 2 and "Traceback" not in printed and "step 1: loss is nan" in printed, printed
-    assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -10,9 +10,13 @@ import time
 
 import pytest
 import torch
-from conftest import CONFIG, FSDP, ROOT, SMALL, command, kill_all, read_losses, run, train
+from conftest import CONFIG, FSDP, ROOT, SMALL, TRAIN, command, kill_all, read_losses, run, run_step, train
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, GenerationConfig
+
+from finetuning.data.chat import load_tokenizer
+
+MODEL = str(ROOT / "demo/model")
 
 
 def test_parameters_are_really_sharded_without_a_gpu(fsdp_run):
@@ -198,3 +202,172 @@ def test_ranks_agree_on_who_loads_the_weights_and_save_all_of_them(tmp_path, fsd
     assert not (checkpoint / "INCOMPLETE").exists()
     assert AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)[1]["missing_keys"] == set()
     assert read_losses(tmp_path / "run")[1] == pytest.approx(read_losses(fsdp_run)[1], abs=1e-4)
+
+
+def test_a_model_of_another_kind_is_refused_before_anything_is_tokenised(tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    BartConfig(d_model=8, vocab_size=1000, architectures=["BartForConditionalGeneration"]).save_pretrained(model)
+    given = ["--config", CONFIG, *SMALL, "--output_dir", tmp_path / "run", "--model_name_or_path", model]
+    status, printed = run_step(TRAIN, tmp_path / "printed", *given)
+    assert (
+        status == 2 and printed.startswith(f"error: {model} is an encoder-decoder model") and printed.count("\n") == 1
+    )
+
+
+def test_an_overwrite_that_cannot_load_its_model_leaves_the_run_as_it_was(copy_of_run, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (ROOT / "demo/model").iterdir():
+        (model / file.name).write_bytes(b"no weights" if file.suffix == ".safetensors" else file.read_bytes())
+    result = train(copy_of_run, "--overwrite", "true", "--model_name_or_path", model, check=False)
+    assert result.returncode != 0
+    assert (copy_of_run / "checkpoint-10" / "model.safetensors").is_file() and (copy_of_run / "run.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--allow", "leakge"), "allow: leakge is none of the checks that refuse"),
+        (("--pad_token", "<|nope|>"), "pad_token: <|nope|> is not in the vocabulary"),
+        (("--use_peft", "true", "--lora_target_modules", "nope"), "lora_target_modules: "),
+        (("--lora_r", 64), "lora_r has no effect without use_peft: true"),
+        (("--model_init_kwargs", '{"token": "x"}'), "model_init_kwargs is not used here"),
+        (("--assistant_only_loss", "true"), "assistant_only_loss: the chat template does not mark answers"),
+        (("--attn_implementation", "flash_attention_9"), "attn_implementation: flash_attention_9 is none of"),
+    ],
+)
+def test_what_the_libraries_would_trip_over_is_one_line(tmp_path, arguments, message):
+    given = ["--config", CONFIG, *SMALL, "--output_dir", tmp_path / "run", *arguments]
+    status, printed = run_step(TRAIN, tmp_path / "printed", *given)
+    assert status == 2 and "Traceback" not in printed
+    assert printed.count("error: ") == 1 and message in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_new_tokens_are_trained_saved_merged_and_shown(tmp_path):
+    """Under LoRA and FSDP, which both would leave them untrained or lose them; the run goes on in one process."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = json.loads((ROOT / "demo/data/train_dataset.json").read_text())[:120]
+    for row in rows:
+        row["messages"][-1]["content"] = "#Topic# " + row["messages"][-1]["content"]
+        row["messages"][-2]["content"] += "\n#Person1#: Call 010-1234-5678."
+    (data / "train.json").write_text(json.dumps(rows[:100]))
+    (data / "test.json").write_text(json.dumps(rows[100:]))
+    settings = ["--config", "recipes/lora.yaml", *SMALL, "--max_length", 192, "--dataset_name", data, "--mask_pii", "true",
+                "--special_tokens", "#Topic#", "--output_dir", tmp_path / "run"]  # fmt: skip
+    script = "1_train_full_fine_tuning.py"
+    printed = run(
+        command(script, *settings, "--fsdp", "true", "--per_device_train_batch_size", 1, num_processes=2)
+    ).stdout
+    assert "special_tokens: in the rows: #Topic# 100" in printed and "#PhoneNumber# 100" in printed
+    tokenizer = load_tokenizer(str(tmp_path / "run/checkpoint-10"))
+    topic, phone, unused = tokenizer.convert_tokens_to_ids(["#Topic#", "#PhoneNumber#", "#SSN#"])
+    run(command("2_merge_lora.py", "--output_dir", tmp_path / "run"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-10-merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).get_input_embeddings().weight
+    embeddings = merged.get_input_embeddings().weight
+    moved = (embeddings[[topic, phone, unused]] - base.mean(dim=0)).abs().amax(dim=1)
+    assert moved[0] > 0.01 and moved[1] > 0.01, moved
+    run(command("3_test.py", "--output_dir", tmp_path / "run", "--model_name", "checkpoint-10*", "--num_samples", 4))
+    predictions = (tmp_path / "run/predictions/checkpoint-10.jsonl").read_text().splitlines()
+    assert all("#PhoneNumber#" in json.loads(line)["messages"][-1]["content"] for line in predictions)
+    assert all("#Topic#" in json.loads(line)["references"][0] for line in predictions)
+    (tmp_path / "run/checkpoint-10/INCOMPLETE").touch()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps({**record, "finished": None}))
+    resumed = run(command(script, *settings)).stdout
+    assert "going on from" in resumed and "checkpoint-5" in resumed and "finished" in resumed
+
+
+OLD_YAML = """
+# as tutorials for trl 0.8 and transformers 4.44 write it
+model_id: demo/model
+dataset_path: demo/data
+max_seq_length: 160
+torch_dtype: bfloat16
+bf16: true
+tf32: true
+optim: adamw_torch_fused
+learning_rate: 2e-4
+lr_scheduler_type: constant
+max_steps: 4
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 1
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+evaluation_strategy: epoch
+save_strategy: epoch
+logging_steps: 1
+logging_dir: logs
+max_grad_norm: 0.3
+warmup_ratio: 0.03
+group_by_length: true
+overwrite_output_dir: true
+report_to: tensorboard
+fsdp: "full_shard auto_wrap offload"
+fsdp_config:
+  backward_prefetch: "backward_pre"
+  forward_prefetch: "false"
+  use_orig_params: "false"
+"""
+
+
+def test_a_yaml_for_trl_0_8_trains_as_it_is(tmp_path):
+    config = tmp_path / "old.yaml"
+    config.write_text(OLD_YAML + f"output_dir: {tmp_path}/run\n")
+    result = run(command("1_train_full_fine_tuning.py", "--config", config, num_processes=2))
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["parallelism"]["kind"] == "fsdp2" and record["finished"]
+    assert record["config"]["activation_checkpointing"] == "true" and record["config"]["gradient_checkpointing"]
+    assert record["config"]["warmup_steps"] == 0.03 and record["config"]["max_length"] == 160
+    for said in (
+        "model_id: is called model_name_or_path now", "max_seq_length: is called max_length now",
+        "warmup_ratio: is read as warmup_steps: 0.03", "overwrite_output_dir: has no effect any more",
+        "fsdp: is read as fsdp: true", "tf32: off, this machine has no GPU", "bf16: off, training on the CPU in float32",
+        "report_to: without tensorboard, which is not installed", "dtype: float32, this machine does not compute",
+    ):  # fmt: skip
+        assert result.stdout.count(said) == 1, said
+
+
+def test_print_config_says_where_every_value_came_from(tmp_path):
+    base, config = tmp_path / "base.yaml", tmp_path / "sub" / "mine.yaml"
+    config.parent.mkdir()
+    base.write_text("model_name_or_path: /no/such/model\nmax_length: 256\nlearning_rate: 1e-4\n")
+    config.write_text(
+        f"base: ../base.yaml\ndataset_name: /no/such/data\nmax_seq_length: 512\ntf32: true\noutput_dir: {tmp_path}/run\n"
+    )
+    arguments = ["--config", config, "--learning_rate", "3e-4", "--print_config", "true"]
+    lines = run(command("1_train_full_fine_tuning.py", *arguments)).stdout.splitlines()
+    shown = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert shown["learning_rate"] == "0.0003 command line"
+    assert shown["model_name_or_path"] == f"/no/such/model {config.parent}/../base.yaml:1"
+    assert shown["max_length"] == f"512 {config}:3, written as max_seq_length: 512"
+    assert shown["tf32"] == f"null hardware: off, this machine has no GPU that can; {config}:4 says true"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_secret_under_another_key_is_refused_and_not_printed(tmp_path):
+    secret = "hf_" + "a" * 34
+    refused = train(tmp_path / "other", "--run_name", secret, check=False)
+    assert refused.returncode == 2 and "run_name" in refused.stderr and secret not in refused.stderr + refused.stdout
+
+
+def test_training_ends_where_the_loss_is_no_number(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(MODEL).save_pretrained(tmp_path / "model")
+    arguments = [
+        "--config",
+        CONFIG,
+        *SMALL,
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    status, printed = run_step(TRAIN, tmp_path / "printed", *arguments)
+    assert status == 2 and "Traceback" not in printed and "step 1: loss is nan" in printed, printed
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

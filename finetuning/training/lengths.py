@@ -1,0 +1,113 @@
+"""
+How long questions, answers and rows are, and what becomes of those that are longer than max_length or than the model can read.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from finetuning.data.batches import IGNORED
+from finetuning.data.checks import Finding
+from finetuning.training.arguments import TrainingArguments
+
+PERCENTILES = (50, 90, 95, 99, 100)
+
+
+def percent(share: float) -> str:
+    return "100 %" if share == 1 else f"{share:.1%}".replace("%", " %")
+
+
+def conversations_of(tokenized: Dataset) -> Iterator[tuple[list[dict], list[dict], list[int]]]:
+    """Prompt and completion of each row, and the places in both together of the messages that are learned."""
+    if "learned" in tokenized.column_names:
+        return zip(tokenized["prompt"], tokenized["completion"], tokenized["learned"], strict=True)
+    return ((p, c, [len(p)]) for p, c in zip(tokenized["prompt"], tokenized["completion"], strict=True))
+
+
+def learned_texts(prompt: list[dict], completion: list[dict], learned: list[int]) -> list[str]:
+    """The answers of a row that are learned; where there are none, the last one."""
+    messages = [*prompt, *completion]
+    return [messages[place]["content"] for place in learned or [len(messages) - 1]]
+
+
+def measure_lengths(
+    tokenized: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Lengths of questions and answers before anything is cut.
+
+    Returns:
+        Percentiles for the report, and per row: characters and tokens of both (of a question, all that is not learned),
+        tokens of the whole, and the place of the first one that is learned.
+    """
+    rows = tokenized.with_format("arrow")[:]
+    totals = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
+    labels = rows["labels"].combine_chunks()
+    starts, is_learned = labels.offsets.to_numpy()[:-1], labels.flatten().to_numpy() != IGNORED
+    learned = np.add.reduceat(is_learned, starts).astype(int)
+    places = np.arange(len(is_learned)) - np.repeat(starts, totals)
+    first_learned = np.minimum.reduceat(np.where(is_learned, places, len(places)), starts)
+    if (learned == totals).any():  # the loss is on the question too, so labels do not tell where it ends
+        prompts = tokenized["prompt"]
+        questions = [len(tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"]) for p in prompts]
+        first_learned = np.minimum(questions, totals)
+        learned = totals - first_learned
+    said = [learned_texts(*row) for row in conversations_of(tokenized)]
+    whole = [sum(len(m["content"]) for m in [*prompt, *answer]) for prompt, answer, _ in conversations_of(tokenized)]
+    answer_characters = np.array([sum(map(len, texts)) for texts in said])
+    per_row = {
+        "question characters": np.array(whole) - answer_characters,
+        "answer characters": answer_characters,
+        "question tokens": totals - learned,
+        "answer tokens": learned,
+        "row tokens": totals,
+    }
+    report: dict = {}
+    for name, values in per_row.items():
+        report[name] = {f"p{p}": int(np.percentile(values, p, method="higher")) for p in PERCENTILES}
+        report[name]["mean"] = round(float(values.mean()), 1)
+    # the smallest limit that cuts less than 1 % of the rows
+    report["max_length_for_99_percent"] = int(np.sort(totals)[math.floor(0.99 * len(totals))])
+    report["max_length"] = max_length
+    return report, {**per_row, "first learned token": first_learned}
+
+
+def check_lengths(lengths: dict, per_row: dict[str, np.ndarray], args: TrainingArguments) -> list[Finding]:
+    """Rows longer than max_length, and what becomes of them."""
+    totals, max_length = per_row["row tokens"], args.max_length
+    if max_length is None or totals.max() <= max_length:
+        return [Finding("truncation", "ok", f"no row is cut; the longest has {totals.max()} tokens")]
+    cut = np.flatnonzero(totals > max_length)
+    which = f"{len(cut)} of {len(totals)} rows ({percent(len(cut) / len(totals))})"
+    if args.packing and args.packing_strategy != "bfd":
+        text = f"max_length: {max_length} splits {which} into several sequences"
+        return [Finding("truncation", "note", text, cut.tolist())]
+    if args.truncation_mode == "keep_end":
+        text = f"max_length: {max_length} cuts the beginning of {which}, system message and question first"
+        return [Finding("truncation", "warning", text, cut.tolist(), {"cut": len(cut)})]
+    enough = lengths["max_length_for_99_percent"]
+    lost = np.flatnonzero(per_row["first learned token"] >= max_length)
+    text = f"max_length: {max_length} cuts {which}: their answers lose the end"
+    text += f", {len(lost)} of them all" if len(lost) else ""
+    text += f"; {enough} would cut less than 1 %" if enough > max_length else ""
+    return [Finding("truncation", "warning", text, cut.tolist(), {"cut": len(cut), "answers_lost": len(lost)})]
+
+
+def check_positions(config: PreTrainedConfig, longest_row: int, args: TrainingArguments) -> list[Finding]:
+    """Whether the model has a position for every token of a row; rows that are packed each begin at the first one."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if rope and rope.get("factor") and rope.get("original_max_position_embeddings"):
+        positions = max(positions, rope["factor"] * rope["original_max_position_embeddings"])
+    length = args.max_length if args.packing and args.packing_strategy == "wrapped" else longest_row
+    if length <= positions:
+        return []
+    effect = "it has never seen what lies behind" if rope else "what lies behind has no embedding"
+    text = (
+        f"sequences have up to {length} tokens, and the model positions for {positions:g} (max_position_embeddings); "
+        f"{effect}: set max_length: {positions:g}"
+    )
+    return [Finding("positions", "warning" if rope else "refused", text)]

@@ -1,0 +1,112 @@
+"""
+What preflight found: as preflight.json, and as one screen.
+"""
+
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from finetuning.data.batches import IGNORED
+from finetuning.data.checks import Finding
+from finetuning.errors import make_folder, to_line, to_plain
+from finetuning.runs import PREFLIGHT_FILE, write_json
+from finetuning.training.lengths import PERCENTILES
+from finetuning.training.plan import describe_plan
+
+LEVELS = {"refused": "1;31", "allowed": "33", "warning": "33", "note": "36", "ok": "32"}  # in their order, with colours
+
+
+@dataclass
+class Report:
+    """Everything that preflight found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    lengths: dict = field(default_factory=dict)
+    plan: dict = field(default_factory=dict)
+    memory: dict = field(default_factory=dict)
+    preview: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def refused(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == "refused"]
+
+    def allow(self, names: list[str]) -> None:
+        for finding in self.findings:
+            if finding.level == "refused" and finding.check in names:
+                finding.level = "allowed"
+
+    def save(self, run: Path) -> None:
+        make_folder(run)
+        content = asdict(self)
+        for finding in content["findings"]:
+            finding["rows"] = finding["rows"][:100]
+        write_json(run / PREFLIGHT_FILE, content)
+
+
+def preview_row(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], num_tokens: int = 160) -> dict:
+    """The tokens of a row with what is learned of them; a long one without its middle.
+
+    Returns:
+        {"tokens": [[text, learned, special], ...], "left_out": number of tokens}. Bytes of one character are one token.
+    """
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    tokens: list[list] = []
+    pending: list[int] = []
+    for place, (token_id, label) in enumerate(zip(ids, labels, strict=True)):
+        pending.append(token_id)
+        text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and len(pending) < 4 and place + 1 < len(ids):
+            continue
+        tokens.append([text, label != IGNORED, token_id in special])
+        pending = []
+    left_out, head = max(0, len(tokens) - num_tokens), num_tokens // 4
+    if left_out:
+        tokens = [*tokens[:head], *tokens[head + left_out :]]
+    return {"tokens": tokens, "left_out": left_out, "gap": head if left_out else None}
+
+
+def render_preview(preview: dict, colour: bool) -> str:
+    """The row for a terminal: learned tokens green, or between ⟦ and ⟧ where there is no colour; | between tokens."""
+    pieces = []
+    inside = False
+    for place, (text, learned, special) in enumerate(preview["tokens"]):
+        if place == preview["gap"]:
+            pieces.append(f" … {preview['left_out']} tokens … ")
+        shown = to_plain(text).replace("\n", "⏎\n")  # in colour no PlainOutput does this
+        if colour:
+            style = ("1;" if special else "") + ("30;42" if learned else "2")
+            pieces.append(f"\033[{style}m{shown}\033[0m")
+        elif learned == inside:
+            pieces.append(("|" if place else "") + shown)
+        else:
+            pieces.append(("⟦" if learned else "⟧") + shown)
+        inside = learned
+    return ("\033[2m|\033[0m" if colour else "").join(pieces) + ("⟧" if inside and not colour else "")
+
+
+def use_colour() -> bool:
+    """Colours for a terminal, unless NO_COLOR is set (no-color.org)."""
+    return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+
+
+def render(report: Report, colour: bool) -> str:
+    """The report as one screen."""
+    lines = []
+    where = "in green" if colour else "between ⟦ and ⟧"
+    for preview in report.preview:
+        lines += [f"row {preview['row']}, what is learned {where}:", render_preview(preview, colour), ""]
+    lines.append("lengths in tokens     " + "".join(f"{f'p{p}':>7}" for p in PERCENTILES))
+    for name in ("question", "answer", "row"):
+        values = report.lengths[f"{name} tokens"]
+        lines.append(f"  {name:<20}" + "".join(f"{values[f'p{p}']:>7}" for p in PERCENTILES))
+    lines.append("checks")
+    for finding in sorted(report.findings, key=lambda finding: list(LEVELS).index(finding.level)):
+        rows = ", ".join(str(row) for row in finding.rows[:8]) + (", ..." if len(finding.rows) > 8 else "")
+        level = f"\033[{LEVELS[finding.level]}m{finding.level:<8}\033[0m" if colour else f"{finding.level:<8}"
+        lines.append(f"  {level} {finding.check}: {to_line(finding.text)}" + (f" (rows {rows})" if rows else ""))
+    lines.append(f"plan: {to_line(describe_plan(report.plan))}")
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""The memory that training needs: as it is estimated, and beside the measured peak."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, train
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from finetuning.data.chat import load_tokenizer
+from finetuning.training import memory
+from finetuning.training.arguments import TrainingArguments
+from finetuning.training.memory import plan_memory
+from finetuning.training.model import ModelPlan
+from finetuning.training.shapes import Batch, Shapes
+
+MODEL = str(ROOT / "demo/model")
+
+
+SHAPES = Shapes(
+    parameters=10**9,
+    trained=10**9,
+    outside_layers=10**8,
+    num_layers=16,
+    hidden_size=2048,
+    vocab_size=128_000,
+    activations=20 * 10**9,
+)
+
+
+def memory_plan(tmp_path, monkeypatch, gigabytes, **settings):
+    monkeypatch.setattr(memory, "available_memory", lambda *_: gigabytes * 1e9)
+    monkeypatch.setattr(memory, "measure_shapes", lambda *_: SHAPES)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_length=2048, report_to="none", **settings
+    )
+    settings = {"revision": "main", "trust_remote_code": False, "dtype": torch.float32, "attn_implementation": "sdpa"}
+    model = ModelPlan(MODEL, settings, load_tokenizer(MODEL), [], None)
+    return memory.check_memory(args, model, 2048, 1.0)
+
+
+def test_activations_are_recomputed_only_where_they_do_not_fit(tmp_path, monkeypatch):
+    finding, plan, checkpointing = memory_plan(tmp_path, monkeypatch, 80)
+    assert (finding.level, checkpointing) == ("ok", False)
+    assert plan["parameters"] == 4 * 10**9 and plan["optimizer"] == 8 * 10**9
+    finding, _, checkpointing = memory_plan(tmp_path, monkeypatch, 30)
+    assert (finding.level, checkpointing) == ("ok", True)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path, monkeypatch):
+    finding, _, _ = memory_plan(tmp_path, monkeypatch, 22.5, activation_checkpointing="true")
+    assert finding.level == "refused"
+    assert "per_device_train_batch_size: 1 with gradient_accumulation_steps: 4" in finding.text
+    finding, _, _ = memory_plan(tmp_path, monkeypatch, 30, activation_checkpointing="false")
+    assert finding.level == "refused" and "What would fit: activation_checkpointing: true" in finding.text
+    finding, _, _ = memory_plan(tmp_path, monkeypatch, 10)
+    assert "use_peft: true" in finding.text
+
+
+def test_shards_share_weights_gradients_and_optimizer(tmp_path, monkeypatch):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    settings = {"dtype": torch.float32}
+    whole = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    args.fsdp = True
+    shard = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
+    for part in ("parameters", "gradients", "optimizer"):
+        assert getattr(shard, part) == getattr(whole, part) / 4
+    assert shard.total < whole.total
+    args.fsdp = False
+    ddp = plan_memory(SHAPES, Batch(1, 512, True), args, settings, False, None)
+    assert ddp.gradients == 2 * whole.gradients and ddp.parameters == whole.parameters
+
+
+def test_accumulated_gradients_are_there_all_the_time(tmp_path):
+    plans = []
+    for steps in (1, 4):
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", gradient_accumulation_steps=steps)
+        plans.append(plan_memory(SHAPES, Batch(1, 512, True), args, {"dtype": torch.float32}, False, None))
+    assert plans[1].total - plans[0].total > 0.5 * plans[0].gradients
+
+
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(tmp_path):
+    """On a shape large enough for the resident set to show it."""
+    config = LlamaConfig(
+        hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, vocab_size=8192,
+        tie_word_embeddings=True, max_position_embeddings=2048,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (tmp_path / "model" / name).write_bytes((ROOT / "demo/model" / name).read_bytes())
+    train(
+        tmp_path / "run",
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--max_length",
+        512,
+        "--max_steps",
+        2,
+        "--save_steps",
+        2,
+    )
+    memory = json.loads((tmp_path / "run/run.json").read_text())["memory"]
+    assert memory["estimate"]["total"] == pytest.approx(memory["measured_peak"], rel=0.2)
+
+
+def test_the_estimate_stands_beside_the_measured_peak(fsdp_run):
+    memory = json.loads((fsdp_run / "run.json").read_text())["memory"]
+    assert memory["estimate"]["total"] > 0 and memory["measured_peak"] > 0
+    assert memory["estimate"]["parameters"] == pytest.approx(4 * 1_151_744 / 2)
