@@ -16,7 +16,6 @@ A run that cannot learn, never stops or does not fit is refused before its first
 Stop it (SIGTERM saves a checkpoint first) or kill it at any time: the same command goes on from the last checkpoint.
 """
 
-import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -29,13 +28,10 @@ from finetuning.ranks import is_main_process, print_main
 
 quiet_libraries()
 
-from transformers import ProgressCallback
-
-from finetuning.data.batches import RowPreparation
 from finetuning.data.rows import load_training_rows, tokens_to_add
 from finetuning.runs import EDA, RUN_FILE
 from finetuning.training.arguments import TrainingArguments, fit_to_hardware
-from finetuning.training.callbacks import LineProgress, RecordShares, SaveOnTermination, prepare_wandb
+from finetuning.training.callbacks import RecordShares, SaveOnTermination, prepare_wandb, show_lines
 from finetuning.training.checkpoints import check_resumable
 from finetuning.training.collective import on_main_process
 from finetuning.training.memory import MemoryPeak
@@ -48,7 +44,7 @@ from finetuning.training.model import (
     prepare_tokenizer,
     print_hardware,
 )
-from finetuning.training.preflight import run_preflight
+from finetuning.training.preflight import prepare_rows, run_preflight
 from finetuning.training.records import build_record, delete_run, now, open_run, save_record
 from finetuning.training.trainer import ResumableSFTTrainer
 
@@ -63,26 +59,22 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     tokenizer, new_ids = prepare_tokenizer(name, training_args, tokens_to_add(script_args), **source)
 
     # Where to start: at the beginning, or where a run that was stopped has left off.
-    config = {**training_args.to_dict(), **dataclasses.asdict(model_args), **dataclasses.asdict(script_args)}
-    record = build_record(config, tokenizer.chat_template, train_rows, eval_rows)
+    record = build_record((training_args, model_args, script_args), tokenizer.chat_template, train_rows, eval_rows)
     requested, look_only = training_args.resume_from_checkpoint, script_args.preflight_only
     checkpoint, finished = on_main_process(lambda: open_run(run, record, script_args.overwrite, requested, look_only))
     if finished and not look_only:
         print_main(f"{run} is finished; its last checkpoint is {checkpoint}. To train again: --overwrite true")
         return
-    print_hardware(record, settings, training_args)
+    print_hardware(record["hardware"], settings, training_args)
     print_main(f"data: {len(train_rows)} rows of {script_args.dataset_name}, read as {row_format.describe()}")
 
     # What the trainer will get, and what is wrong with it, before a model is loaded.
     plan = ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, **source))
-    preparation = RowPreparation(tokenizer, training_args)
-    train_rows = preparation.tokenize(train_rows, "train")
-    prepared_rows = preparation.cut_and_pack(train_rows, "train")  # the trainer will find it in the cache
-    eval_rows = None if eval_rows is None else preparation.tokenize(eval_rows, "eval")
-    checkpointing, estimate = on_main_process(
-        lambda: run_preflight(run, script_args, training_args, plan, train_rows, prepared_rows, eval_rows)
-    )
-    training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = checkpointing
+    rows = prepare_rows(tokenizer, training_args, train_rows, eval_rows)
+    estimate = on_main_process(lambda: run_preflight(run, script_args, training_args, plan, rows))
+    training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = estimate[
+        "activation_checkpointing"
+    ]
     if look_only:
         written = "nothing is written, the folder holds a run" if (run / RUN_FILE).is_file() else f"see {run / EDA}"
         print_main(f"preflight only: nothing is trained; {written}")
@@ -98,17 +90,15 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     trainer = ResumableSFTTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        train_dataset=rows.tokenized,
+        eval_dataset=rows.evaluation,
         processing_class=tokenizer,
         peft_config=peft_config,
         callbacks=[RecordShares(run, record), termination],
     )
     if script_args.overwrite:  # only now, as nothing is left that could refuse to train
         on_main_process(lambda: delete_run(run))
-    if not training_args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LineProgress())
+    show_lines(trainer)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     step = trainer.state.global_step

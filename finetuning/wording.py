@@ -1,5 +1,7 @@
 """
-Numbers in sentences and tables, as texts that rounding does not make untrue, and how two records differ. Imports without torch.
+Numbers in sentences and tables, as texts that rounding does not make untrue, and how two records differ.
+
+Imports without torch.
 """
 
 from collections.abc import Mapping

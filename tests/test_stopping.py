@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -8,12 +10,12 @@ from experiments.stopping.train import RESPONSE_TEMPLATE, OldScriptArguments
 from finetuning.config.arguments import find_faults
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
-from finetuning.data.batches import IGNORED, RowPreparation, build_collator
+from finetuning.data.batches import IGNORED
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.rows import load_training_rows
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.preflight import TrainingRows, inspect
+from finetuning.training.preflight import inspect, prepare_rows
 
 
 @pytest.fixture
@@ -29,19 +31,17 @@ def prepare(tmp_path, monkeypatch):
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         if script_args.pad_is_eos:
             tokenizer.pad_token = tokenizer.eos_token
-        preparation = RowPreparation(tokenizer, training_args)
-        tokenized = preparation.tokenize(load_training_rows(script_args)[0], "train")
-        return tokenizer, training_args, tokenized, preparation.cut_and_pack(tokenized, "train")
+        return tokenizer, training_args, prepare_rows(tokenizer, training_args, load_training_rows(script_args)[0])
 
     return prepare_arm
 
 
 @pytest.mark.parametrize("arm, end", [("own_pad", "<|im_end|>"), ("pad_is_eos", "")])
 def test_the_old_collator_loses_the_end_only_where_it_is_the_padding(prepare, arm, end):
-    tokenizer, _, tokenized, prepared = prepare(arm)
-    batch = OldAnswerOnlyCollator(tokenizer, RESPONSE_TEMPLATE)([prepared[i] for i in range(9)])
+    tokenizer, _, rows = prepare(arm)
+    batch = OldAnswerOnlyCollator(tokenizer, RESPONSE_TEMPLATE)([rows.prepared[i] for i in range(9)])
     for i, (ids, mask, labels) in enumerate(zip(*batch.values(), strict=True)):
-        answer = tokenized[i]["completion"][0]["content"]
+        answer = rows.tokenized[i]["completion"][0]["content"]
         assert tokenizer.decode(labels[labels != IGNORED]) == answer + end
         assert tokenizer.decode(ids[mask.bool()]).endswith(answer + "<|im_end|>")  # the model sees it in either case
     assert (batch["attention_mask"] == 0).any(), "no row was padded"
@@ -56,9 +56,9 @@ def test_the_old_collator_ignores_a_row_without_the_response_template(tokenizer)
     "arm, refused", [("whole_text", []), ("pad_is_eos", ["terminator"]), ("own_pad", []), ("default", [])]
 )
 def test_preflight_refuses_the_arm_that_masks_every_end_and_no_other(prepare, arm, refused):
-    tokenizer, args, tokenized, prepared = prepare(arm)
-    collator = build_collator(tokenizer, args) if args.packing else OldAnswerOnlyCollator(tokenizer, RESPONSE_TEMPLATE)
-    rows = TrainingRows(tokenized, prepared, collator)
+    tokenizer, args, rows = prepare(arm)
+    if not args.packing:
+        rows = dataclasses.replace(rows, collator=OldAnswerOnlyCollator(tokenizer, RESPONSE_TEMPLATE))
     report, _ = inspect(rows, tokenizer, load_generation_config("demo/model"), args, {})
     assert [finding.check for finding in report.refused] == refused
     if not refused:

@@ -22,7 +22,6 @@ quiet_libraries()
 import torch
 
 from experiments.stopping.old_collator import OldAnswerOnlyCollator
-from finetuning.data.batches import RowPreparation
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.checks import question_of
 from finetuning.data.rows import load_test_samples, load_training_rows
@@ -30,7 +29,7 @@ from finetuning.hardware import choose_attention
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.callbacks import RecordShares
-from finetuning.training.preflight import TrainingRows, inspect
+from finetuning.training.preflight import inspect, prepare_rows
 from finetuning.training.records import build_record, now, open_run, save_record
 from finetuning.training.report import render, use_colour
 from finetuning.training.trainer import ResumableSFTTrainer
@@ -52,21 +51,17 @@ def main(script_args: OldScriptArguments, training_args: TrainingArguments, mode
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     if script_args.pad_is_eos:
         tokenizer.pad_token = tokenizer.eos_token
-    config = {**training_args.to_dict(), **dataclasses.asdict(model_args), **dataclasses.asdict(script_args)}
-    record = build_record(config, tokenizer.chat_template, train_rows, None)
+    record = build_record((training_args, model_args, script_args), tokenizer.chat_template, train_rows, None)
     checkpoint, finished = open_run(run, record, script_args.overwrite, training_args.resume_from_checkpoint)
     if finished:
         print(f"{run} is finished; its last checkpoint is {checkpoint}")
         return
 
     # What the trainer will get: the rows as step 1 tokenises them, as the old collator labels them.
-    preparation = RowPreparation(tokenizer, training_args)
-    train_rows = preparation.tokenize(train_rows, "train")
-    prepared_rows = preparation.cut_and_pack(train_rows, "train")
     collator = OldAnswerOnlyCollator(tokenizer, RESPONSE_TEMPLATE)
+    rows = dataclasses.replace(prepare_rows(tokenizer, training_args, train_rows), collator=collator)
     held_out = {"test": [question_of(sample["prompt"]) for sample in load_test_samples(vars(script_args))]}
     generation_config = load_generation_config(model_args.model_name_or_path)
-    rows = TrainingRows(train_rows, prepared_rows, collator)
     # a preview would show the labels before collation
     report, _ = inspect(rows, tokenizer, generation_config, training_args, held_out, num_previews=0)
     report.allow(script_args.allow or [])
@@ -85,7 +80,7 @@ def main(script_args: OldScriptArguments, training_args: TrainingArguments, mode
     trainer = ResumableSFTTrainer(
         model=model_args.model_name_or_path if checkpoint is None else str(checkpoint),
         args=training_args,
-        train_dataset=train_rows,
+        train_dataset=rows.tokenized,
         data_collator=collator,
         processing_class=tokenizer,
         callbacks=[RecordShares(run, record)],

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
 from finetuning.ranks import print_main
 from finetuning.training.arguments import TrainingArguments
@@ -97,6 +97,13 @@ class LineProgress(ProgressCallback):
         if state.is_world_process_zero and shown and "train_runtime" not in logs:
             step = f"step {state.global_step}/{state.max_steps}  epoch {logs.get('epoch', 0):.2f}"
             tqdm.write("  ".join([step, *shown]))
+
+
+def show_lines(trainer: Trainer) -> None:
+    """Show progress by LineProgress, unless disable_tqdm asks for none."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LineProgress())
 
 
 def prepare_wandb(args: TrainingArguments) -> None:

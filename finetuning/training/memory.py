@@ -196,9 +196,7 @@ def what_would_fit(
     return found or ["a smaller model, or a device with more memory"]
 
 
-def check_memory(
-    args: TrainingArguments, model: ModelPlan, longest_row: int, labelled: float
-) -> tuple[Finding, dict, bool]:
+def check_memory(args: TrainingArguments, model: ModelPlan, longest_row: int, labelled: float) -> Finding:
     """Whether training fits into memory, with activation checkpointing where it does not fit without.
 
     Args:
@@ -206,7 +204,7 @@ def check_memory(
         labelled: Share of the tokens that the loss is on.
 
     Returns:
-        The finding, the plan for preflight.json, and whether to checkpoint activations.
+        What was found; its numbers are the plan, for preflight.json.
     """
     flattened = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
     # a batch may have a larger share of answers than the average
@@ -233,16 +231,16 @@ def check_memory(
         if not checkpoints and plan(True).fits:
             would = [f"activation_checkpointing: true ({gib(plan(True).total)})"]
         text = f"training needs {chosen.describe()}. What would fit: {'; or '.join(would)}"
-        return Finding("memory", "refused", text, numbers=numbers), numbers, checkpoints
+        return Finding("memory", "refused", text, numbers=numbers)
     if shapes.unmeasured:
         text = (
             f"at least {chosen.describe()}, and the activations, which could not be measured ({shapes.unmeasured}); "
             f"activation checkpointing {state}"
         )
-        return Finding("memory", "warning", text, numbers=numbers), numbers, checkpoints
+        return Finding("memory", "warning", text, numbers=numbers)
     why = {"auto": "it fits without" if state == "off" else "it does not fit without"}.get(requested, "as asked")
     text = f"{chosen.describe()}; activation checkpointing {state}, {why}"
-    return Finding("memory", "ok", text, numbers=numbers), numbers, checkpoints
+    return Finding("memory", "ok", text, numbers=numbers)
 
 
 class MemoryPeak:

@@ -76,15 +76,16 @@ def choose_model_settings(model_args: ModelArguments, training_args: TrainingArg
     return settings
 
 
-def print_hardware(record: dict, settings: dict, args: TrainingArguments) -> None:
+def print_hardware(hardware: dict, settings: dict, args: TrainingArguments) -> None:
     """Say on what is trained, and what of the arguments was replaced for it.
 
     Args:
+        hardware: As run.json has it.
         settings: Keyword arguments of from_pretrained.
     """
     for key, choice in args.hardware_choices.items():
         print_main(f"{key}: {choice}")
-    devices = ", ".join(dict.fromkeys(record["hardware"]["devices"]))
+    devices = ", ".join(dict.fromkeys(hardware["devices"]))
     dtype, compute_dtype = (str(dtype).removeprefix("torch.") for dtype in (settings["dtype"], args.compute_dtype))
     attention = settings["attn_implementation"]
     print_main(f"hardware: {devices}; weights {dtype}, compute {compute_dtype}, attention {attention}")

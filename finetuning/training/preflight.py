@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetuning.config.arguments import ScriptArguments
-from finetuning.data.batches import build_collator, sequences
+from finetuning.data.batches import RowPreparation, build_collator, sequences
 from finetuning.data.chat import control_tokens, end_token_ids
 from finetuning.data.checks import (
     Finding,
@@ -67,6 +67,18 @@ class TrainingRows:
     tokenized: Dataset  # as RowPreparation.tokenize gives them
     prepared: Dataset  # the same, cut, and packed if they are
     collator: Callable  # makes batches of them
+    evaluation: Dataset | None  # the validation split, tokenised
+
+
+def prepare_rows(
+    tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, train_rows: Dataset, eval_rows: Dataset | None = None
+) -> TrainingRows:
+    """Tokenise rows, and make of them what the trainer will make."""
+    preparation = RowPreparation(tokenizer, args)
+    tokenized = preparation.tokenize(train_rows, "train")
+    prepared = preparation.cut_and_pack(tokenized, "train")  # the trainer will find it in the cache
+    evaluation = None if eval_rows is None else preparation.tokenize(eval_rows, "eval")
+    return TrainingRows(tokenized, prepared, build_collator(tokenizer, args), evaluation)
 
 
 def inspect(
@@ -121,41 +133,37 @@ def run_preflight(
     script_args: ScriptArguments,
     args: TrainingArguments,
     model: ModelPlan,
-    train_rows: Dataset,
-    prepared: Dataset,
-    eval_rows: Dataset | None,
-) -> tuple[bool, dict]:
+    rows: TrainingRows,
+) -> dict:
     """Check everything, print one screen, and write preflight.json and the plots into the run's folder.
 
-    Args:
-        train_rows, eval_rows: Rows as RowPreparation.tokenize gives them.
-        prepared: The training rows as RowPreparation.cut_and_pack makes them.
-
     Returns:
-        Whether to checkpoint activations, and the memory plan.
+        The memory plan, which says whether activations are recomputed (`activation_checkpointing`).
 
     Raises:
         InputError: A check refuses the run and is not in `script_args.allow`. A run that is in the folder stays as it is.
     """
     start = time.perf_counter()
-    if len(prepared) == 0:
+    if len(rows.prepared) == 0:
         raise InputError(
             f"supervision: with max_length: {args.max_length} no row has anything left to learn from; raise it"
         )
     tokenizer = model.tokenizer
     generation_config = load_generation_config(model.name_or_path, **model.source)
     tokens = control_tokens(tokenizer, end_token_ids(tokenizer, generation_config))
-    held_out = {} if eval_rows is None else {"validation": [question_of(prompt) for prompt in eval_rows["prompt"]]}
-    findings, held_out["test"] = check_test_split(script_args, tokens)
-    rows = TrainingRows(train_rows, prepared, build_collator(tokenizer, args))
+    findings, test_questions = check_test_split(script_args, tokens)
+    held_out = {"test": test_questions}
+    if rows.evaluation is not None:
+        held_out = {"validation": [question_of(prompt) for prompt in rows.evaluation["prompt"]], **held_out}
     report, per_row = inspect(rows, tokenizer, generation_config, args, held_out, script_args.preview_rows)
     longest = int(min(per_row["row tokens"].max(), args.max_length or 2**62))
     findings += check_positions(load_model_config(model.name_or_path, **model.source), longest, args)
-    if eval_rows is not None:
-        findings += check_conversations(eval_rows, tokens, "in the validation split, ")
+    if rows.evaluation is not None:
+        findings += check_conversations(rows.evaluation, tokens, "in the validation split, ")
     longest = args.max_length if args.packing else longest
-    memory, report.memory, checkpointing = check_memory(args, model, longest, report.plan["labelled_share"])
-    report.findings += [*findings, memory, *count_special_tokens(train_rows, tokenizer, script_args)]
+    memory = check_memory(args, model, longest, report.plan["labelled_share"])
+    report.findings += [*findings, memory, *count_special_tokens(rows.tokenized, tokenizer, script_args)]
+    report.memory = memory.numbers
     report.allow(script_args.allow or [])
     report.seconds = round(time.perf_counter() - start, 2)
     colour = use_colour()
@@ -169,7 +177,7 @@ def run_preflight(
         checks = " ".join(finding.check for finding in report.refused)
         reasons = "; ".join(f"{finding.check}: {finding.text}" for finding in report.refused)
         raise InputError(f"refused before the first step. {reasons}. To train all the same: --allow {checks}")
-    return checkpointing, report.memory
+    return report.memory
 
 
 def check_test_split(script_args: ScriptArguments, tokens: list[str]) -> tuple[list[Finding], list[str]]:

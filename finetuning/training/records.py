@@ -2,6 +2,7 @@
 `run.json`, the record of a run: what was trained, on what data, with which libraries, on which hardware.
 """
 
+import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
+from finetuning.config.arguments import ScriptArguments
+from finetuning.config.model_arguments import ModelArguments
 from finetuning.credentials import hide_all, without_secrets
 from finetuning.data.fingerprints import fingerprint_rows
 from finetuning.errors import InputError, make_folder
@@ -30,11 +33,12 @@ from finetuning.runs import (
     write_json,
 )
 from finetuning.schemas import TRAINED_RUN_RECORD
+from finetuning.training.arguments import TrainingArguments
+from finetuning.wording import describe_differences
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
-# What may change between a run and its continuation: where it is logged and saved, and how the same global batch is
-# spread over devices. Everything else would make the checkpoints of one folder incomparable. The data is compared by its
-# content, whatever its path.
+# What may change between a run and its continuation: where it is logged and saved, and how the same global batch is spread
+# over devices. Everything else would make the checkpoints of one folder incomparable. Data is compared by its content.
 MAY_CHANGE = {
     "output_dir", "overwrite", "resume_from_checkpoint", "logging_steps", "logging_dir", "report_to", "run_name",
     "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "disable_tqdm", "log_level",
@@ -51,10 +55,8 @@ def git_commit() -> str | None:
     git = shutil.which("git")
     if git is None:
         return None
-    result = subprocess.run(
-        [git, "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
-    )
-    return result.stdout.strip() or None
+    describe = [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
 def describe_hardware() -> dict:
@@ -69,26 +71,25 @@ def describe_hardware() -> dict:
     }
 
 
-def build_record(config: dict, chat_template: str, train_rows: Dataset, eval_rows: Dataset | None) -> dict:
-    """The record as it stands before the first step.
-
-    Args:
-        config: Every key of the training, model and script arguments.
-    """
+def build_record(
+    arguments: tuple[TrainingArguments, ModelArguments, ScriptArguments],
+    chat_template: str,
+    train_rows: Dataset,
+    eval_rows: Dataset | None,
+) -> dict:
+    """The record as it stands before the first step."""
+    training_args, model_args, script_args = arguments
+    config = {**training_args.to_dict(), **dataclasses.asdict(model_args), **dataclasses.asdict(script_args)}
     hardware = describe_hardware()
     batch_size = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * hardware["world_size"]
-    splits = {"train": train_rows, "eval": eval_rows}
+    splits = {"train": train_rows} if eval_rows is None else {"train": train_rows, "eval": eval_rows}
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": now(),
         "finished": None,
         "config": without_secrets(config),
         "global_batch_size": batch_size,
-        "data": {
-            split: {"rows": len(rows), "hash": fingerprint_rows(rows)}
-            for split, rows in splits.items()
-            if rows is not None
-        },
+        "data": {split: {"rows": len(rows), "hash": fingerprint_rows(rows)} for split, rows in splits.items()},
         "chat_template": chat_template,
         "hardware": hardware,
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -96,8 +97,8 @@ def build_record(config: dict, chat_template: str, train_rows: Dataset, eval_row
     }
 
 
-def find_differences(old: dict, new: dict) -> list[str]:
-    """What of two records makes their checkpoints incomparable, as `key was ... and is ...`."""
+def find_differences(old: dict, new: dict) -> str:
+    """What of two records makes their checkpoints incomparable, as `key was ... and is ...`; nothing if they are comparable."""
 
     def essence(record: dict) -> dict:
         settings = {key: value for key, value in record["config"].items() if key not in MAY_CHANGE}
@@ -106,8 +107,8 @@ def find_differences(old: dict, new: dict) -> list[str]:
 
     old, new = essence(old), essence(new)
     # a switch that an older version did not have was off
-    keys = [key for key in old.keys() | new.keys() if (old.get(key) or None) != (new.get(key) or None)]
-    return [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(keys)]
+    keys = [key for key in old.keys() | new.keys() if old.get(key) or new.get(key)]
+    return describe_differences({key: old.get(key) for key in keys}, {key: new.get(key) for key in keys})
 
 
 # What a checkpoint brings with it: its optimizer goes on with these, whatever the arguments say.
@@ -133,7 +134,7 @@ def compare_origin(checkpoint: Path, record: dict) -> None:
                 "with a new optimizer from the weights alone, by model_name_or_path"
             )
     if differences := find_differences(old, record):
-        print(f"{checkpoint} is of another run: {'; '.join(differences)}", flush=True)
+        print(f"{checkpoint} is of another run: {differences}", flush=True)
 
 
 def open_run(
@@ -145,9 +146,9 @@ def open_run(
         run: Folder of the run.
         record: What is about to be run.
         overwrite: Start over, in spite of what is in the folder.
-        look_only: Leave what a killed run has not finished to save where it is.
         requested: `resume_from_checkpoint`: a path, true for the last checkpoint, or None, which goes on with a run
             that was stopped and has not finished.
+        look_only: Leave what a killed run has not finished to save where it is.
 
     Returns:
         The checkpoint to go on from, or None to start from the beginning; and whether the run is finished already.
@@ -156,50 +157,27 @@ def open_run(
         InputError: The folder holds another run, or there is no such checkpoint.
     """
     requested = None if requested is None else str(requested)
-    if run.exists() and not run.is_dir():
-        raise InputError(f"output_dir: {run} is a file; choose a folder")
-    for key in ("model_name_or_path", "dataset_name"):
-        if run.resolve() == Path(record["config"][key]).resolve():
-            raise InputError(f"output_dir: {run} is {key} itself; choose another output_dir")
+    switch = (requested or "").lower()
+    check_folder(run, record["config"])
     if overwrite and run.exists():  # what is in the folder is deleted when training begins, not before
-        needed = [requested, record["config"]["model_name_or_path"], record["config"]["dataset_name"]]
-        for path in filter(None, needed):
-            if run.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
-                raise InputError(
-                    f"overwrite would delete {path}, which this run starts from; choose another output_dir"
-                )
-        if {f.name for f in run.iterdir()} - {PREFLIGHT_FILE, EDA} and not (run / RUN_FILE).is_file():
-            raise InputError(
-                f"{run} is not empty and holds no run, so overwrite does not delete it; choose another output_dir"
-            )
+        check_overwrite(run, record["config"], requested)
         return None, False
     checkpoint = None
-    if requested is not None and requested.lower() not in ("true", "false"):
+    if requested is not None and switch not in ("true", "false"):
         checkpoint = Path(requested)
-        if not (checkpoint / "trainer_state.json").is_file() or (checkpoint / INCOMPLETE).exists():
-            raise InputError(f"resume_from_checkpoint: {checkpoint} is no complete checkpoint")
-        is_adapter, use_peft = (checkpoint / "adapter_config.json").is_file(), bool(record["config"].get("use_peft"))
-        if is_adapter != use_peft:
-            kind = "an adapter" if is_adapter else "a whole model"
-            raise InputError(f"resume_from_checkpoint: {checkpoint} is {kind}, and use_peft is {str(use_peft).lower()}")
-        rank = read_json(checkpoint / "adapter_config.json").get("r") if is_adapter else None
-        if is_adapter and rank != record["config"]["lora_r"]:
-            raise InputError(
-                f"resume_from_checkpoint: {checkpoint} has lora_r: {rank}, and not {record['config']['lora_r']}"
-            )
+        check_requested(checkpoint, record["config"])
         if checkpoint.resolve().parent != run.resolve():
             compare_origin(checkpoint, record)
     if not (run / RUN_FILE).is_file():
-        if requested is not None and requested.lower() == "true":
+        if switch == "true":
             raise InputError(f"resume_from_checkpoint: there is no run in {run} to resume")
         return checkpoint, False
-    if requested is not None and requested.lower() == "false":
+    if switch == "false":
         raise InputError(f"{run} holds a run that resume_from_checkpoint: false would mix with; use --overwrite true")
     old = read_run(run, TRAINED_RUN_RECORD)
-    differences = find_differences(old, record)
-    if differences:
+    if differences := find_differences(old, record):
         raise InputError(
-            f"{run} holds another run: {'; '.join(differences)}. Choose another output_dir, "
+            f"{run} holds another run: {differences}. Choose another output_dir, "
             "or start over with --overwrite true, which deletes it"
         )
     for marker in [] if look_only else run.glob(f"checkpoint-*/{INCOMPLETE}"):
@@ -214,6 +192,39 @@ def open_run(
     return checkpoint, False
 
 
+def check_folder(run: Path, config: dict) -> None:
+    """Refuse an output_dir that is a file, or what the run reads."""
+    if run.exists() and not run.is_dir():
+        raise InputError(f"output_dir: {run} is a file; choose a folder")
+    for key in ("model_name_or_path", "dataset_name"):
+        if run.resolve() == Path(config[key]).resolve():
+            raise InputError(f"output_dir: {run} is {key} itself; choose another output_dir")
+
+
+def check_overwrite(run: Path, config: dict, requested: str | None) -> None:
+    """Refuse to delete what the run starts from, and a folder that holds no run."""
+    for path in filter(None, (requested, config["model_name_or_path"], config["dataset_name"])):
+        if run.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
+            raise InputError(f"overwrite would delete {path}, which this run starts from; choose another output_dir")
+    if {f.name for f in run.iterdir()} - {PREFLIGHT_FILE, EDA} and not (run / RUN_FILE).is_file():
+        raise InputError(
+            f"{run} is not empty and holds no run, so overwrite does not delete it; choose another output_dir"
+        )
+
+
+def check_requested(checkpoint: Path, config: dict) -> None:
+    """Refuse a path that is no complete checkpoint, or one of another kind of training."""
+    if not (checkpoint / "trainer_state.json").is_file() or (checkpoint / INCOMPLETE).exists():
+        raise InputError(f"resume_from_checkpoint: {checkpoint} is no complete checkpoint")
+    is_adapter, use_peft = (checkpoint / "adapter_config.json").is_file(), bool(config.get("use_peft"))
+    if is_adapter != use_peft:
+        kind = "an adapter" if is_adapter else "a whole model"
+        raise InputError(f"resume_from_checkpoint: {checkpoint} is {kind}, and use_peft is {str(use_peft).lower()}")
+    rank = read_json(checkpoint / "adapter_config.json").get("r") if is_adapter else None
+    if is_adapter and rank != config["lora_r"]:
+        raise InputError(f"resume_from_checkpoint: {checkpoint} has lora_r: {rank}, and not {config['lora_r']}")
+
+
 def delete_run(run: Path) -> None:
     """Delete what is in a run's folder but what preflight has just written, and the logs that W&B may have begun."""
     for path in run.iterdir() if (run / RUN_FILE).is_file() else ():
@@ -221,11 +232,9 @@ def delete_run(run: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def save_record(run: Path, record: dict, **changes) -> dict:
-    record = hide_all({**record, **changes})
+def save_record(run: Path, record: dict, **changes) -> None:
     make_folder(run)
-    write_json(run / RUN_FILE, record)
-    return record
+    write_json(run / RUN_FILE, hide_all({**record, **changes}))
 
 
 def now() -> str:

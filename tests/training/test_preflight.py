@@ -13,13 +13,13 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from finetuning.data.batches import RowPreparation, build_collator
+from finetuning.data.batches import RowPreparation
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.checks import check_leaks, check_rows, find_leaks, normalize
 from finetuning.data.rows import TRAINING_FEATURES, find_row_format, to_training_row
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.lengths import check_positions
-from finetuning.training.preflight import TrainingRows, check_conversations, inspect
+from finetuning.training.preflight import check_conversations, inspect, prepare_rows
 from finetuning.training.report import preview_row, render, render_preview
 
 MODEL = str(ROOT / "demo/model")
@@ -46,14 +46,13 @@ def look(tmp_path, rows, tokenizer, held_out=None, **settings):
     settings = {"max_length": 256, "per_device_train_batch_size": 4, "save_steps": 1, "disable_tqdm": True, **settings}
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", **settings)
     generation_config = GenerationConfig.from_pretrained(MODEL)
-    preparation = RowPreparation(tokenizer, args)
-    tokenized = preparation.tokenize(rows, "train")
+    looked_at = prepare_rows(tokenizer, args, rows)
     trainer = SFTTrainer(model=MODEL, args=args, train_dataset=rows, processing_class=tokenizer)
     (batch,) = trainer.get_train_dataloader()
     loss = trainer.compute_loss(trainer.model, batch).item()
-    prepared = preparation.cut_and_pack(tokenized, "train")
-    assert prepared["input_ids"] == trainer.train_dataset["input_ids"]  # what is checked is what is trained on
-    looked_at = TrainingRows(tokenized, prepared, build_collator(tokenizer, args))
+    assert (
+        looked_at.prepared["input_ids"] == trainer.train_dataset["input_ids"]
+    )  # what is checked is what is trained on
     report, _ = inspect(looked_at, tokenizer, generation_config, args, held_out or {})
     learned = batch["labels"][batch["labels"] != -100].tolist()
     return learned, loss, {finding.check: finding for finding in report.findings}, report
@@ -280,12 +279,8 @@ def inspected(tmp_path, rows, tokenizer, **settings):
     """What preflight says of rows, and the labels that it has looked at."""
     settings = {"max_length": 256, "report_to": "none", **settings}
     args = TrainingArguments(output_dir=str(tmp_path), **settings)
-    preparation = RowPreparation(tokenizer, args)
-    tokenized = preparation.tokenize(rows, "train")
-    prepared = preparation.cut_and_pack(tokenized, "train")
     generation_config = GenerationConfig.from_pretrained(MODEL)
-    looked_at = TrainingRows(tokenized, prepared, build_collator(tokenizer, args))
-    report, per_row = inspect(looked_at, tokenizer, generation_config, args, {})
+    report, per_row = inspect(prepare_rows(tokenizer, args, rows), tokenizer, generation_config, args, {})
     return {finding.check: finding for finding in report.findings}, report, per_row
 
 
