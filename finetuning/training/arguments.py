@@ -33,8 +33,7 @@ class TrainingArguments(SFTConfig):
     """trl's SFTConfig, fitted to the machine it is read on; `hardware_choices` has the reasons by key."""
 
     packing: bool = field(
-        default=True,
-        metadata={"help": "Fill sequences of max_length with several rows, which do not see each other."},
+        default=True, metadata={"help": "Fill sequences of max_length with several rows, which do not see each other."}
     )
     activation_checkpointing: str = field(
         default="auto",
@@ -45,8 +44,7 @@ class TrainingArguments(SFTConfig):
         },
     )
     logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Show in place of a loss that is no number (NaN) the mean of those before it."},
+        default=False, metadata={"help": "Show in place of a loss that is no number (NaN) the mean of those before it."}
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Older name of activation_checkpointing, which decides."}

@@ -129,11 +129,7 @@ def inspect(
 
 
 def run_preflight(
-    run: Path,
-    script_args: ScriptArguments,
-    args: TrainingArguments,
-    model: ModelPlan,
-    rows: TrainingRows,
+    run: Path, script_args: ScriptArguments, args: TrainingArguments, model: ModelPlan, rows: TrainingRows
 ) -> dict:
     """Check everything, print one screen, and write preflight.json and the plots into the run's folder.
 

@@ -20,6 +20,7 @@ from finetuning.errors import InputError
 from finetuning.models.loading import load_adapter, record_base
 from finetuning.runs import read_json, write_json
 from finetuning.training.arguments import TrainingArguments
+from finetuning.training.merging import find_adapter, partial_folder
 from finetuning.training.model import check_model
 from finetuning.training.report import Report
 
@@ -151,7 +152,7 @@ MERGE = runpy.run_path(str(ROOT / "2_merge_lora.py"), run_name="imported")
 def test_a_merged_model_takes_the_place_of_nothing(tmp_path, name, make):
     make(tmp_path / name)
     with pytest.raises(InputError, match=f"{name} exists; delete it or choose another --merged_dir"):
-        MERGE["make_partial_folder"](tmp_path / "merged")
+        partial_folder(tmp_path / "merged").__enter__()
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -174,7 +175,7 @@ def test_the_adapter_to_merge_is_found_or_the_reason_said(adapter, tmp_path, nam
     change_config(run / "checkpoint-2", **changes)
     args = MergeArguments(model_name=name and name.format(run=run))
     with contextlib.nullcontext() if said is None else pytest.raises(InputError, match=said):
-        assert MERGE["find_adapter"](run, args)[1:] == (str(run / "checkpoint-2"), run / "checkpoint-2-merged")
+        assert find_adapter(run, args)[1:] == (str(run / "checkpoint-2"), run / "checkpoint-2-merged")
 
 
 def test_a_single_target_of_an_adapter_is_a_name():
@@ -210,7 +211,7 @@ def test_a_revision_of_a_folder_is_refused():
 
 
 def test_a_folder_where_none_can_be_made_is_one_line():
-    for make in (lambda: MERGE["make_partial_folder"](Path("/proc/run")), lambda: Report().save(Path("/proc/run"))):
+    for make in (lambda: partial_folder(Path("/proc/run")).__enter__(), lambda: Report().save(Path("/proc/run"))):
         with pytest.raises(InputError, match="no folder can be made there; choose another place"):
             make()
 

@@ -5,10 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, train
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetuning.data.chat import load_tokenizer
 from finetuning.training import memory

@@ -4,10 +4,7 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import LoraConfig
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.errors import InputError

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, train
 from datasets import Dataset
-from transformers import (
-    GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
-)
+from transformers import GenerationConfig, GPT2Config, LlamaConfig
 from trl import SFTTrainer
 
 from finetuning.data.batches import RowPreparation

@@ -1,0 +1,144 @@
+"""
+Merging a LoRA adapter: which one, where the merged model goes, and how far two models are apart on the same tokens.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetuning.config.arguments import MergeArguments
+from finetuning.data.prompts import encode_prompts
+from finetuning.data.rows import load_test_samples
+from finetuning.errors import InputError, make_folder
+from finetuning.models.config import base_of, load_model_config
+from finetuning.models.loading import refuse_quantised
+from finetuning.runs import find_models, last_checkpoint, read_json
+
+TOLERANCE_OF_SCALE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 0.0001}
+
+
+@dataclass
+class Difference:
+    """How far two models are apart on the same tokens."""
+
+    largest: float  # difference of a logit
+    scale: float  # largest logit
+    num_tokens: int
+    num_same_choice: int  # tokens after which both would choose the same one
+
+
+@torch.inference_mode()
+def answer(model: PeftModel | PreTrainedModel, prompt_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """Prompt and answer, shape (1, tokens)."""
+    return model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=config)
+
+
+@torch.inference_mode()
+def logits_of(model: PeftModel | PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits at every token, one tensor of shape (tokens, vocabulary) a sequence."""
+    return [model(sequence).logits[0] for sequence in sequences]
+
+
+def measure_difference(logits: list[torch.Tensor], other: list[torch.Tensor]) -> Difference:
+    pairs = list(zip(logits, other, strict=True))
+    return Difference(
+        largest=max((a - b).abs().max().item() for a, b in pairs),
+        scale=max(a.abs().max().item() for a in logits),
+        num_tokens=sum(len(a) for a in logits),
+        num_same_choice=sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
+    )
+
+
+def find_adapter(run: Path, args: MergeArguments) -> tuple[str, str, Path]:
+    """Name and path of the adapter, and where its merged model goes."""
+    model_name = args.model_name
+    if model_name is None:
+        last = last_checkpoint(run)
+        if last is None:
+            raise InputError(
+                f"{run} has no complete checkpoint; run 1_train_full_fine_tuning.py to its end, or set --model_name"
+            )
+        model_name = last.name
+    models = find_models(run, model_name)
+    if len(models) > 1:
+        raise InputError(f"--model_name {model_name} means {', '.join(models)}; name one of them")
+    ((name, path),) = models.items()
+    path = os.path.normpath(path)
+    adapter_config = Path(path) / "adapter_config.json"
+    if not adapter_config.is_file():
+        raise InputError(f"{path} is no LoRA adapter (no adapter_config.json in it), so there is nothing to merge")
+    kind = read_json(adapter_config).get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{path} is an adapter of type {kind}, and only LoRA adapters can be merged")
+    return name, path, Path(f"{path}-merged" if args.merged_dir is None else args.merged_dir)
+
+
+@contextlib.contextmanager
+def partial_folder(merged_dir: Path) -> Iterator[Path]:
+    """A folder beside `merged_dir` to write into, which takes its name at the end, and is deleted where that fails.
+
+    Raises:
+        InputError: One of the two is there already.
+    """
+    partial_dir = merged_dir.with_name(merged_dir.name + ".partial")
+    for folder in (merged_dir, partial_dir):
+        if os.path.lexists(folder):
+            raise InputError(f"{folder} exists; delete it or choose another --merged_dir")
+    make_folder(partial_dir)
+    try:
+        yield partial_dir
+        os.replace(partial_dir, merged_dir)
+    finally:
+        shutil.rmtree(partial_dir, ignore_errors=True)
+
+
+def check_base(path: str, config: dict, **options) -> torch.dtype:
+    """The dtype of the base model under an adapter, which is that of the merged one.
+
+    Args:
+        config: Of training.
+        options: Keyword arguments of from_pretrained.
+
+    Raises:
+        InputError: It is quantised, or in a dtype into which nothing is merged here.
+    """
+    base_path = base_of(path)
+    base_config = load_model_config(path, **options)
+    refuse_quantised(base_config, base_path)
+    dtype = base_config.dtype or torch.float32
+    print(f"merging {path} into {base_path} ({str(dtype).removeprefix('torch.')})")
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):
+        print("the adapter was trained on a quantised base; it is merged into, and compared on, the unquantised one")
+    if dtype not in TOLERANCE_OF_SCALE:
+        raise InputError(f"{base_path} is in {dtype}; merge into a base in bfloat16, float16 or float32")
+    return dtype
+
+
+def load_prompts(tokenizer: PreTrainedTokenizerBase, config: dict, num_prompts: int) -> list[torch.Tensor]:
+    """Token ids of the first test samples that the chat template can phrase, of shape (1, tokens) each.
+
+    Args:
+        config: Of training.
+    """
+    encoded = encode_prompts(tokenizer, load_test_samples(config)[:num_prompts])
+    prompts = [torch.tensor([list(prompt.token_ids)]) for prompt in encoded if prompt.error is None]
+    if not prompts:
+        raise InputError(f"none of {len(encoded)} test samples can be asked ({encoded[0].error}); raise --num_prompts")
+    return prompts
+
+
+def choose_tolerance(asked: float | None, dtype: torch.dtype, scale: float, adapter_effect: float) -> float:
+    """The largest difference of a logit that rounding may make, which is never more than a tenth of what the adapter does.
+
+    Args:
+        asked: By the user, which overrides it.
+        scale: The largest logit.
+    """
+    return min(TOLERANCE_OF_SCALE[dtype] * scale, adapter_effect / 10) if asked is None else asked
