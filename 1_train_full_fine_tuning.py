@@ -12,7 +12,8 @@ Writes  <output_dir>/preflight.json     what was found in the rows as the traine
         <output_dir>/run.json           what was run: configuration, data, libraries, hardware
         <output_dir>/checkpoint-<step>  complete: loads with from_pretrained on any number of devices
 
-A run that cannot learn, never stops or does not fit is refused before its first step; `--preflight_only true` only looks.
+A run that cannot learn, never stops or does not fit is refused before its first step; `--preflight_only true` only
+looks.
 Stop it (SIGTERM saves a checkpoint first) or kill it at any time: the same command goes on from the last checkpoint.
 """
 

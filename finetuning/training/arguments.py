@@ -1,5 +1,5 @@
 """
-The training arguments of step 1, fitted to the hardware: what this machine cannot do is replaced, and the reason printed.
+The training arguments of step 1, fitted to the hardware: what this machine cannot do is replaced, with a reason.
 """
 
 import copy
@@ -65,8 +65,8 @@ class TrainingArguments(SFTConfig):
         self._choose_packages()
         super().__post_init__()
         if self.fsdp:
-            # Rank 0 alone loads the weights when this is set, and the wrapper hands them on only if it is told the same:
-            # where they disagree, all other ranks would train from empty weights without a word.
+            # Rank 0 alone loads the weights when this is set, and the wrapper hands them on only if it is told the
+            # same: where they disagree, all other ranks would train from empty weights without a word.
             ram_efficient = self.fsdp_plugin_args["cpu_ram_efficient_loading"]
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(ram_efficient).lower()
         elif world_size == 1:
@@ -77,11 +77,7 @@ class TrainingArguments(SFTConfig):
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     def _replace(self, key: str, value, choice: str) -> None:
-        """Set a key to what this machine can do.
-
-        Args:
-            choice: What is printed: the new value, and why.
-        """
+        """Set a key to what this machine can do; `choice` says so, and why."""
         setattr(self, key, value)
         self.hardware_choices[key] = choice
 
@@ -196,7 +192,7 @@ def check_optimizer(args: TrainingArguments) -> None:
     """Take a step with the optimizer and the schedule on a model of two layers, before data and model are loaded.
 
     Raises:
-        InputError: A package for them is not installed, or they do not take what optim_args and lr_scheduler_kwargs say.
+        InputError: A package for them is not installed, or they do not take optim_args or lr_scheduler_kwargs.
     """
     trial = copy.copy(args)
     if args.optim_target_modules is not None:  # names of modules that this model does not have
@@ -218,6 +214,6 @@ def check_optimizer(args: TrainingArguments) -> None:
         key, num_steps = "lr_scheduler_type", args.max_steps if args.max_steps > 0 else 100
         warmup_steps = args.get_warmup_steps(num_steps)
         get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps, args.lr_scheduler_kwargs)
-    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:  # each of many packages its own
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:  # of many packages
         reason = " ".join(str(error).split())
         raise InputError(f"{key}: {getattr(args, key).value} cannot be used as it is set: {reason}") from error

@@ -1,5 +1,5 @@
 """
-What happens beside the steps of training: a signal ends it, the shares of its ranks are recorded, its numbers are shown.
+What happens beside the steps of training: SIGTERM ends it, the share of each rank is recorded, its numbers are shown.
 """
 
 import os

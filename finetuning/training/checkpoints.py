@@ -1,6 +1,6 @@
 """
-The files of a checkpoint: whether its weights are all there, and everything else read without running code that somebody
-has put into it. What is damaged is named before a model is loaded.
+The files of a checkpoint: whether its weights are all there, and everything else read without running code that
+somebody has put into it. What is damaged is named before a model is loaded.
 
 torch reads the optimizer's state with plain pickle (2.13: the index `.metadata`, and each setting that is no tensor). A
 pickle can run any command, so what such a file may name is listed here.
@@ -124,9 +124,11 @@ def named_file(path: Path, checkpoint: Path) -> Iterator[None]:
         reason = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0][:200]
         if isinstance(cause, pickle.UnpicklingError):
             reason = "it is damaged, or holds code"
-        raise InputError(
-            f"{path} cannot be used ({reason}); copy it again, or delete {checkpoint} to go on from the one before it"
-        ) from error
+        raise InputError(f"{path} cannot be used ({reason}); {remedy_for(checkpoint)}") from error
+
+
+def remedy_for(checkpoint: Path) -> str:
+    return f"copy it again, or delete {checkpoint} to go on from the one before it"
 
 
 def check_resumable(checkpoint: Path) -> None:
@@ -140,7 +142,7 @@ def check_resumable(checkpoint: Path) -> None:
         raise InputError(
             f"{checkpoint} has no optimizer state (saved with save_only_model?), training cannot go on from it"
         )
-    remedy = f"copy it again, or delete {checkpoint} to go on from the one before it"
+    remedy = remedy_for(checkpoint)
     with named_file(checkpoint / TRAINER_STATE_FILE, checkpoint):
         state = read_json(checkpoint / TRAINER_STATE_FILE, TRAINER_STATE, remedy)
     if checkpoint_step(checkpoint.name) not in (-1, state["global_step"]):

@@ -113,16 +113,17 @@ def check_ends(labels: Labels, tokenizer: PreTrainedTokenizerBase, ends: list[in
     if others:
         which = ", ".join(f"{name(i)} ({n} {unit})" for i, n in others.items())
         text = (
-            f"{unit} end in {which}, but generation stops at {stops}: answers would go on; end every answer of the chat "
-            "template in the same token"
+            f"{unit} end in {which}, but generation stops at {stops}: answers would go on; end every answer of the "
+            "chat template in the same token"
         )
         findings.append(Finding("terminators_agree", "refused", text, numbers=numbers))
     if labels.answers and share < NO_END:
         common = ", ".join(f"{name(i)} ({n})" for i, n in labels.last_tokens.most_common(3))
         text = (
-            f"only {percent(share)} of the {'rows with labels' if one_each else unit} end in a token at which generation "
-            f"stops ({stops}), so the model would not learn to stop; they end in {common}. Look at the preview: the chat "
-            "template must write the end token as one token, labels must keep it, and max_length must not cut it off"
+            f"only {percent(share)} of the {'rows with labels' if one_each else unit} end in a token at which "
+            f"generation stops ({stops}), so the model would not learn to stop; they end in {common}. Look at the "
+            "preview: the chat template must write the end token as one token, labels must keep it, and max_length "
+            "must not cut it off"
         )
         findings.append(Finding("terminator", "refused", text, numbers=numbers))
     elif labels.answers and not others:

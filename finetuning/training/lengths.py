@@ -1,5 +1,6 @@
 """
-How long questions, answers and rows are, and what becomes of those that are longer than max_length or than the model can read.
+How long questions, answers and rows are, and what becomes of those that are longer than max_length, or than the model
+has positions for.
 """
 
 import math

@@ -102,10 +102,6 @@ def partial_folder(merged_dir: Path) -> Iterator[Path]:
 def check_base(path: str, config: dict, **options) -> torch.dtype:
     """The dtype of the base model under an adapter, which is that of the merged one.
 
-    Args:
-        config: Of training.
-        options: Keyword arguments of from_pretrained.
-
     Raises:
         InputError: It is quantised, or in a dtype into which nothing is merged here.
     """
@@ -122,11 +118,7 @@ def check_base(path: str, config: dict, **options) -> torch.dtype:
 
 
 def load_prompts(tokenizer: PreTrainedTokenizerBase, config: dict, num_prompts: int) -> list[torch.Tensor]:
-    """Token ids of the first test samples that the chat template can phrase, of shape (1, tokens) each.
-
-    Args:
-        config: Of training.
-    """
+    """Token ids of the first test samples that the chat template can phrase, of shape (1, tokens) each."""
     encoded = encode_prompts(tokenizer, load_test_samples(config)[:num_prompts])
     prompts = [torch.tensor([list(prompt.token_ids)]) for prompt in encoded if prompt.error is None]
     if not prompts:
@@ -135,10 +127,6 @@ def load_prompts(tokenizer: PreTrainedTokenizerBase, config: dict, num_prompts: 
 
 
 def choose_tolerance(asked: float | None, dtype: torch.dtype, scale: float, adapter_effect: float) -> float:
-    """The largest difference of a logit that rounding may make, which is never more than a tenth of what the adapter does.
-
-    Args:
-        asked: By the user, which overrides it.
-        scale: The largest logit.
-    """
+    """The largest difference of a logit that is let through: the one that is asked for, else what rounding may make of
+    the largest logit, `scale`, and never more than a tenth of what the adapter does."""
     return min(TOLERANCE_OF_SCALE[dtype] * scale, adapter_effect / 10) if asked is None else asked

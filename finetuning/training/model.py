@@ -25,12 +25,13 @@ def check_model(name_or_path: str, **source) -> None:
     """Refuse a model that cannot be trained: one of another kind, or an adapter."""
     if (Path(name_or_path) / "adapter_config.json").is_file():
         raise InputError(
-            f"model_name_or_path: {name_or_path} is an adapter; merge it with 2_merge_lora.py, and name the merged model"
+            f"model_name_or_path: {name_or_path} is an adapter; merge it with 2_merge_lora.py, and name the merged "
+            "model"
         )
     if Path(name_or_path).is_dir() and source.get("revision", "main") not in (None, "main"):
         raise InputError(
-            f"model_revision: {source['revision']} has no effect, as {name_or_path} is a folder, which has one state only; "
-            "leave it out, or name a model on the Hub"
+            f"model_revision: {source['revision']} has no effect, as {name_or_path} is a folder, which has one state "
+            "only; leave it out, or name a model on the Hub"
         )
     refuse_quantised(load_model_config(name_or_path, **source), name_or_path)
 
@@ -71,12 +72,7 @@ def choose_model_settings(model_args: ModelArguments, training_args: TrainingArg
 
 
 def print_hardware(hardware: dict, settings: dict, args: TrainingArguments) -> None:
-    """Say on what is trained, and what of the arguments was replaced for it.
-
-    Args:
-        hardware: As run.json has it.
-        settings: Keyword arguments of from_pretrained.
-    """
+    """Say on what is trained (`hardware` as run.json has it), and what of the arguments was replaced for it."""
     for key, choice in args.hardware_choices.items():
         print_main(f"{key}: {choice}")
     devices = ", ".join(dict.fromkeys(hardware["devices"]))
@@ -131,7 +127,7 @@ def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **sourc
     """The adapter that the arguments describe, or None.
 
     Args:
-        new_ids: Ids of added tokens, whose embeddings are trained: an adapter could neither read nor write them otherwise.
+        new_ids: Ids of added tokens, whose embeddings are trained: an adapter alone could neither read nor write them.
         source: revision and trust_remote_code of the model.
     """
     config = get_peft_config(model_args)

@@ -20,8 +20,8 @@ def plan_training(prepared: Dataset, num_rows: int, args: TrainingArguments) -> 
     batches = len(prepared) / per_batch
     if args.dataloader_drop_last and batches < 1:
         raise InputError(
-            f"dataloader_drop_last: the {len(prepared)} sequences do not fill one batch of {per_batch}, so nothing would be "
-            "trained; leave it out"
+            f"dataloader_drop_last: the {len(prepared)} sequences do not fill one batch of {per_batch}, so nothing "
+            "would be trained; leave it out"
         )
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     steps_per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
@@ -60,12 +60,13 @@ def check_schedule(plan: dict, num_sequences: int, args: TrainingArguments) -> l
     texts = []
     if plan["sequences_per_step"] > num_sequences:
         texts.append(
-            f"a step is to take {plan['sequences_per_step']} sequences and there are {num_sequences}, so it takes fewer; "
-            "lower gradient_accumulation_steps or per_device_train_batch_size"
+            f"a step is to take {plan['sequences_per_step']} sequences and there are {num_sequences}, so it takes "
+            "fewer; lower gradient_accumulation_steps or per_device_train_batch_size"
         )
     if args.warmup_steps and args.lr_scheduler_type == "constant":
         texts.append(
-            f"warmup_steps: {args.warmup_steps} has no effect with lr_scheduler_type: constant; use constant_with_warmup"
+            f"warmup_steps: {args.warmup_steps} has no effect with lr_scheduler_type: constant; use "
+            "constant_with_warmup"
         )
     elif args.get_warmup_steps(plan["steps"]) >= plan["steps"]:
         texts.append(

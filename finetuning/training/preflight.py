@@ -137,7 +137,7 @@ def run_preflight(
         The memory plan, which says whether activations are recomputed (`activation_checkpointing`).
 
     Raises:
-        InputError: A check refuses the run and is not in `script_args.allow`. A run that is in the folder stays as it is.
+        InputError: A check refuses the run and is not in `script_args.allow`. A run in the folder stays as it is.
     """
     start = time.perf_counter()
     if len(rows.prepared) == 0:

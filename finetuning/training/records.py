@@ -37,16 +37,19 @@ from finetuning.training.arguments import TrainingArguments
 from finetuning.wording import describe_differences
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
-# What may change between a run and its continuation: where it is logged and saved, and how the same global batch is spread
-# over devices. Everything else would make the checkpoints of one folder incomparable. Data is compared by its content.
-MAY_CHANGE = {
-    "output_dir", "overwrite", "resume_from_checkpoint", "logging_steps", "logging_dir", "report_to", "run_name",
-    "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "disable_tqdm", "log_level",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_num_workers",
-    "fsdp", "fsdp_config", "use_cpu", "local_rank", "attn_implementation", "gradient_checkpointing", "activation_checkpointing", "dtype",
-    "preflight_only", "allow", "preview_rows", "do_eval",
-    "bf16", "fp16", "tf32", "dataset_test_split", "dataset_num_proc", "dataset_name", "dataset_config", "dataset_train_split", "dataset_eval_split", "hub_token", "token",
-}  # fmt: skip
+# What may change between a run and its continuation: where it is logged and saved, and how the same global batch is
+# spread over devices. Everything else would make the checkpoints of one folder incomparable. Data is compared by its
+# content, whatever its path.
+MAY_CHANGE = set(
+    """
+    output_dir overwrite resume_from_checkpoint logging_steps logging_dir report_to run_name save_steps save_strategy
+    save_total_limit eval_steps eval_strategy disable_tqdm log_level per_device_train_batch_size
+    gradient_accumulation_steps per_device_eval_batch_size dataloader_num_workers fsdp fsdp_config use_cpu local_rank
+    attn_implementation gradient_checkpointing activation_checkpointing dtype preflight_only allow preview_rows
+    do_eval bf16 fp16 tf32 dataset_test_split dataset_num_proc dataset_name dataset_config dataset_train_split
+    dataset_eval_split hub_token token
+    """.split()
+)
 
 
 def git_commit() -> str | None:
@@ -98,7 +101,7 @@ def build_record(
 
 
 def find_differences(old: dict, new: dict) -> str:
-    """What of two records makes their checkpoints incomparable, as `key was ... and is ...`; nothing if they are comparable."""
+    """What of two records makes their checkpoints incomparable, as `key was ... and is ...`."""
 
     def essence(record: dict) -> dict:
         settings = {key: value for key, value in record["config"].items() if key not in MAY_CHANGE}
@@ -130,8 +133,8 @@ def compare_origin(checkpoint: Path, record: dict) -> None:
         was, is_now = old["config"].get(key), record["config"].get(key)
         if was != is_now:
             raise InputError(
-                f"{key}: {is_now} has no effect, as the optimizer of {checkpoint} goes on with {was}; set it so, or start "
-                "with a new optimizer from the weights alone, by model_name_or_path"
+                f"{key}: {is_now} has no effect, as the optimizer of {checkpoint} goes on with {was}; set it so, or "
+                "start with a new optimizer from the weights alone, by model_name_or_path"
             )
     if differences := find_differences(old, record):
         print(f"{checkpoint} is of another run: {differences}", flush=True)

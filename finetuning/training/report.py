@@ -70,7 +70,7 @@ def preview_row(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list
 
 
 def render_preview(preview: dict, colour: bool) -> str:
-    """The row for a terminal: learned tokens green, or between ⟦ and ⟧ where there is no colour; | between tokens."""
+    """The row for a terminal: learned tokens green, or between ⟦ and ⟧ without colour; | between tokens."""
     pieces = []
     inside = False
     for place, (text, learned, special) in enumerate(preview["tokens"]):

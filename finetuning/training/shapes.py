@@ -1,8 +1,8 @@
 """
 What of a model decides the memory of training: counts of parameters, and the bytes that its forward pass keeps.
 
-Activations are measured: the model's own forward pass runs on tensors that have a shape and no data (torch's FakeTensorMode),
-and what autograd would keep for the backward pass is added up.
+Activations are measured: the model's own forward pass runs on tensors that have a shape and no data (torch's
+FakeTensorMode), and what autograd would keep for the backward pass is added up.
 """
 
 import contextlib

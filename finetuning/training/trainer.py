@@ -34,8 +34,8 @@ from finetuning.training.checkpoints import (
 from finetuning.training.collective import failing_together, on_main_process
 
 assert hasattr(trl.trainer.utils, "_use_triton"), "trl has renamed _use_triton, which is replaced here"
-# trl projects only the positions that have a label onto the vocabulary where it has Triton, and all positions elsewhere, so
-# that compilers see constant shapes. Nothing is compiled on a CPU, and most positions are of the question: skip them there too.
+# trl projects only the positions that have a label onto the vocabulary where it has Triton, and all positions where it
+# has not, so that compilers see constant shapes. Nothing is compiled on a CPU, and most positions are of the question.
 trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
 
 
@@ -104,7 +104,7 @@ class ResumableSFTTrainer(SFTTrainer):
             super().save_model(output_dir, _internal_call)
 
     def train(self, *args, **kwargs):
-        """Train; what was trained last is saved, also where a checkpoint from another folder leaves nothing to train."""
+        """Train, and save what was trained last, also where a checkpoint of another folder leaves nothing to train."""
         output = super().train(*args, **kwargs)
         last = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if not on_main_process(lambda: last in list_checkpoints(last.parent)):
