@@ -8,23 +8,20 @@ On the CPU the peak is of the resident set, above what the process had before th
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from training import ROOT, save_random_model
 
-ROOT = Path(__file__).parents[1]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SHAPES = {
     "25M parameters, 8 layers, 8k words": (
-        {"hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 8, "num_attention_heads": 7, "vocab_size": 8192},
+        {"hidden_size": 448, "intermediate_size": 1216, "num_attention_heads": 7},
         ["--max_length", "1024", "--per_device_train_batch_size", "2"],
     ),
     "the same, activations recomputed": (
-        {"hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 8, "num_attention_heads": 7, "vocab_size": 8192},
+        {"hidden_size": 448, "intermediate_size": 1216, "num_attention_heads": 7},
         ["--max_length", "1024", "--per_device_train_batch_size", "2", "--activation_checkpointing", "true"],
     ),
     "135M parameters, 30 layers, 49k words": (
@@ -40,7 +37,8 @@ SHAPES = {
     "135M parameters, LoRA": (
         {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
          "num_key_value_heads": 3, "vocab_size": 49152},
-        ["--max_length", "512", "--per_device_train_batch_size", "2", "--use_peft", "true", "--lora_target_modules", "all-linear"],
+        ["--max_length", "512", "--per_device_train_batch_size", "2",
+         "--use_peft", "true", "--lora_target_modules", "all-linear"],
     ),
 }  # fmt: skip
 
@@ -50,10 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, (shape, arguments) in SHAPES.items():
             model, run = Path(folder, "model"), Path(folder, "run")
-            config = LlamaConfig(**{"tie_word_embeddings": True, "max_position_embeddings": 2048, **shape})
-            LlamaForCausalLM(config).save_pretrained(model)
-            for file in TOKENIZER_FILES:
-                shutil.copy(ROOT / "demo/model" / file, model)
+            save_random_model(model, **shape)
             command = [
                 sys.executable, "1_train_full_fine_tuning.py", "--model_name_or_path", model, "--dataset_name", "demo/data",
                 "--output_dir", run, "--max_steps", "3", "--save_steps", "3", "--overwrite", "true", *arguments,

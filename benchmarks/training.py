@@ -37,13 +37,18 @@ ARMS = {
 }
 
 
+def save_random_model(folder: Path, **shape) -> None:
+    """A Llama with random weights, and the tokenizer of the demo model."""
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, **shape})).save_pretrained(folder)
+    for file in TOKENIZER_FILES:
+        shutil.copy(ROOT / "demo/model" / file, folder)
+
+
 def prepare(folder: Path) -> tuple[Path, Path]:
     """A model with random weights, and the demo's training data as trl reads it: prompt and completion."""
     model, data = folder / "model", folder / "data"
     logging.disable_progress_bar()
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(model)
-    for file in TOKENIZER_FILES:
-        shutil.copy(ROOT / "demo/model" / file, model)
+    save_random_model(model)
     data.mkdir()
     rows = [row["messages"] for row in json.loads((ROOT / "demo/data/train_dataset.json").read_text())]
     lines = [json.dumps({"prompt": row[:-1], "completion": row[-1:]}, ensure_ascii=False) + "\n" for row in rows]
