@@ -80,36 +80,41 @@ AttentionInterface.register(SLOT_ATTENTION, slot_attention)
 AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
 
 
-class PromptCache:
-    """Keys and values of a chunk of prompts while they are read; it has what models call of transformers' Cache."""
+class LayerCache:
+    """What models call of transformers' Cache, over the keys and values of each layer."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Keys that were there before those of this call of the model."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+
+class PromptCache(LayerCache):
+    """Keys and values of a chunk of prompts while they are read."""
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
         assert layer_idx == len(self.layers)
         self.layers.append((key, value))
         return key, value
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-
-class SlotCache:
-    """Keys and values of `num_slots` sequences of up to `length` tokens; it has what models call of transformers' Cache.
+class SlotCache(LayerCache):
+    """Keys and values of `num_slots` sequences of up to `length` tokens.
 
     Each layer is two tensors of shape (slots, key heads, length, dim), which are allocated once.
     """
 
     def __init__(self, num_slots: int, length: int):
+        super().__init__()
         self.num_slots, self.length = num_slots, length
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.active = 0  # slots in use, which are the first ones
         self.longest = 0  # keys of the longest sequence, with that of this step's token
         self.positions = torch.empty(0, dtype=torch.long)  # where each active slot's key of this step goes
@@ -149,12 +154,6 @@ class SlotCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.longest - 1
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.longest - 1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.longest, 0
 
 
 @dataclass

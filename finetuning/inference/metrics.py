@@ -32,7 +32,7 @@ SINGLE = regex.compile(r"[\p{L}\p{N}]\p{M}*")
 HANGUL = regex.compile(r"[\uac00-\ud7a3]")
 MEANINGLESS = regex.compile(r"[\s\p{P}]")  # spaces and punctuation, which no metric of words counts
 MAX_DISCARDED = 0.05  # of the other characters; above it, scores say little about the texts
-TOKENIZERS = {
+TOKENIZERS = {  # scripts that are written without spaces give characters in `words`; all that is not Korean is words in `morphemes`
     "words": "words, English ones stemmed (Porter)",
     "morphemes": f"morphemes (mecab-ko {importlib.metadata.version('mecab-ko')})",
     "characters": "characters",
@@ -79,35 +79,17 @@ def _split(text: str, tokenizer: str) -> list[str]:
     return (SINGLE if tokenizer == "characters" else WORD).findall(text)
 
 
-class RougeTokenizer:
-    """Tokenizer for rouge_score that keeps `#Person1#` as one token.
+def choose_tokenizer(prediction: str, references: list[str], tokenizer: str) -> str:
+    """Name of the tokenizer: the one that is asked for, or for `auto` that of the language of the references, if there are any.
 
-    rouge_score's own keeps [a-z0-9] only, so that two equal Korean sentences score 0 and two unlike ones with the same
-    speaker tags score 1.
-
-    Args:
-        name: `words` (stemmed where they are ASCII; in scripts without spaces, characters), `morphemes` of Korean, in
-            which all else is words, or `characters`.
+    Raises:
+        ValueError: There is none of this name.
     """
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def tokenize(self, text: str) -> list[str]:
-        return tokenize(text, self.name)[0]
-
-
-def choose_tokenizer(prediction: str, references: list[str], language: str, tokenizer: str) -> str:
-    """Name of the tokenizer: the one that is asked for, else that of the language, which the references show if there are any."""
-    if tokenizer not in ("auto", *TOKENIZERS) or language not in ("auto", *TOKENIZER_OF_LANGUAGE):
-        raise ValueError(
-            f"the tokenizer is auto, {', '.join(TOKENIZERS)}, the language auto, {', '.join(TOKENIZER_OF_LANGUAGE)}; "
-            f"got {tokenizer!r}, {language!r}"
-        )
-    if tokenizer != "auto":
-        return tokenizer
-    shown = " ".join(references or [prediction])
-    return TOKENIZER_OF_LANGUAGE[detect_language(shown) if language == "auto" else language]
+    if tokenizer == "auto":
+        return TOKENIZER_OF_LANGUAGE[detect_language(" ".join(references or [prediction]))]
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"the tokenizer is auto, {', '.join(TOKENIZERS)}; got {tokenizer!r}")
+    return tokenizer
 
 
 def discarded_share(texts: list[str], tokenizer: str) -> float:
@@ -132,16 +114,13 @@ def over_references(name: str, scores: list[list[float | None]]) -> dict:
     return {**means, **{f"{key}_per_sample": values for key, values in per_sample.items()}}
 
 
-def compute_rouge(
-    predictions: list[str], references: list[list[str]], language: str = "auto", tokenizer: str = "auto"
-) -> dict:
+def compute_rouge(predictions: list[str], references: list[list[str]], tokenizer: str = "auto") -> dict:
     """ROUGE F1 between 0 and 1, plain means over samples.
 
     Args:
         predictions: One text a sample.
         references: The texts of each sample; one without any has no score.
-        language: `en`, `ko`, or `auto`, which looks at the script of each sample's references.
-        tokenizer: `auto`, which is that of the language, or one of `RougeTokenizer`.
+        tokenizer: One of TOKENIZERS, or `auto`, which looks at the script of each sample's references.
 
     Returns:
         For each of rouge1, rouge2, rougeL: `<type>` (mean over references), `<type>_first` and `<type>_max`, each with
@@ -152,7 +131,7 @@ def compute_rouge(
     """
     from finetuning.inference.rouge import Rouge  # late, as it imports torch
 
-    return Rouge().compute(predictions=predictions, references=references, language=language, tokenizer=tokenizer)
+    return Rouge().compute(predictions=predictions, references=references, tokenizer=tokenizer)
 
 
 def compute_chrf(predictions: list[str], references: list[list[str]]) -> dict:
@@ -168,13 +147,13 @@ def compute_chrf(predictions: list[str], references: list[list[str]]) -> dict:
     return over_references("chrf", scores)
 
 
-def count_ngrams(text: str, n: int, tokenizer: str | None = None) -> collections.Counter:
+def count_ngrams(text: str, n: int, tokenizer: str = "auto") -> collections.Counter:
     """n-grams of the tokens that ROUGE sees."""
-    tokens = RougeTokenizer(tokenizer or TOKENIZER_OF_LANGUAGE[detect_language(text)]).tokenize(text)
+    tokens, _ = tokenize(text, choose_tokenizer(text, [], tokenizer))
     return collections.Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
-def sequence_repetition(text: str, n: int = 4, tokenizer: str | None = None) -> float | None:
+def sequence_repetition(text: str, n: int = 4, tokenizer: str = "auto") -> float | None:
     """seq-rep-n: share of n-grams that stood in the text before (Welleck et al. 2020, arXiv:1908.04319).
 
     Over the words or morphemes that ROUGE sees. None for a text with fewer than n of them.

@@ -14,14 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from openai import (
-    APIConnectionError,
-    AsyncOpenAI,
-    AuthenticationError,
-    NotFoundError,
-    OpenAIError,
-    PermissionDeniedError,
-)
+from openai import APIConnectionError, AsyncOpenAI, NotFoundError, OpenAIError
 from openai.types.chat import ChatCompletion
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -29,7 +22,7 @@ from finetuning.credentials import hide
 from finetuning.data.conversations import with_json_arguments
 from finetuning.data.prompts import Prompt
 from finetuning.data.rows import TestSamples
-from finetuning.endpoint import MAX_TOKEN_COUNT, Endpoint, seconds_to_wait
+from finetuning.endpoint import KEY_REFUSED, MAX_TOKEN_COUNT, Endpoint, seconds_to_wait
 from finetuning.errors import InputError, to_line
 from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.inference.decoding import seed_of
@@ -165,16 +158,7 @@ class OpenAIEngine:
         """The answer to one prompt; None if all was stopped before the server was asked again."""
         for num_attempts in range(1, NUM_RETRIES + 2):
             try:
-                completion = await self.endpoint.attempt(
-                    client.chat.completions.create(
-                        model=self.served_id,
-                        **self._conversation(prompt),
-                        max_completion_tokens=self.config.max_new_tokens,
-                        seed=seed_of(self.seed, prompt.id) % 2**31,
-                        extra_body=self._extra(),
-                        **self._sampling(),
-                    )
-                )
+                completion = await self.endpoint.attempt(client.chat.completions.create(**self._request(prompt)))
                 break
             except TimeoutError as error:  # this sample would take as long again; the others may be faster
                 return Answer.failed(prompt, self.endpoint.describe(error))
@@ -190,40 +174,42 @@ class OpenAIEngine:
             return Answer.failed(prompt, "the reply is no chat completion")
 
     def _give_up(self, prompt: Prompt, error: Exception) -> Answer:
-        if isinstance(error, (AuthenticationError, PermissionDeniedError, NotFoundError, APIConnectionError)):
+        if isinstance(error, (*KEY_REFUSED, NotFoundError, APIConnectionError)):
             raise InputError(
                 f"{self.endpoint} stopped the test: {self.endpoint.describe(error)}. What was answered is kept; the same "
                 "command goes on"
             ) from error
         return Answer.failed(prompt, self.endpoint.describe(error))
 
-    def _conversation(self, prompt: Prompt) -> dict:
-        sample = self.samples.by_id(prompt.id)
-        messages = [with_json_arguments(message) for message in sample["prompt"]]
-        # the template shows the tools, and a call comes back as the text that the model has written
-        tools = {"tools": sample["tools"], "tool_choice": "none"} if "tools" in sample else {}
-        return {"messages": messages, **tools}
-
-    def _sampling(self) -> dict:
-        config = self.config
-        stop = {"stop": config.stop_strings} if config.stop_strings else {}
-        if not config.do_sample:
-            return {"temperature": 0.0, **stop}
-        return {"temperature": config.temperature, "top_p": config.top_p, **stop}
-
-    def _extra(self) -> dict:
-        """What vLLM, SGLang and llama.cpp take beyond the OpenAI API; each leaves what it does not know."""
-        penalty = self.config.repetition_penalty or 1.0
+    def _request(self, prompt: Prompt) -> dict:
+        """All that is sent for one prompt."""
+        config, sample = self.config, self.samples.by_id(prompt.id)
+        penalty = config.repetition_penalty or 1.0
+        # what vLLM, SGLang and llama.cpp take beyond the OpenAI API; each leaves out what it does not know
         extra = {
             "repetition_penalty": penalty,
             "repeat_penalty": penalty,  # llama.cpp's name for it
-            "stop_token_ids": self.config.eos_token_id,
+            "stop_token_ids": config.eos_token_id,
             "skip_special_tokens": False,
             "return_token_ids": True,
         }
-        if self.config.do_sample:
-            extra |= {"top_k": self.config.top_k or -1, "min_p": 0.0}
-        return extra
+        request = {
+            "model": self.served_id,
+            "messages": [with_json_arguments(message) for message in sample["prompt"]],
+            "max_completion_tokens": config.max_new_tokens,
+            "seed": seed_of(self.seed, prompt.id) % 2**31,
+            "temperature": 0.0,
+            "extra_body": extra,
+        }
+        if "tools" in sample:
+            # the template shows the tools, and a call comes back as the text that the model has written
+            request |= {"tools": sample["tools"], "tool_choice": "none"}
+        if config.stop_strings:
+            request["stop"] = config.stop_strings
+        if config.do_sample:
+            request |= {"temperature": config.temperature, "top_p": config.top_p}
+            extra |= {"top_k": config.top_k or -1, "min_p": 0.0}
+        return request
 
     def _read(self, prompt: Prompt, completion: ChatCompletion) -> Answer:
         choice, usage = completion.choices[0], completion.usage

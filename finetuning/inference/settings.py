@@ -30,12 +30,8 @@ def build_generation_config(
     sources = {key: "default" if getattr(args, key) == defaults[key] else "flag" for key in settings}
     plain = PLAIN_SAMPLING if args.do_sample else {}
     for key in (*OWN_KEYS, *plain):
-        candidates = {
-            "flag": getattr(args, key),
-            "checkpoint": getattr(own_config, key, None),
-            "default": plain.get(key),
-        }
-        source, value = next(((s, v) for s, v in candidates.items() if v is not None), ("default", None))
+        found = {"flag": getattr(args, key), "checkpoint": getattr(own_config, key, None), "default": plain.get(key)}
+        source, value = next(((s, v) for s, v in found.items() if v is not None), ("default", None))
         _check_setting(key, value, engine, args.do_sample)
         if value is not None:
             settings[key], sources[key] = value, source
@@ -68,16 +64,8 @@ def _check_setting(key: str, value, engine: str, do_sample: bool) -> None:
 
 def ignored_settings(own_config: GenerationConfig) -> dict:
     """What a checkpoint declares beyond the settings of step 3, which has no effect here."""
-    known = {
-        *OWN_KEYS,
-        *PLAIN_SAMPLING,
-        "do_sample",
-        "max_new_tokens",
-        "max_length",
-        "use_cache",
-        "transformers_version",
-    }
-    declared = own_config.to_diff_dict().items()
+    others = {"do_sample", "max_new_tokens", "max_length", "use_cache", "transformers_version"}
+    known, declared = others.union(OWN_KEYS, PLAIN_SAMPLING), own_config.to_diff_dict().items()
     return {k: v for k, v in declared if k not in known and not k.endswith("token_id") and k[0] != "_"}
 
 

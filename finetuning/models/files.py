@@ -5,13 +5,13 @@ Imports without torch.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetuning.errors import InputError
 
 POINTER = b"version https://git-lfs"
 MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
-PIECE = 4096  # bytes of a tensor that a fingerprint reads at once
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -89,6 +89,15 @@ def read_header(path: Path) -> tuple[int, dict[str, dict]]:
     return size, header
 
 
+def _read_pieces(path: Path, begin: int, end: int, number: int, size: int) -> Iterator[bytes]:
+    """Evenly spaced pieces of up to `size` bytes of a part of a file."""
+    with path.open("rb") as file:
+        for piece in range(number):
+            place = begin + (end - begin) * piece // number
+            file.seek(place)
+            yield file.read(min(size, end - place))
+
+
 def fingerprint_weights(name_or_path: str) -> str | None:
     """Hash of a model's weights, however they are spread over files: of each tensor name, form and four pieces.
 
@@ -103,11 +112,8 @@ def fingerprint_weights(name_or_path: str) -> str | None:
     for name, (path, start, tensor) in sorted(tensors.items()):
         digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
         begin, end = tensor["data_offsets"]
-        with path.open("rb") as file:
-            for piece in range(4):
-                place = begin + (end - begin) * piece // 4
-                file.seek(start + place)
-                digest.update(file.read(min(PIECE, end - place)))
+        for piece in _read_pieces(path, start + begin, start + end, number=4, size=4096):
+            digest.update(piece)
     return digest.hexdigest()[:16] if tensors else None
 
 
@@ -125,8 +131,6 @@ def fingerprint_model(name_or_path: str) -> str:
     for path in list_weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for piece in range(64):
-                file.seek(size * piece // 64)
-                digest.update(file.read(16_384))
+        for piece in _read_pieces(path, 0, size, number=64, size=16_384):
+            digest.update(piece)
     return digest.hexdigest()[:16]

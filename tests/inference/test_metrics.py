@@ -9,13 +9,13 @@ from rouge_score import rouge_scorer
 from finetuning.inference.metrics import (
     SIMILARITIES,
     TOKENIZERS,
-    RougeTokenizer,
     compute_chrf,
     compute_rouge,
     detect_language,
     score_predictions,
     sequence_repetition,
 )
+from finetuning.inference.rouge import RougeTokenizer
 
 DIALOGSUM = Path(__file__).parents[3] / "shared/data/dialogsum/test.jsonl"  # https://github.com/cylnlp/dialogsum
 
