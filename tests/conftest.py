@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # two busy processes of several threads slow each other down many times
 TRAIN = "1_train_full_fine_tuning.py"
 CONFIG = "./0_full_fine_tuning_config.yaml"
+MAX_QUICK_SECONDS = 3  # of a test that make check runs
 SMALL = ["--max_steps", "10", "--save_steps", "5", "--logging_steps", "1", "--max_length", "128", "--warmup_steps", "2"]
 
 
@@ -192,6 +194,25 @@ def read_table(document: str, header: str) -> list[list[str]]:
     """The cells of each row of the table in a Markdown file that begins with this header."""
     text = (ROOT / document).read_text(encoding="utf-8").split(f"| {header} |")[1].split("\n\n")[0]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()[2:]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests over the sharded run as slow, since the first of them waits twenty seconds for it."""
+    for item in items:
+        if "fsdp_run" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Name the tests that are too slow for `make check` and not marked; a busy machine may name others."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and "slow" not in report.keywords:
+                seconds[report.nodeid] += report.duration
+    for test, duration in seconds.most_common():
+        if duration > MAX_QUICK_SECONDS:
+            terminalreporter.write_line(f"{test} took {duration:.1f} s: make it faster, or mark it slow", yellow=True)
 
 
 def make_run(folder: Path, models: dict[str, list[str]]) -> Path:

@@ -35,6 +35,7 @@ def test_a_difference_between_models_is_no_correlation_within_them():
     assert pooled > 0.7 and abs(found.value) < 0.1 and found.low < 0 < found.high
 
 
+@pytest.mark.slow
 def test_a_difference_between_models_is_no_agreement_with_people():
     models, ids = ["base"] * 60 + ["checkpoint-1"] * 60, [*map(str, range(60))] * 2
     judge, human = (np.concatenate([RNG.normal(3, 1, 60), RNG.normal(8, 1, 60)]) for _ in range(2))

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "demo"))
 import dialogues
 
 
+@pytest.mark.slow
 def test_the_whole_chain_on_a_small_budget(tmp_path):
     run_dir = tmp_path / "run"
     train(run_dir, "--max_length", 512, "--max_steps", 30, "--save_steps", 15, num_processes=2, **FSDP)

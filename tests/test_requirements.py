@@ -110,6 +110,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, arguments, said",
     [

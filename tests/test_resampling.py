@@ -16,6 +16,7 @@ def same_draws_whatever_runs_before():
     RNG.bit_generator.state = STATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [lambda n: judge_scores(n, 8.5), rouge_scores, paired_differences], ids=["judge", "rouge", "differences"])  # fmt: skip
 def test_intervals_cover_the_mean_95_percent_of_the_time(draw):
     truth = draw(2_000_000).mean()

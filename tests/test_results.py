@@ -65,6 +65,7 @@ def test_a_disk_that_takes_nothing_ends_a_step_in_one_line(small_disk, tmp_path,
     assert ("No space left on device" if full else "Read-only file system") in line
 
 
+@pytest.mark.slow
 def test_rows_survive_being_killed_at_any_moment(tmp_path):
     path = tmp_path / "predictions" / "m.jsonl"
     num_rows = 0
@@ -120,6 +121,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_new", [0, 1])
 def test_earlier_rows_go_when_the_first_new_one_stands_and_not_before(tmp_path, num_new):
     path, part = tmp_path / "m.jsonl", tmp_path / "parts" / "m.1.jsonl"

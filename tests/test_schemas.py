@@ -127,6 +127,7 @@ def test_a_record_of_a_wrong_kind_is_named(run_dir, file, changes, fault):
 FILES = ["predictions/base.json", "qa_evaluation_results/base.json", "run.json", "preflight.json", "checkpoint-1/trainer_state.json"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_a_record_that_was_cut_is_named(run_dir, file):
     content = json.dumps(json.loads((run_dir / file).read_text()), indent=1)

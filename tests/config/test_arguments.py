@@ -31,6 +31,7 @@ def test_every_yaml_parses_and_trains_where_there_is_no_gpu(path, tmp_path):
             assert value == next(getattr(a, key) for a in (script, training, model) if hasattr(a, key)), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_printed(script):
     assert "--output_dir" in run(command(script, "--help")).stdout
@@ -77,6 +78,7 @@ assert finetuning.inference.metrics.compute_rouge(["안녕"], [["안녕"]])["rou
 """
 
 
+@pytest.mark.slow
 def test_judging_and_scoring_need_no_torch(tmp_path):
     """In an environment that has every package but torch."""
     for package in Path(yaml.__file__).parents[1].iterdir():

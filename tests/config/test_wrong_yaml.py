@@ -450,6 +450,7 @@ def test_a_value_that_is_too_deep_is_said_with_its_key(tmp_path, usual_recursion
     parse(write(tmp_path / "config.yaml", text.replace("{a: " * 270, "").replace("}" * 270, "")), *NEEDED)
 
 
+@pytest.mark.slow
 def test_the_last_line_of_a_large_file_still_counts(tmp_path):
     comments = "# what all of these lines say is left out\n" * 125_000  # 5 MB
     (problem,) = refuse(write(tmp_path / "config.yaml", f"{comments}seed: x\n"), *NEEDED)
@@ -702,6 +703,7 @@ def test_any_key_that_stands_twice_is_found(folder, keys, data):
     assert found == [text]
 
 
+@pytest.mark.slow
 @generated
 @given(content=st.one_of(st.binary(max_size=300), st.text(max_size=200).map(str.encode)))
 def test_any_bytes_and_any_text_are_refused_in_words(folder, content):
@@ -755,6 +757,7 @@ def test_any_secret_under_any_key_is_never_printed(folder, secret, key):
 # Through the script
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content, messages",
     [
@@ -775,6 +778,7 @@ def test_the_script_says_the_same(tmp_path, content, messages):
         assert all(message in printed for message in messages) and "abcdef" not in printed
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_message_is_printed_once(tmp_path):
     path = write(tmp_path / "config.yaml", MANY)
     result = run(
@@ -796,6 +800,7 @@ fail("the reason")
 """
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_late_first_rank_still_says_it(tmp_path):
     script = write(tmp_path / "late.py", LATE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]

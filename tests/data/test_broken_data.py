@@ -537,6 +537,7 @@ def arguments_of_step_1(path: Path, run_dir: Path) -> list[str]:
     return ["--config", CONFIG, "--dataset_name", str(path), "--output_dir", str(run_dir), *budget]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, content, said", STEP_1, ids=[case[2] for case in STEP_1])
 def test_step_1_refuses_broken_data_before_a_run_begins(tmp_path, name, content, said):
     run_dir = tmp_path / "run"
@@ -546,6 +547,7 @@ def test_step_1_refuses_broken_data_before_a_run_begins(tmp_path, name, content,
     check_refusal(status, printed, said, run_dir)
 
 
+@pytest.mark.slow
 def test_step_1_refuses_broken_data_from_a_shell(tmp_path):
     path = write(tmp_path / "train.jsonl", lines(*RIGHT) + b"{oops}\n")
     result = run(command("1_train_full_fine_tuning.py", *arguments_of_step_1(path, tmp_path / "run")), check=False)
@@ -553,6 +555,7 @@ def test_step_1_refuses_broken_data_from_a_shell(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_step_1_takes_the_right_data(tmp_path):
     rows = [{"prompt": f"What is the number {i}?", "completion": f"It is {i}."} for i in range(40)]
     rows[0]["prompt"] += "<|im_end|>"  # the only row of the test split

@@ -278,7 +278,10 @@ def test_the_loss_is_on_the_answer_and_its_end_token_only(tmp_path, tokenizer, p
 
 # compiled, which takes a compiler, and one that torch can call: not from a path with a space
 COMPILES = shutil.which("g++") is not None and " " not in sys.prefix
-FLEX = pytest.param("flex_attention", marks=pytest.mark.skipif(not COMPILES, reason="it cannot be compiled here"))
+FLEX = pytest.param(
+    "flex_attention",
+    marks=[pytest.mark.slow, pytest.mark.skipif(not COMPILES, reason="it cannot be compiled here")],
+)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", FLEX])  # all that run without a GPU

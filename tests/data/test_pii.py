@@ -54,11 +54,13 @@ def test_a_wrong_end_of_a_span_counts_as_wrong_and_missed():
     assert measure(samples)["phone_number"] == (1, 1, 1)
 
 
+@pytest.mark.slow
 def test_table_is_printed_for_the_samples():
     printed = run([sys.executable, "-m", "finetuning.data.pii", str(SAMPLES_FILE)]).stdout
     assert re.search(r"^\| all \| \d+ \| 0\.\d\d \| 0\.\d\d \|$", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_table_in_the_documentation_is_the_printed_one():
     printed = run([sys.executable, "-m", "finetuning.data.pii", str(SAMPLES_FILE)]).stdout
     assert printed.strip() in (Path(__file__).parents[2] / "docs" / "cleaning.md").read_text(encoding="utf-8")

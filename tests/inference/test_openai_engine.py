@@ -74,6 +74,7 @@ def test_a_server_gives_the_answers_of_transformers(base_url, settings):
         assert [answers[i].num_prompt_tokens for i in same] == [expected[i].num_prompt_tokens for i in same]
 
 
+@pytest.mark.slow
 def test_the_script_answers_through_a_server_and_goes_on(base_url, run_dir):
     arguments = ["--output_dir", run_dir, "--base_url", base_url, "--max_new_tokens", 24]
     first = run(command("3_test.py", *arguments, "--num_samples", 6))
@@ -149,6 +150,7 @@ def test_token_ids_are_read_as_those_of_every_other_engine(tokenizer):
     assert answer.removed_tokens == {"<|im_end|>": 1} and engine.gives_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice",
     [
@@ -209,6 +211,7 @@ def test_a_reply_that_takes_too_long_is_an_error_of_its_sample():
     assert [answer.error for answer in answers if answer.error] == ["no reply within 0.5 s (--timeout)"]
 
 
+@pytest.mark.slow
 def test_an_attempt_has_a_deadline_however_slowly_its_reply_comes():
     with serve(StubJudge("drip")) as url:
         engine = make_engine(url, timeout=0.4, max_new_tokens=16)
@@ -267,6 +270,7 @@ def test_an_address_that_is_none_is_refused(url):
         Endpoint(url, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [(401, {}, {"error": {"message": "no such key"}}), "hang up"], ids=["key", "hang up"])
 def test_a_server_that_is_gone_ends_the_test_and_keeps_what_was_answered(fault):
     stub = StubJudge(*[reply()] * 3, fault)
@@ -293,6 +297,7 @@ def test_requests_are_in_flight_together():
         assert len(list(engine.answer(demo_prompts(8, engine.reader.tokenizer)))) == 8
 
 
+@pytest.mark.slow
 def test_a_failed_row_is_asked_again(run_dir):
     stub = StubJudge((400, {}, {"error": {"message": "out of luck"}}), reply())
     with serve(stub) as url:

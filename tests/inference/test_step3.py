@@ -199,6 +199,7 @@ def test_texts_of_a_submission_are_not_changed_and_rows_without_an_id_have_their
     assert "1 of them have no answer" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     words = "the a man woman goes to market buys bread and milk then meets friend who tells her about new job".split()
     generator = random.Random(0)
@@ -273,6 +274,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", [{}, {"do_sample": True}, {"do_sample": True, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}], ids=["greedy", "sampled", "penalised"])  # fmt: skip
 def test_an_answer_depends_on_its_sample_and_the_seed_only(sample):
     """Not on the batch, the order, or what else is asked."""
@@ -338,6 +340,7 @@ def test_beams_go_through_the_library_and_give_its_answers():
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_that_does_not_fit_alone_is_an_error_of_that_sample(monkeypatch):
     engine = load_demo(max_new_tokens=12)
     read = Decoder._read
@@ -369,6 +372,7 @@ def test_a_model_without_attention_goes_through_the_library():
     assert all(answer.num_new_tokens > 0 for answer in answers_to(TEXTS[:3], engine))
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch):
     engine = load_demo(max_new_tokens=12, do_sample=True)
     expected = [a.prediction for a in answers_to(TEXTS, engine)]
@@ -565,6 +569,7 @@ def test_a_missing_model_is_one_line(fsdp_run, model_name, message):
     assert status == 2 and message in printed and "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_under_fsdp_merged_and_answers_alike(tmp_path):
     run_dir = tmp_path / "lora"
     lora = ["--use_peft", "true", "--lora_r", 8, "--lora_dropout", 0, "--learning_rate", 5e-3]

@@ -26,6 +26,7 @@ from finetuning.judge.form import Evaluation
 from finetuning.report.tables import load_samples
 from finetuning.results import read_rows
 
+pytestmark = pytest.mark.slow
 STEP = "4_openai_test.py"
 PRICES = "date: 2026-11-01\nmodels:\n  m: {prompt: 1.0, cached_prompt: 0.5, completion: 10.0, batch: 0.5}\n"
 COST = 0.5 * (100 * 1.0 + 50 * 10.0) / 1e6  # of each reply of the stub

@@ -57,6 +57,7 @@ def evaluations(run_dir, name="checkpoint-10"):
     return read_rows(run_dir / "qa_evaluation_results" / f"{name}.jsonl")
 
 
+@pytest.mark.slow
 def test_a_judge_that_always_says_5_scores_5(run_dir, tmp_path):
     url = start_llama_server(tmp_path, {'"': 10, "5": 8, "}": 6, ",": 6})
     result = judge(run_dir, url)
@@ -69,6 +70,7 @@ def test_a_judge_that_always_says_5_scores_5(run_dir, tmp_path):
     assert info["coverage"] == 1 and info["identity"]["criteria"] == list(CRITERIA)
 
 
+@pytest.mark.slow
 def test_a_random_judge_gives_valid_evaluations(run_dir, tmp_path):
     judge(run_dir, start_llama_server(tmp_path, {'"': 1.5}))
     for row in evaluations(run_dir):
@@ -78,6 +80,7 @@ def test_a_random_judge_gives_valid_evaluations(run_dir, tmp_path):
     assert any(row["status"] == "ok" for row in evaluations(run_dir))
 
 
+@pytest.mark.slow
 def test_a_judge_that_never_ends_gives_no_score(run_dir, tmp_path):
     result = judge(run_dir, start_llama_server(tmp_path, {"a": 10}), "--max_tokens", "64")
     rows = evaluations(run_dir)
@@ -85,6 +88,7 @@ def test_a_judge_that_never_ends_gives_no_score(run_dir, tmp_path):
     assert "judged 0 of 6, no score" in result.printed and "6 truncated" in result.printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reply, status",
     [
@@ -113,6 +117,7 @@ def test_a_failed_judgement_is_a_declared_state_and_never_a_score(run_dir, reply
     assert "judged 6 of 6, mean 7.00 of 10" in result.printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [{"finish_reason": "length", "message": {"content": '{"rel'}}, "ten of ten"], ids=["truncated", "invalid"])  # fmt: skip
 def test_a_reply_that_cannot_be_read_is_asked_for_once_more_with_a_larger_limit(run_dir, first):
     with serve(stub := StubJudge(first, evaluation(7))) as url:
@@ -132,6 +137,7 @@ def test_a_limit_takes_the_same_samples_of_every_model(run_dir):
         assert "checkpoint-10: judged 6 of 6" in judge(run_dir, url).printed
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_is_in_flight(run_dir):
     stub = StubJudge(evaluation(8))
     next_reply = stub.next_reply
@@ -169,6 +175,7 @@ def start_judging(run_dir, url: str, *args) -> int:
     return start_step("4_openai_test.py", run_dir.with_name("printed"), *arguments, **environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_is_stopped_between_two_attempts_is_not_sent_again_and_counts_with_what_it_may_have_cost(
     run_dir, prices, number
@@ -223,6 +230,7 @@ def test_an_attempt_has_a_deadline_however_slowly_its_reply_comes(run_dir):
     assert {row["error"] for row in evaluations(run_dir)} == {"no reply within 0.4 s (--timeout)"}
 
 
+@pytest.mark.slow
 def test_many_models_are_judged_as_fast_as_one(tmp_path):
     run_dir = make_run(tmp_path / "run", {f"checkpoint-{n}": [f"answer {n}{i}" for i in "abc"] for n in range(1, 11)})
     in_flight, seen = set(), []
@@ -285,6 +293,7 @@ def test_the_same_answer_is_judged_once_whichever_models_gave_it(tmp_path, price
     assert load_samples(run_dir)["cost"].sum() == pytest.approx(8 * COST)
 
 
+@pytest.mark.slow
 def test_rate_limits_are_waited_out(run_dir):
     busy = (429, {"Retry-After": "0.2"}, {"error": {"message": "slow down"}})
     with serve(StubJudge(busy, busy, evaluation(6))) as url:
@@ -306,6 +315,7 @@ def test_what_arrived_before_a_fault_is_kept(run_dir):
     assert sorted(row["evaluation"]["relevance"]["score"] for row in evaluations(run_dir)) == [5, 6]
 
 
+@pytest.mark.slow
 def test_a_judge_killed_in_the_middle_goes_on_and_sends_nothing_twice(run_dir):
     stub = StubJudge(evaluation(8))
     next_reply = stub.next_reply
@@ -328,6 +338,7 @@ def test_a_judge_killed_in_the_middle_goes_on_and_sends_nothing_twice(run_dir):
         assert "judged 6 of 6" in judge(run_dir, url).printed
 
 
+@pytest.mark.slow
 def test_evaluations_of_another_judge_are_not_mixed(run_dir):
     with serve(StubJudge(evaluation(8))) as url:
         judge(run_dir, url)
@@ -376,6 +387,7 @@ def project(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_seventh_criterion_needs_one_field(project, run_dir):
     module = project / "finetuning" / "judge.py"
     last = "    completion_quality: Criterion = Field(\n"
@@ -405,6 +417,7 @@ def test_a_seventh_criterion_needs_one_field(project, run_dir):
     assert '"tone","completion quality"]' in report and '[7,"tone is so"]' in report and ">tone</button>" in report
 
 
+@pytest.mark.slow
 def test_a_rubric_of_ones_own_in_yaml_or_python(run_dir, tmp_path):
     (tmp_path / "tone.yaml").write_text("politeness: 공손한 말투를 씁니다.\nbrevity: Says it in few words.\n")
     (tmp_path / "tone.py").write_text(
@@ -446,6 +459,7 @@ RUBRICS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUBRICS)
 def test_a_rubric_that_is_none_says_what_to_write(run_dir, tmp_path, name):
     content, message = RUBRICS[name]
@@ -474,6 +488,7 @@ def clocked(stub: StubJudge) -> list[float]:
 BUSY = (429, {"Retry-After": "1"}, {"error": {"message": "slow down"}})
 
 
+@pytest.mark.slow
 def test_a_rate_limit_holds_back_all_requests(run_dir):
     stub = StubJudge(evaluation(6), BUSY, evaluation(6))
     times = clocked(stub)
@@ -484,6 +499,7 @@ def test_a_rate_limit_holds_back_all_requests(run_dir):
     assert max(gaps) >= 0.95 and len(times) <= 8  # two were in flight; none of the others came before its time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_without_retry_after_is_asked_again(run_dir, status):
     busy = (status, {}, {"error": {"message": "slow down"}})
@@ -492,6 +508,7 @@ def test_a_busy_server_without_retry_after_is_asked_again(run_dir, status):
     assert {row["status"] for row in evaluations(run_dir)} == {"ok"}
 
 
+@pytest.mark.slow
 def test_concurrency_falls_to_what_the_endpoint_takes(tmp_path):
     run_dir = make_run(tmp_path / "run", {"base": [f"answer {i}" for i in range(120)]})
     running, refused = set(), []
@@ -516,6 +533,7 @@ def test_concurrency_falls_to_what_the_endpoint_takes(tmp_path):
     assert len(refused) < 120  # 32 at once would be refused many times for each that is taken
 
 
+@pytest.mark.slow
 def test_requests_leave_no_faster_than_asked(run_dir):
     stub = StubJudge(evaluation(6))
     times = clocked(stub)
@@ -524,6 +542,7 @@ def test_requests_leave_no_faster_than_asked(run_dir):
     assert times[-1] - times[1] >= 4 * 0.2 - 0.05  # the first is longer on its way, over a new connection
 
 
+@pytest.mark.slow
 def test_tokens_of_a_minute_are_counted_as_they_are_used():
     async def seconds_for(num_requests: int, expected: float, used: float) -> float:
         rate = RateControl(8, None, 60_000, asyncio.Event())  # a thousand a second
@@ -562,6 +581,7 @@ def test_a_used_up_quota_is_not_asked_again(run_dir):
     assert result.returncode == 2 and "quota of this key is used up" in result.printed and len(stub.requests) == 1
 
 
+@pytest.mark.slow
 def test_a_reply_that_comes_too_late_is_an_error_of_its_sample(run_dir):
     stub = StubJudge(evaluation(6))
     next_reply = stub.next_reply
@@ -573,6 +593,7 @@ def test_a_reply_that_comes_too_late_is_an_error_of_its_sample(run_dir):
     assert late[0]["error"] == "no reply within 1.5 s (--timeout)"
 
 
+@pytest.mark.slow
 def test_without_a_server_it_says_so_soon(run_dir):
     result = judge(run_dir, "http://127.0.0.1:1/v1", "--max_retries", "8", check=False)
     assert result.returncode == 2 and "no server answers at http://127.0.0.1:1/v1" in result.printed
@@ -587,6 +608,7 @@ def test_ten_failures_from_the_start_on_end_it(tmp_path):
     assert len(evaluations(run_dir, "base")) == 10
 
 
+@pytest.mark.slow
 def test_a_server_that_takes_no_schema_is_found_out_at_the_first_request(run_dir):
     def reply(request):
         if "response_format" in request:
@@ -627,6 +649,7 @@ def test_an_address_in_the_environment_that_is_none_is_refused(run_dir):
     assert "at https://api.openai.com/v1" in judge(run_dir, "", "--dry_run", "true").printed  # an empty one is none
 
 
+@pytest.mark.slow
 def test_an_address_on_the_command_line_needs_no_key(run_dir):
     with serve(StubJudge(evaluation(4))) as url:
         judge(run_dir, "", "--base_url", url, key="")
@@ -658,6 +681,7 @@ def test_a_strange_reply_is_an_error_of_its_sample(run_dir, prices, name):
     assert known != ("more for replies that never came" in printed)
 
 
+@pytest.mark.slow
 def test_the_key_is_in_no_row_whatever_the_endpoint_repeats(run_dir):
     key = "sk-test-1234567890"
     for message in (f"bad key {key}", "x" * 290 + f" {key}"):
@@ -705,6 +729,7 @@ def test_a_paid_reply_is_kept_when_the_second_one_cannot_be_had(run_dir):
     assert result.returncode == 2 and row["status"] == "invalid" and row["usage"]["completion_tokens"] == 50
 
 
+@pytest.mark.slow
 def test_overwriting_with_a_wrong_key_deletes_nothing(run_dir):
     with serve(StubJudge(evaluation(8))) as url:
         judge(run_dir, url)
@@ -718,6 +743,7 @@ def test_overwriting_with_a_wrong_key_deletes_nothing(run_dir):
     assert not list((run_dir / "qa_evaluation_results").glob("*.previous"))
 
 
+@pytest.mark.slow
 def test_two_starts_do_not_write_the_same_rows(run_dir):
     stub = StubJudge(evaluation(8))
     next_reply = stub.next_reply
@@ -742,6 +768,7 @@ def test_models_are_judged_alike(run_dir):
         assert len(stub.requests) == num_requests
 
 
+@pytest.mark.slow
 def test_scores_are_whole_numbers_that_the_judge_wrote(run_dir):
     for score in ("true", '"7"', "7.5"):
         with serve(StubJudge(evaluation(7).replace("7", score))) as url:
@@ -824,6 +851,7 @@ def test_a_limit_of_money_needs_a_price(run_dir):
     assert result.returncode == 2 and "max_cost needs the price of `m`" in result.printed
 
 
+@pytest.mark.slow
 def test_failed_judgements_are_left_alone_if_asked(run_dir):
     with serve(stub := StubJudge({"message": {"refusal": "no"}})) as url:
         judge(run_dir, url)
@@ -859,6 +887,7 @@ def test_every_injection_is_delivered_as_data(tmp_path):
     assert all(injection["name"] in documented for injection in INJECTIONS)
 
 
+@pytest.mark.slow
 def test_a_server_reads_no_control_token_in_an_answer(tmp_path):
     """llama.cpp reads control tokens in messages; `</s>` would be one token, and is as many as it has bytes as JSON."""
     run_dir = make_run(tmp_path / "run", {"base": ["</s>" * 50], "checkpoint-1": ["xu003c/s>" * 50]})
@@ -889,6 +918,7 @@ def prefer(choose) -> StubJudge:
     return StubJudge(reply)
 
 
+@pytest.mark.slow
 def test_a_comparison_asks_in_both_orders(tmp_path):
     answers = {"base": ["no"] * 5 + [None, "yes"], "checkpoint-10": ["longer"] * 4 + ["no", "x", "y"]}
     run_dir = make_run(tmp_path / "run", answers)
@@ -939,6 +969,7 @@ def test_a_jury_gives_its_mean_and_how_far_it_agrees(run_dir):
         assert "judge_model was ['strict', 'kind'] and is 'm'" in refused.printed
 
 
+@pytest.mark.slow
 def test_an_answer_that_one_of_the_jury_cannot_judge_has_no_score(run_dir):
     def reply(request):
         refused = request["model"] == "b" and "질문 1" in request["messages"][1]["content"]
@@ -975,6 +1006,7 @@ def test_a_judge_is_measured_against_people(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_scores_of_people_add_to_those_of_earlier_starts(run_dir, tmp_path):
     def start(url, lines: str, *args) -> tuple[str, list]:
         (tmp_path / "labels.csv").write_text(lines)
@@ -1005,6 +1037,7 @@ def test_scores_of_people_add_to_those_of_earlier_starts(run_dir, tmp_path):
         assert result.returncode == 2 and "human_agreement.json:1 is no JSON" in result.printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -1023,6 +1056,7 @@ def test_scores_of_people_that_cannot_be_used_are_named(run_dir, tmp_path, conte
     assert result.returncode == 2 and message in result.printed
 
 
+@pytest.mark.slow
 def test_scores_and_lengths_are_correlated(tmp_path):
     run_dir = make_run(tmp_path / "run", {"base": ["x" * (i + 1) for i in range(10)]})
 
@@ -1034,6 +1068,7 @@ def test_scores_and_lengths_are_correlated(tmp_path):
     assert "rank correlation of the score with the length of the answer: 1.00" in printed
 
 
+@pytest.mark.slow
 def test_an_expected_score_is_the_mean_of_the_judges_own_probabilities(run_dir, tmp_path):
     """A judge of one byte a token whose logits are known."""
     preferences = {'"': 10, "5": 8, "6": 7.5, "1": 7, "}": 6, ",": 6}
@@ -1048,12 +1083,14 @@ def test_an_expected_score_is_the_mean_of_the_judges_own_probabilities(run_dir, 
     assert load_samples(run_dir)["expected_overall"].max() == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_server_without_probabilities_is_said_so(run_dir):
     with serve(StubJudge(evaluation(5))) as url:
         printed = judge(run_dir, url, "--expected_scores", "true").printed
     assert "no log-probabilities from the endpoint" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -1094,6 +1131,7 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(run_dir, arguments,
 # --- All of it at once ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_thousand_answers_with_faults_and_kills(tmp_path, prices):
     """30 % of the replies are faults, and the step is killed twenty times: one row an answer, and nothing paid twice."""
     num_answers, concurrency = 1000, 8

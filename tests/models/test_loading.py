@@ -245,6 +245,7 @@ def published(tmp_path, monkeypatch) -> str:
     return "org/odd"
 
 
+@pytest.mark.slow
 def test_resuming_and_merging_run_the_code_of_the_base_as_training_did(published, tmp_path, capsys):
     train = runpy.run_path(str(ROOT / TRAIN), run_name="imported")["main"]
     run = tmp_path / "run"

@@ -23,6 +23,7 @@ def test_holm_multiplies_each_p_by_the_number_that_is_left():
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0]) and holm([]) == []
 
 
+@pytest.mark.slow
 def test_false_alarms_stay_under_5_percent_although_the_best_is_chosen_on_the_same_samples():
     """Six checkpoints that are equally good: how often is the best of them said to be better than another?"""
     num_alarms = 0
@@ -37,6 +38,7 @@ def test_false_alarms_stay_under_5_percent_although_the_best_is_chosen_on_the_sa
     assert num_alarms / 400 < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_comparisons", [1, 3])
 def test_the_detectable_difference_is_found_80_percent_of_the_time(num_comparisons):
     """A true difference as large as what is stated; the other comparisons have none."""

@@ -13,6 +13,7 @@ from finetuning.report.__main__ import ScoreArguments, main
 from finetuning.results import read_rows
 
 playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.slow
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 MODELS = ["base", *(f"checkpoint-{100 * i}" for i in range(1, 6))]

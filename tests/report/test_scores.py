@@ -362,6 +362,7 @@ def test_few_samples_models_and_others_are_spoken_of_in_sentences(num):
             assert num == 0 or "left out: 1 sample." in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["👍🎉", "   "])
 def test_references_that_rouge_cannot_read_have_a_report(run_dir, reference, capsys):
     from finetuning.inference.metrics import score_predictions
@@ -457,6 +458,7 @@ def full_run(tmp_path):
     return run_dir
 
 
+@pytest.mark.slow
 def test_pairs_juries_and_people_reach_the_verdict_and_the_tables(full_run, capsys):
     main(ScoreArguments(output_dir=[str(full_run)]))
     printed = capsys.readouterr().out
@@ -542,6 +544,7 @@ def test_a_preference_side_by_side_decides_where_the_scores_do_not(full_run):
     assert "Side by side, strict prefers checkpoint-2 to checkpoint-1" in lines[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [GOOD[:1], [None, None], GOOD], ids=["one sample", "all failed", "one model"])
 def test_degenerate_runs_have_a_report(tmp_path, answers):
     for models in ({"checkpoint-9": answers}, {"base": answers, "checkpoint-9": answers}):
@@ -583,6 +586,7 @@ def test_a_criterion_can_have_the_name_of_any_column(run_dir):
     assert plot_criteria(summary) is not None
 
 
+@pytest.mark.slow
 def test_a_name_that_is_a_formula_is_a_text_in_the_csvs(run_dir):
     for path in (run_dir / "predictions").glob("base.*"):
         path.rename(path.with_stem("=HYPERLINK(1)"))
@@ -608,6 +612,7 @@ def test_no_run_at_all_is_refused():
         find_runs([])
 
 
+@pytest.mark.slow
 def test_runs_are_joined_on_their_samples(tmp_path, capsys):
     full = make_run(tmp_path / "full", {"base": POOR, "checkpoint-9": FAIR})
     lora = make_run(tmp_path / "lora", {"base": POOR[:10], "checkpoint-9": GOOD[:10]})
@@ -639,6 +644,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 # --- On the command line, and in the notebook -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judged", [True, False])
 def test_the_notebook_runs(run_dir, tmp_path, judged):
     if judged:
@@ -663,6 +669,7 @@ def test_the_notebook_is_committed_thin_and_without_outputs():
     assert any("parameters" in cell["metadata"].get("tags", []) for cell in notebook["cells"])
 
 
+@pytest.mark.slow
 def test_tables_are_printed_and_written_for_other_tools(run_dir):
     for name in ("base", "checkpoint-9", "checkpoint-10"):
         add_evaluations(run_dir, name, [9, 8] * 10)
@@ -682,6 +689,7 @@ def test_tables_are_printed_and_written_for_other_tools(run_dir):
     assert verdict["best"] == decide(samples).best and verdict["sentences"] == decide(samples).sentences
 
 
+@pytest.mark.slow
 def test_a_baseline_that_was_not_tested_is_named(run_dir):
     result = subprocess.run(
         [sys.executable, "-m", "finetuning.report", "--output_dir", run_dir, "--baseline", "checkpoint-99"],

@@ -229,6 +229,7 @@ class Careless(ResumableSFTTrainer):
         save_file(tensors, f"{output_dir}/model.safetensors")
 
 
+@pytest.mark.slow
 def test_training_ends_where_a_checkpoint_lacks_a_tensor_and_leaves_it_marked(tmp_path, tokenizer):
     rows = Dataset.from_list([{"prompt": "What is red?", "completion": " Blood."}])
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, save_steps=1, report_to="none", packing=False)

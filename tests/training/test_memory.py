@@ -80,6 +80,7 @@ def test_accumulated_gradients_are_there_all_the_time(tmp_path):
     assert plans[1].total - plans[0].total > 0.5 * plans[0].gradients
 
 
+@pytest.mark.slow
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(tmp_path):
     """On a shape large enough for the resident set to show it."""
     config = LlamaConfig(

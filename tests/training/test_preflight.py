@@ -339,6 +339,7 @@ def test_a_korean_character_of_several_tokens_is_shown_whole(tokenizer):
     assert "".join(text for text, _, _ in tokens).strip() == "뷁똠"
 
 
+@pytest.mark.slow
 def test_step_1_refuses_before_it_loads_anything_and_says_why(tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text(TURN.replace("<|im_end|>", "</s>") + ASK)
@@ -355,6 +356,7 @@ def test_step_1_refuses_before_it_loads_anything_and_says_why(tmp_path):
     assert findings["terminator"]["level"] == "allowed"
 
 
+@pytest.mark.slow
 def test_preflight_only_writes_its_report_and_trains_nothing(tmp_path):
     result = train(tmp_path, "--preflight_only", "true", "--max_length", 512)
     assert "plan: 10 steps" in result.stdout
