@@ -84,20 +84,17 @@ async def serve(delay: float) -> None:
 async def loop(url: str, predictions: Path, concurrency: int) -> None:
     from openai import AsyncOpenAI
 
-    from finetuning.config.arguments import JudgeArguments
-    from finetuning.judge.client import build_request
-    from finetuning.judge.form import Evaluation, answers_to_judge, build_form
-    from finetuning.results import iterate_rows
+    from finetuning.judge.form import Evaluation, RequestSettings, build_form
+    from finetuning.judge.jobs import answers_to_judge
 
-    form = build_form(Evaluation, "en")
-    args = JudgeArguments()
-    rows = (row for path in sorted(predictions.glob("*.jsonl")) for row in iterate_rows(path))
-    items = answers_to_judge(rows, None)
+    form, settings = build_form(Evaluation, "en"), RequestSettings(max_tokens=2048)
+    items = (item for path in sorted(predictions.glob("*.jsonl")) for item in answers_to_judge(path))
     async with AsyncOpenAI(base_url=url, api_key="none") as client:
 
         async def work() -> None:
             for item in items:
-                await client.chat.completions.create(**build_request("m", item, form, args, args.max_tokens))
+                body = settings.build_request("m", form, item.data, settings.max_tokens)
+                await client.chat.completions.create(**body)
 
         await asyncio.gather(*(work() for _ in range(concurrency)))
 

@@ -1,8 +1,9 @@
 """
-An endpoint that speaks the OpenAI API: its address and key, one attempt at a request, and what is said of one that failed.
+An endpoint that speaks the OpenAI API: its address and key, one attempt at a request, and what to say of a failed one.
 
-The client's own retries are off: an attempt that is hidden in them can be neither counted nor timed nor stopped. Whoever
-sends requests tries again by a loop of its own, as often and as late as `seconds_to_wait` says. Imports without torch.
+The client's own retries are off: an attempt that is hidden in them can be neither counted nor timed nor stopped.
+Whoever sends requests tries again by a loop of its own, as often and as late as `seconds_to_wait` says. Imports without
+torch.
 """
 
 import asyncio

@@ -199,64 +199,59 @@ class StubBatches(StubJudge):
         batch["request_counts"] = {"total": len(done) + len(failed), "completed": len(done), "failed": len(failed)}
 
 
-@contextlib.contextmanager
-def serve(stub: StubJudge):
-    """Serve a stub judge on 127.0.0.1 and give its base URL."""
+class Handler(BaseHTTPRequestHandler):
+    """Gives what `stub` gives."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            found = stub.get(self.path)
-            if found == "drip":
-                return self.drip()
-            self.send(*(200, {}, found) if found is not None else (404, {}, {"error": {"message": "no such thing"}}))
+    stub: StubJudge
 
-        def do_POST(self):
-            reply = stub.post(self.path, self.rfile.read(int(self.headers["Content-Length"])))
-            if reply == "echo":
-                reply = 400, {}, {"error": {"message": f"cannot read {dict(self.headers)}"}}
-            if reply == "drip":
-                return self.drip()
-            if reply == "hang up":
-                self.send_response(200)
-                self.send_header("Content-Length", "1000")
-                self.end_headers()
-                self.wfile.write(b'{"choices": [')
-                self.wfile.flush()
-                self.connection.close()
-                return
+    def do_GET(self):
+        found = self.stub.get(self.path)
+        missing = 404, {}, {"error": {"message": "no such thing"}}
+        self.reply(found if found == "drip" else missing if found is None else (200, {}, found))
+
+    def do_POST(self):
+        self.reply(self.stub.post(self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def do_DELETE(self):
+        self.stub.deleted.append(self.path.split("/")[-1])
+        self.reply((200, {}, {"id": "x", "object": "file", "deleted": True}))
+
+    def reply(self, reply: str | tuple):
+        if reply == "echo":
+            reply = 400, {}, {"error": {"message": f"cannot read {dict(self.headers)}"}}
+        if isinstance(reply, tuple):
             self.send(*reply)
-
-        def drip(self):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        if reply == "hang up":
+            self.wfile.write(b'{"choices": [')
+            self.wfile.flush()
+            self.connection.close()
+        elif reply == "drip":
             with contextlib.suppress(OSError):  # until the client has had enough
                 for _ in range(1000):
                     self.wfile.write(b" ")
                     time.sleep(0.1)
 
-        def do_DELETE(self):
-            stub.deleted.append(self.path.split("/")[-1])
-            self.send(200, {}, {"id": "x", "object": "file", "deleted": True})
+    def send(self, status: int, headers: dict, body: str | bytes | dict):
+        content = body if isinstance(body, (str, bytes)) else json.dumps(body)
+        content = content.encode() if isinstance(content, str) else content
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(content)
 
-        def send(self, status: int, headers: dict, body: str | bytes | dict):
-            content = (
-                body
-                if isinstance(body, bytes)
-                else body.encode()
-                if isinstance(body, str)
-                else json.dumps(body).encode()
-            )
-            self.send_response(status)
-            for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **headers}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            self.wfile.write(content)
+    def log_message(self, *args):
+        pass
 
-        def log_message(self, *args):
-            pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+@contextlib.contextmanager
+def serve(stub: StubJudge):
+    """Serve a stub judge on 127.0.0.1 and give its base URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("StubHandler", (Handler,), {"stub": stub}))
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # how soon it sees its end, in s
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"

@@ -1,183 +1,216 @@
 """
-What is to be asked of the judges, and what that costs: each answer once, whichever models gave it. Imports without torch.
-
-Checkpoints often give the same answer to the same sample, word for word. It is judged once, and each model has its row:
-one holds what was paid, the others say with which model they share it (`shared_with`). Asked twice, the judge's noise
-would count as a difference between the models. Two answers that are compared and are the same are a tie without a judge.
+What is to be judged: which answers of step 3, by which judge, under which identity. Imports without torch.
 """
 
-import json
-from collections import defaultdict
-from collections.abc import Iterator
+import functools
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from finetuning.config.arguments import JudgeArguments
+from finetuning.config.arguments import JudgeArguments, split_names
 from finetuning.errors import InputError
-from finetuning.judge.client import add_usage, prompt_bytes
-from finetuning.judge.form import Item, Job
-from finetuning.judge.prices import (
-    COUNTED_PROMPTS,
-    TOKENS_PER_CRITERION,
-    Plan,
-    find_token_counter,
-    load_price,
-    measure_tokens_per_byte,
-)
-from finetuning.results import RowFile, item_key, iterate_rows
-from finetuning.runs import read_json
+from finetuning.judge.form import Form, build_form, to_data
+from finetuning.judge.rubric import load_rubric
+from finetuning.results import check_identity, item_key, iterate_rows, pair_hash, prediction_hash, read_info
+from finetuning.runs import EVALUATIONS, PREDICTIONS, file_name, names_of_files, shorten
+from finetuning.schemas import COMPARISON, EVALUATION, PREDICTION
 
-Key = tuple[str, str, str]  # judge, sample (and order, of a pair), hash of what is judged
+TIE = {"explanation": "Both answers are the same.", "better": "tie"}  # without asking
+
+Mask = Callable[[str], str]
 
 
-class Work:
-    """What is missing of some jobs, and what of it is asked.
+@dataclass(frozen=True)
+class Item:
+    """One thing to judge.
 
     Args:
-        retry_failed: What failed on an earlier start is missing.
-        fresh: The rows there are will be deleted.
-        under_way: By path of rows, (item key, prediction hash) of what a batch is judging.
+        row: What names it in its evaluation row: id, prediction_hash and, of a pair, order.
+        material: What the judge is given.
+        mask: What removes personal data from a text, if it is to be removed before it is sent.
+        certain: The evaluation, if it needs no judge.
     """
 
-    def __init__(
-        self,
-        jobs: list[Job],
-        retry_failed: bool,
-        fresh: bool = False,
-        under_way: dict[Path, set[tuple[str, str]]] | None = None,
-    ):
-        self.jobs, self.retry_failed, self.fresh = jobs, retry_failed, fresh
-        self._pending = {(job.judge_model, *named) for job in jobs for named in (under_way or {}).get(job.path, ())}
-        self.num_certain = 0  # missing items that need no judge
-        wanting: dict[Key, list[Job]] = defaultdict(list)
-        for job in jobs:
-            for item in job.missing(retry_failed, fresh):
-                if item.certain is None:
-                    wanting[_key(job, item.row)].append(job)
-                else:
-                    self.num_certain += 1
-        self._known = {} if fresh else _find_known(wanting)  # path of the row of another model that says it
-        self._takers = {key: takers for key, takers in wanting.items() if len(takers) > 1 or key in self._known}
-        num_asked = sum(key not in self._known and key not in self._pending for key in wanting)
-        num_waiting = sum(key in self._pending for key in wanting)
-        self.num_shared = sum(map(len, wanting.values())) - num_asked - num_waiting  # missing, and another model's too
+    row: dict
+    material: dict
+    mask: Mask | None = None
+    certain: dict | None = None
 
-    def is_asked(self, job: Job, item: Item) -> bool:
-        """Whether a missing item is to be sent, and not only to be written."""
-        key = _key(job, item.row)
-        if item.certain is not None or key in self._known or key in self._pending:
-            return False
-        return self.takers(job, item)[0] is job
+    @property
+    def key(self) -> str:
+        return item_key(self.row)
 
-    def takers(self, job: Job, item: Item) -> list[Job]:
-        """The jobs that what is said of an item is for; the first one's is asked."""
-        return self._takers.get(_key(job, item.row)) or [job]
-
-    def requests(self) -> Iterator[tuple[Job, Item]]:
-        """What is to be sent, in the order of the jobs."""
-        for job in self.jobs:
-            for item in job.missing(self.retry_failed, self.fresh):
-                if self.is_asked(job, item):
-                    yield job, item
-
-    def write_known(self, files: list[RowFile]) -> dict[Path, set[str]]:
-        """Write the rows of what needs no request; what was paid for about the same samples before stays with them.
-
-        Returns:
-            Keys of the items, by path of their rows.
-        """
-        found: dict[Path, list[dict]] = defaultdict(list)
-        for job in self.jobs if self.num_certain else ():
-            for item in job.missing(self.retry_failed, self.fresh):
-                if item.certain is not None:
-                    found[job.path].append({**item.row, **certain_reply(item.certain)})
-        for path in sorted(set(self._known.values())):
-            judge = next(job for job in self.jobs if job.path.parent == path.parent)  # a folder has one judge
-            for row in iterate_rows(path):
-                key = _key(judge, row)
-                if row["status"] == "ok" and self._known.get(key) == path:
-                    for job in self._takers[key]:
-                        found[job.path].append(share(row, path.stem))
-        for file in files:
-            if file.path in found:
-                earlier = read_earlier(file.path, {item_key(row) for row in found[file.path]})
-                for row in found[file.path]:
-                    file.append(add_usage(row, earlier[item_key(row)]) if item_key(row) in earlier else row)
-                file.keep_latest(item_key)
-        return {path: {item_key(row) for row in rows} for path, rows in found.items()}
+    @cached_property
+    def data(self) -> str:
+        """The material as it is sent."""
+        return to_data(self.material if self.mask is None else _mask(self.material, self.mask))
 
 
-def _find_known(wanting: dict[Key, list[Job]]) -> dict[Key, Path]:
-    """Where the row of another model, made under the same identity, holds what is wanted."""
-    known: dict[Key, Path] = {}
-    for folder, job in {takers[0].path.parent: takers[0] for takers in wanting.values()}.items():
-        identity = json.loads(json.dumps(job.identity))
-        for path in sorted(folder.glob("*.jsonl")):
-            info = path.with_suffix(".json")
-            if info.is_file() and read_json(info).get("identity") == identity:
-                known |= {
-                    key: path
-                    for row in iterate_rows(path)
-                    if row["status"] == "ok" and (key := _key(job, row)) in wanting
-                }
-    return known
-
-
-def _key(job: Job, row: dict) -> Key:
-    return job.judge_model, item_key(row), row["prediction_hash"]
-
-
-def read_earlier(rows: Path, keys: set[str]) -> dict[str, dict]:
-    """What was paid for about some items before: failures, and answers that have changed since."""
-    paid = ("usage", "cost", "possible_cost")
-    return {item_key(row): {name: row[name] for name in paid} for row in iterate_rows(rows) if item_key(row) in keys}
-
-
-def share(row: dict, name: str) -> dict:
-    """The row of another model that gave the same answer.
+@dataclass
+class Job:
+    """What one judge is to say about the answers of one model, or of two.
 
     Args:
-        name: Of the model that `row` is of.
+        path: The file of its rows.
+        identity: What must be the same for two evaluations to be comparable.
+        items: Gives what is to be judged, anew at each call.
+        limit: How many answers of each model are judged at most; None means all.
+        compares: The names of the two models, if it is two.
+        jury: The file of the mean, if its judge is one of several.
     """
-    free = {"usage": None, "cost": None if row["cost"] is None else 0.0, "possible_cost": 0.0}
-    return {**row, **free, "shared_with": row.get("shared_with", name)}
+
+    name: str
+    path: Path
+    judge_model: str
+    form: Form
+    identity: dict
+    items: Callable[[], Iterator[Item]]
+    limit: int | None = None
+    compares: list[str] | None = None
+    jury: Path | None = None
+
+    def missing(self, retry_failed: bool, fresh: bool = False) -> Iterator[Item]:
+        """The items that have no evaluation, or one that failed; all of them if the rows are `fresh`, to be deleted."""
+        rows = () if fresh else iterate_rows(self.path, EVALUATION if self.compares is None else COMPARISON)
+        latest = {item_key(row): (row["prediction_hash"], row["status"]) for row in rows}
+        for item in self.items():
+            judged, status = latest.get(item.key, (None, None))
+            if judged != item.row["prediction_hash"] or (status != "ok" and retry_failed):
+                yield item
 
 
-def certain_reply(evaluation: dict) -> dict:
-    """What a row holds that needed no judge."""
+def build_jobs(run: Path, args: JudgeArguments, mask: Mask | None) -> list[Job]:
+    """Everything that is to be judged, by each judge.
+
+    Raises:
+        InputError: There are no such predictions, or the rubric cannot be used.
+    """
+    form = build_form(load_rubric(args.rubric), args.judge_language, compares=args.compare is not None)
+    if args.compare is not None:
+        return [_build_comparison(run, args.compare, form, args, mask)]
+    names = names_of_files(run / PREDICTIONS, args.model_name)
+    if not names:
+        raise InputError(f"no predictions of `{args.model_name}` in {run / PREDICTIONS}; run 3_test.py first")
+    paths = [run / PREDICTIONS / f"{name}.jsonl" for name in names]
+    ids = _first_ids(paths, args.limit)
+    jobs = []
+    for judge_model in [args.judge_model] if args.judges is None else dict.fromkeys(split_names(args.judges)):
+        identity = _build_identity(judge_model, form, args)
+        for name, predictions in zip(names, paths, strict=True):
+            items = functools.partial(answers_to_judge, predictions, ids, mask)
+            job = Job(name, run / EVALUATIONS / f"{name}.jsonl", judge_model, form, identity, items, args.limit)
+            if args.judges is not None:
+                job.name, job.jury = f"{name} by {judge_model}", job.path
+                job.path = run / EVALUATIONS / "judges" / file_name(judge_model) / job.path.name
+            jobs.append(job)
+    return jobs
+
+
+def _build_comparison(run: Path, names: list[str], form: Form, args: JudgeArguments, mask: Mask | None) -> Job:
+    answered = names_of_files(run / PREDICTIONS, "all")
+    for name in names:
+        if name not in answered:
+            others = ", ".join(answered) or "none"
+            raise InputError(f"compare: no predictions of `{name}` in {run / PREDICTIONS}, but of {others}")
+    first, second = (run / PREDICTIONS / f"{name}.jsonl" for name in names)
+    items = functools.partial(pairs_to_judge, first, second, _first_ids([first, second], args.limit), mask)
+    path = run / EVALUATIONS / "pairs" / f"{shorten('--'.join(names))}.jsonl"
+    identity = {**_build_identity(args.judge_model, form, args), "models": names}
+    return Job(" against ".join(names), path, args.judge_model, form, identity, items, args.limit, compares=names)
+
+
+def _build_identity(judge_model: str, form: Form, args: JudgeArguments) -> dict:
     return {
-        "status": "ok", "evaluation": evaluation, "expected": None, "usage": None, "cost": None, "possible_cost": 0.0,
-        "replied_as": None, "error": None,
+        "judge_model": judge_model, "temperature": args.temperature, "criteria": list(form.criteria),
+        "prompt": form.hash, "mask_pii": args.mask_pii, "expected_scores": args.expected_scores,
     }  # fmt: skip
 
 
-def make_plans(work: Work, judge_models: list[str], args: JudgeArguments) -> dict[str, Plan]:
-    """What is to be sent to each judge, and what it costs.
+def juries(jobs: list[Job]) -> dict[Path, list[Job]]:
+    """The jobs whose judges are a jury, by the file of their mean."""
+    found: dict[Path, list[Job]] = {}
+    for job in jobs:
+        if job.jury is not None:
+            found.setdefault(job.jury, []).append(job)
+    return found
+
+
+def identity_of_jury(jobs: list[Job]) -> dict:
+    """What must be the same for the means of juries to be comparable; one job for each judge."""
+    return {**jobs[0].identity, "judge_model": [job.judge_model for job in jobs]}
+
+
+def check_identities(run: Path, jobs: list[Job], overwrite: bool) -> None:
+    """Refuse, before anything is paid for, what could not be compared afterwards.
 
     Raises:
-        InputError: The price table cannot be read, or a judge is not in it and there is a limit of money.
+        InputError: There are rows that were made under other conditions; says which differ.
     """
-    prices = {model: load_price(args.prices, model) for model in judge_models}
-    for model, price in prices.items():
-        if args.max_cost is not None and price is None:
-            raise InputError(f"max_cost needs the price of `{model}`, which the price table lacks; see --prices")
-    num_requests, num_bytes = dict.fromkeys(judge_models, 0), dict.fromkeys(judge_models, 0)
-    counted: dict[str, list[str]] = {model: [] for model in judge_models}
-    for job, item in work.requests():
-        num_requests[job.judge_model] += 1
-        num_bytes[job.judge_model] += prompt_bytes(item, job.form)
-        if len(counted[job.judge_model]) < COUNTED_PROMPTS:
-            counted[job.judge_model].append(job.form.instructions + item.data)
-    plans = {}
-    for model in judge_models:
-        count, how = find_token_counter(model) if counted[model] else (len, "")
-        plans[model] = Plan(
-            model=model,
-            num_requests=num_requests[model],
-            prompt_bytes=num_bytes[model],
-            tokens_per_byte=measure_tokens_per_byte(count, counted[model]),
-            completion_tokens=TOKENS_PER_CRITERION * (1 if args.compare else len(work.jobs[0].form.criteria)),
-            max_tokens=args.max_tokens,
-            how_counted=how,
-            price=prices[model],
-        )
-    return plans
+    means = {path: identity_of_jury(its_jobs) for path, its_jobs in juries(jobs).items()}
+    if not overwrite:
+        for job in jobs:
+            check_identity(job.path, job.identity)
+        for path, identity in means.items():
+            # the mean is made anew, of other judges too, but no rows of a single judge are replaced by it
+            members = read_info(path)["identity"].get("judge_model") if path.with_suffix(".json").is_file() else None
+            check_identity(path, {**identity, "judge_model": members} if isinstance(members, list) else identity)
+    if jobs[0].compares is None:
+        identity = next(iter(means.values()), jobs[0].identity)
+        for name in names_of_files(run / EVALUATIONS, "all"):
+            path = run / EVALUATIONS / f"{name}.jsonl"
+            if path not in {job.jury or job.path for job in jobs}:
+                check_identity(path, identity, "All models are judged in the same way (--model_name all)")
+
+
+def answers_to_judge(predictions: Path, ids: set[str] | None = None, mask: Mask | None = None) -> Iterator[Item]:
+    """The answers of one model.
+
+    Args:
+        ids: The samples that are judged; None means all.
+    """
+    for row in _read_answers(predictions, ids):
+        material = {"task": _task(row), "references": row["references"], "answer": row["prediction"]}
+        yield Item({"id": row["id"], "prediction_hash": prediction_hash(row)}, material, mask)
+
+
+def pairs_to_judge(first: Path, second: Path, ids: set[str] | None, mask: Mask | None) -> Iterator[Item]:
+    """Each sample that both models have answered, in either order. The same answer twice is a tie without a judge."""
+    others = {row["id"]: row for row in _read_answers(second, ids)}
+    for row in _read_answers(first, ids):
+        other = others.get(row["id"])
+        if other is None:
+            continue
+        certain = TIE if row["prediction"] == other["prediction"] else None
+        pair = pair_hash(prediction_hash(row), prediction_hash(other))
+        for order, one, two in (("AB", row, other), ("BA", other, row)):
+            answers = {"first": one["prediction"], "second": two["prediction"]}
+            material = {"task": _task(row), "references": row["references"], **answers}
+            yield Item({"id": row["id"], "order": order, "prediction_hash": pair}, material, mask, certain)
+
+
+def _read_answers(predictions: Path, ids: set[str] | None) -> Iterator[dict]:
+    """The rows of step 3, but for those in which it could not answer."""
+    for row in iterate_rows(predictions, PREDICTION):
+        if row["finish_reason"] != "error" and (ids is None or row["id"] in ids):
+            yield row
+
+
+def _first_ids(predictions: list[Path], limit: int | None) -> set[str] | None:
+    """The first ids that any model was asked, answered or not: the same for all. None means all of them."""
+    if limit is None:
+        return None
+    return set(heapq.nsmallest(limit, {row["id"] for path in predictions for row in iterate_rows(path, PREDICTION)}))
+
+
+def _task(row: dict) -> list[dict]:
+    return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+
+
+def _mask(node, mask: Mask):
+    if isinstance(node, str):
+        return mask(node)
+    if isinstance(node, list):
+        return [_mask(item, mask) for item in node]
+    return {key: _mask(value, mask) for key, value in node.items()}

@@ -1,30 +1,32 @@
 """
 Judging request by request: one queue over the answers of all models and all judges. Imports without torch.
 
-The first request to each judge goes alone, as it shows what the endpoint can do; after that, as many are in flight as the
-endpoint takes, whichever models they are about. Each row is written as it arrives, to the file of each model that gave
-the answer, and a file is done with as soon as its last row is in.
+The first request to each judge goes alone, as it shows what the endpoint can do; after that, as many are in flight as
+the endpoint takes, whichever models they are about. Each row is written as it arrives, to the file of each model that
+gave the answer, and a file is summed up as soon as its last row is in.
 """
 
 import asyncio
 import collections
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from finetuning.config.arguments import JudgeArguments
-from finetuning.endpoint import find_endpoint
+from finetuning.endpoint import Endpoint
 from finetuning.errors import InputError
 from finetuning.interrupts import SoftStop
-from finetuning.judge.client import Budget, Judge, RateControl, add_usage
-from finetuning.judge.form import Item, Job
-from finetuning.judge.jobs import Work, read_earlier, share
-from finetuning.judge.prices import Plan
+from finetuning.judge.client import Judge
+from finetuning.judge.form import RequestSettings
+from finetuning.judge.jobs import Item, Job
+from finetuning.judge.money import Budget
+from finetuning.judge.plan import Plan
+from finetuning.judge.rate import RateControl, RateLimits
+from finetuning.judge.rows import add_usage, read_earlier, share
 from finetuning.judge.summary import summarize
+from finetuning.judge.work import Work
 from finetuning.results import RowFile, item_key, iterate_rows
-
-CONCURRENCY = 8
 
 
 class LiveJudging:
@@ -32,56 +34,50 @@ class LiveJudging:
 
     Args:
         files: Where the rows of each job go.
-        plans: Of each judge.
-        budget: Of money.
+        plans: By the name of their judge.
+        finished: Gets the files of rows that are complete and have been summed up.
     """
 
-    def __init__(self, work: Work, files: list[RowFile], plans: dict[str, Plan], budget: Budget, args: JudgeArguments):
-        self.work, self.plans, self.budget, self.args = work, plans, budget, args
+    def __init__(self, work: Work, files: list[RowFile], plans: dict[str, Plan], budget: Budget, finished: set[Path]):
+        self.work, self.plans, self.budget, self.finished = work, plans, budget, finished
         self.files = {file.path: file for file in files}
-        self.finished: set[Path] = set()  # rows that are complete and have been summed up
         self.judges: dict[str, Judge] = {}
-        self._missing: dict[Path, set[str]] = {}
-        self._earlier: dict[Path, dict[str, dict]] = {}
+        self._missing: dict[Path, set[str]] = {}  # keys of items
+        self._earlier: dict[Path, dict[str, dict]] = {}  # what was paid for these items before
         self._counts: collections.Counter[str] = collections.Counter()
         self._spent = 0.0
         self._workers: set[asyncio.Task] = set()
         self._fault: BaseException | None = None  # after which nothing more is sent
 
-    async def run(self) -> int | None:
-        """Judge until all is judged, the budget is used up or a signal asks to stop; gives that signal.
+    async def run(self, endpoint: Endpoint, settings: RequestSettings, limits: RateLimits) -> int | None:
+        """Judge until all is judged, the budget is used up or a signal asks to stop; returns that signal.
 
         Raises:
             InputError: Nothing more can be judged; what was in flight has been written before.
         """
-        endpoint = find_endpoint(self.args.base_url, self.args.timeout)
+
+        def describe_wait() -> str:
+            number = sum(judge.num_in_flight for judge in self.judges.values())
+            return f"waiting for the {number} requests in flight, at most {endpoint.timeout:g} s"
+
         gc.freeze()  # the garbage collector would go through all that was imported, again and again
-        with SoftStop(asyncio.get_running_loop(), self._describe_wait) as stop:
-            self._rate = RateControl(
-                self.args.concurrency or CONCURRENCY, self.args.requests_per_minute, self.args.tokens_per_minute, stop.event
-            )  # fmt: skip
+        with SoftStop(asyncio.get_running_loop(), describe_wait) as stop:
+            self._rate = RateControl(limits, stop.event)
             async with endpoint.open_client() as client:
                 self.judges = {
-                    name: Judge(
-                        endpoint, client, name, self.args, self._rate, self.budget, plan.price, plan.tokens_per_byte,
-                        plan.completion_tokens,
-                    )
+                    name: Judge(endpoint, client, plan, settings, self._rate, self.budget)
                     for name, plan in self.plans.items()
-                }  # fmt: skip
+                }
                 num_items = self._look_at_jobs()
                 num_missing = sum(map(len, self._missing.values()))
                 with tqdm(total=num_items, initial=num_items - num_missing, unit="answer") as self._progress:
                     for job in self.work.jobs:
                         self._finish_if_complete(job)
-                    await self._ask_all()
+                    await self._ask_all(self.work.requests())
             return stop.signal
 
-    def _describe_wait(self) -> str:
-        number = sum(judge.num_in_flight for judge in self.judges.values())
-        return f"waiting for the {number} requests in flight, at most {self.args.timeout:g} s"
-
     def _look_at_jobs(self) -> int:
-        """Take note of what is missing and what was paid for it; gives the number of all items."""
+        """Take note of what is missing and what was paid for it; returns the number of all items."""
         num_items = 0
         for job in self.work.jobs:
             num_items += sum(1 for _ in job.items())
@@ -92,9 +88,8 @@ class LiveJudging:
             judge.has_replied = judge.has_replied or any(row["status"] == "ok" for row in iterate_rows(job.path))
         return num_items
 
-    async def _ask_all(self) -> None:
-        self._waiting = self.work.requests()
-        self._next = next(self._waiting, None)
+    async def _ask_all(self, requests: Iterator[tuple[Job, Item]]) -> None:
+        self._waiting, self._next = requests, next(requests, None)
         try:
             while True:
                 while len(self._workers) < int(self._rate.limit) and (request := self._take()) is not None:
@@ -120,7 +115,7 @@ class LiveJudging:
         judge = self.judges[job.judge_model]
         if judge.is_trying:
             return None
-        if not self.budget.set_aside(judge.most_cost(item, job.form)):
+        if not self.budget.set_aside(judge.max_cost(item, job.form)):
             self.budget.exhausted |= not self._workers  # else others may yet cost less than they could
             return None
         judge.is_trying = not judge.is_tried
@@ -135,10 +130,11 @@ class LiveJudging:
         """
         request: tuple[Job, Item] | None = (job, item)
         while request is not None:
-            await self._ask(self.judges[request[0].judge_model], *request)
+            await self._ask(*request)
             request = self._take() if len(self._workers) == int(self._rate.limit) else None
 
-    async def _ask(self, judge: Judge, job: Job, item: Item) -> None:
+    async def _ask(self, job: Job, item: Item) -> None:
+        judge = self.judges[job.judge_model]
         try:
             row = await judge.judge(item, job.form)
         except InputError as error:
@@ -159,9 +155,9 @@ class LiveJudging:
                 self._finish_if_complete(taker)
         self._counts[row["status"]] += 1
         self._spent += row["cost"] or 0.0
-        money = {"spent": f"${self._spent:.4f}"} if judge.price is not None else {}
+        money = {"spent": f"${self._spent:.4f}"} if judge.plan.price is not None else {}
         self._progress.set_description(job.name, refresh=False)
-        self._progress.set_postfix({**self._counts, **money, "at_once": str(int(judge.rate.limit))}, refresh=False)
+        self._progress.set_postfix({**self._counts, **money, "at_once": str(int(self._rate.limit))}, refresh=False)
 
     def _write(self, job: Job, row: dict) -> None:
         before = self._earlier[job.path].pop(item_key(row), None)
@@ -174,5 +170,5 @@ class LiveJudging:
         if not self._missing[job.path]:
             file = self.files[job.path]
             file.keep_latest(item_key)
-            self._progress.write(summarize(job, file, self.args.limit))
+            self._progress.write(summarize(job, file))
             self.finished.add(job.path)

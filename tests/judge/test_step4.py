@@ -27,8 +27,8 @@ from judge_servers import StubJudge, completion, evaluation, serve, start_llama_
 
 from finetuning.endpoint import read_retry_after
 from finetuning.interrupts import SoftStop
-from finetuning.judge.client import RateControl
 from finetuning.judge.form import Evaluation
+from finetuning.judge.rate import RateControl, RateLimits
 from finetuning.report.tables import load_samples
 from finetuning.results import iterate_rows, read_rows
 
@@ -389,7 +389,7 @@ def project(tmp_path):
 
 @pytest.mark.slow
 def test_a_seventh_criterion_needs_one_field(project, run_dir):
-    module = project / "finetuning" / "judge.py"
+    module = project / "finetuning" / "judge" / "form.py"
     last = "    completion_quality: Criterion = Field(\n"
     field = '    tone: Criterion = Field(description="As polite as <the question>.")\n'
     assert module.read_text().count(last) == 1
@@ -545,7 +545,7 @@ def test_requests_leave_no_faster_than_asked(run_dir):
 @pytest.mark.slow
 def test_tokens_of_a_minute_are_counted_as_they_are_used():
     async def seconds_for(num_requests: int, expected: float, used: float) -> float:
-        rate = RateControl(8, None, 60_000, asyncio.Event())  # a thousand a second
+        rate = RateControl(RateLimits(8, None, 60_000), asyncio.Event())  # a thousand a second
         started = time.monotonic()
         for _ in range(num_requests):
             await rate.leave(expected)

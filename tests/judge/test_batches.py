@@ -11,15 +11,15 @@ import pytest
 from conftest import end_step, make_run, run_step, start_step, wait_until
 from judge_servers import StubBatches, StubJudge, evaluation, serve
 
-from finetuning.config.arguments import JudgeArguments
+from finetuning.endpoint import find_endpoint
 from finetuning.errors import InputError
-from finetuning.judge.batches import (
-    BatchClient,
+from finetuning.judge.batch_api import BatchApi
+from finetuning.judge.batch_files import (
     PendingBatch,
     check_pending,
-    open_batches,
+    list_batches,
+    pending_items,
     spent_on,
-    under_way,
     write_batches,
 )
 from finetuning.judge.form import Evaluation
@@ -405,8 +405,8 @@ def pending(tmp_path):
     return batch, job
 
 
-def connect(url: str, **settings) -> BatchClient:
-    return BatchClient(JudgeArguments(mode="batch", base_url=url, max_retries=0, **settings))
+def connect(url: str, timeout: float = 120) -> BatchApi:
+    return BatchApi(find_endpoint(url, timeout), max_retries=0)
 
 
 class Dripping(StubBatches):
@@ -422,7 +422,7 @@ class Dripping(StubBatches):
 
 
 def test_each_request_about_a_batch_has_a_deadline_however_slowly_its_reply_comes(pending, monkeypatch):
-    monkeypatch.setattr("finetuning.judge.batches.WAITS", (0,))
+    monkeypatch.setattr("finetuning.judge.batch_api.WAITS", (0,))
     batch, _ = pending
     with serve(stub := Dripping(evaluation(6), looks=1)) as url, connect(url, timeout=0.3) as api:
         for stub.where, ask in (
@@ -484,7 +484,7 @@ def test_a_record_of_a_batch_that_nothing_can_be_made_of_is_named(pending, chang
     batch, job = pending
     batch.record(**changes)
     with pytest.raises(InputError, match=f"{batch.path} cannot be read: .*{said}.*delete it: the answers of its batch"):
-        open_batches(job.path)
+        list_batches(job.path)
 
 
 @pytest.mark.parametrize("line", ["{}", '{"custom_id": [], "row": {}}', '{"custom_id": "a", "row": {"id": "x"}}'])
@@ -502,20 +502,21 @@ def test_items_of_a_batch_that_name_nothing_are_named(pending, line):
     ids=str,
 )  # fmt: skip
 def test_a_submission_counts_unless_it_was_surely_refused(pending, monkeypatch, reply, status):
-    monkeypatch.setattr("finetuning.judge.batches.WAITS", (0, 0))
+    monkeypatch.setattr("finetuning.judge.batch_api.WAITS", (0, 0))
     batch, job = pending
     stub = WithoutBatches(evaluation(6))
     stub.where, stub.refusal = "/batches", reply
     with serve(stub) as url, connect(url) as api, pytest.raises(InputError):
         api.submit(batch)
     assert batch.state["status"] == status
-    assert len(under_way(job.path)) == (status == "uploaded") and spent_on(job.path) == 0.01 * (status == "uploaded")
-    live = JudgeArguments(mode="live")
+    assert len(pending_items(job.path)) == (status == "uploaded") and spent_on(job.path) == 0.01 * (
+        status == "uploaded"
+    )
     if status == "uploaded":
         with pytest.raises(InputError, match="a batch is under way for base; go on with it"):
-            check_pending(job, live)
+            check_pending([job], live=True)
     else:
-        check_pending(job, live)
+        check_pending([job], live=True)
 
 
 def test_a_batch_that_is_lost_or_damaged_is_named_with_the_way_out(pending):
@@ -533,11 +534,11 @@ def test_a_batch_that_is_lost_or_damaged_is_named_with_the_way_out(pending):
             api.look(batch)
     batch.items.unlink()
     with pytest.raises(InputError, match=f"names 0 of the 1 requests.*delete {batch.path}"):
-        under_way(job.path)
+        pending_items(job.path)
     for text in ('{"status": "subm', "{}", '{"status": "submitted"}'):
         batch.path.write_text(text)
         with pytest.raises(InputError, match=f"{batch.path}.*or delete it: the answers of its batch are judged again"):
-            open_batches(job.path)
+            list_batches(job.path)
 
 
 def test_criteria_of_a_batch_are_those_of_the_rubric(run_dir, tmp_path):
