@@ -1,36 +1,22 @@
 """Step 3, as users run it."""
 
 import csv
-import ctypes
 import functools
 import json
-import mmap
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train, wait_until
-from transformers import BartConfig, BertConfig, GenerationConfig, MambaConfig, MambaForCausalLM, T5Config, ViTConfig
 
-from finetuning.config.arguments import TestArguments as Arguments  # by its own name pytest would take it for a test
 from finetuning.data.chat import load_tokenizer
-from finetuning.data.prompts import Prompt, encode_prompts
-from finetuning.data.rows import load_test_samples
-from finetuning.errors import InputError
-from finetuning.inference.answers import AnswerReader, check_prompts
-from finetuning.inference.decoding import Decoder, SlotCache, unsupported_reason
-from finetuning.inference.settings import build_generation_config, ignored_settings
-from finetuning.inference.submission import check_submission, write_submission
-from finetuning.inference.transformers_engine import TransformersEngine, load_model, read_ahead
-from finetuning.models.config import find_base, load_generation_config, load_model_config, loading_options
-from finetuning.models.files import fingerprint_model
+from finetuning.inference.transformers_engine import load_model
 from finetuning.report import __main__ as report
 from finetuning.results import read_rows
 from finetuning.runs import read_json, write_json
@@ -187,18 +173,6 @@ def test_a_test_split_without_answers_is_answered_and_written_for_a_contest(answ
     assert status == 0 and '"references": []' in printed
 
 
-def test_texts_of_a_submission_are_not_changed_and_rows_without_an_id_have_their_number(tmp_path, capsys):
-    (tmp_path / "test.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    samples = load_test_samples({"dataset_name": str(tmp_path), "dataset_test_split": "test"})
-    texts = {"a": '=1+1, "quoted"\nand a line', "b": None}
-    rows = [{"id": sample["id"], "prediction": texts[sample["prompt"][0]["content"]]} for sample in samples]
-    check_submission(str(tmp_path / "new" / "s.csv"), ["m"], samples, len(samples))
-    write_submission(str(tmp_path / "new" / "s.csv"), rows, samples, None)
-    with (tmp_path / "new" / "s.csv").open(encoding="utf-8", newline="") as file:
-        assert list(csv.reader(file)) == [["id", "prediction"], ["0", texts["a"]], ["1", ""]]
-    assert "1 of them have no answer" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     words = "the a man woman goes to market buys bread and milk then meets friend who tells her about new job".split()
@@ -242,259 +216,6 @@ def test_predictions_are_measured_again_without_a_model(answered_run, tmp_path):
     assert json.loads(file.read_text())["metrics"] == again  # of rows that a copy may still have
 
 
-def load_demo(loading: dict | None = None, **settings) -> TransformersEngine:
-    """The demo model, ready to answer."""
-    model = load_model(DEMO, torch.float32, **(loading or {}))
-    tokenizer = load_tokenizer(DEMO)
-    config, _ = build_generation_config(Arguments(**settings), tokenizer, load_generation_config(DEMO))
-    return TransformersEngine(model, tokenizer, config, batch_size=None, seed=0)
-
-
-def make_prompts(texts: list[str], tokenizer, ids: list[str] | None = None) -> list[Prompt]:
-    pairs = zip(ids or texts, texts, strict=True)
-    samples = [{"id": name, "prompt": [{"role": "user", "content": text}]} for name, text in pairs]
-    return encode_prompts(tokenizer, samples)
-
-
-def answers_to(texts: list[str], engine: TransformersEngine, batch_size=None, seed=0, ids: list[str] | None = None):
-    """Answers in the order of `texts`; a text is its own id unless there are `ids`."""
-    engine.batch_size, engine.seed = batch_size, seed
-    prompts = make_prompts(texts, engine.tokenizer, ids)
-    answers = {answer.id: answer for answer in engine.answer(prompts)}
-    assert answers.keys() == {prompt.id for prompt in prompts}
-    return [answers[prompt.id] for prompt in prompts]
-
-
-TEXTS = [
-    "#Person1#: Hello, Ella.",
-    "#Person1#: " + "안녕하세요, 민수 씨. " * 6,
-    "Hi",
-    "#Person2#: See you at 3:30 on Friday.",
-    *(f"#Person1#: I lost my umbrella at {n} o'clock." for n in range(1, 9)),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sample", [{}, {"do_sample": True}, {"do_sample": True, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}], ids=["greedy", "sampled", "penalised"])  # fmt: skip
-def test_an_answer_depends_on_its_sample_and_the_seed_only(sample):
-    """Not on the batch, the order, or what else is asked."""
-    engine = load_demo(max_new_tokens=24, **sample)
-    whole = answers_to(TEXTS, engine)
-    for batch_size in (1, 3, 5):
-        assert [a.prediction for a in answers_to(TEXTS, engine, batch_size)] == [a.prediction for a in whole]
-    backwards = answers_to(TEXTS[::-1], engine, 4)
-    assert [a.prediction for a in backwards[::-1]] == [a.prediction for a in whole]
-    some = answers_to(TEXTS[5:8], engine)
-    assert [a.prediction for a in some] == [a.prediction for a in whole[5:8]]
-    if sample:
-        other = answers_to(TEXTS, engine, seed=1)
-        assert [a.prediction for a in other] != [a.prediction for a in whole]
-        assert len({a.prediction for a in answers_to(TEXTS[:1] * 6, engine, ids=list("abcdef"))}) > 1
-
-
-def test_greedy_answers_are_those_of_the_library():
-    engine = load_demo(max_new_tokens=24)
-    answers = answers_to(TEXTS, engine)
-    model, tokenizer, config = engine.model, engine.tokenizer, engine.config
-    for text, answer in zip(TEXTS, answers, strict=True):
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt"
-        )
-        output = model.generate(**inputs, generation_config=config)[0, inputs["input_ids"].shape[1] :]
-        assert answer.num_new_tokens == len(output)
-        assert (
-            answer.prediction == tokenizer.decode(output, skip_special_tokens=False).replace("<|im_end|>", "").strip()
-        )
-
-
-def test_an_answer_ends_before_a_stop_string():
-    plain = answers_to(TEXTS[4:5], load_demo(max_new_tokens=48))[0].prediction
-    word = plain.split()[4]
-    (stopped,) = answers_to(TEXTS[4:5], load_demo(max_new_tokens=48, stop=[word]))
-    assert stopped.prediction == plain[: plain.index(word)].strip() and stopped.finish_reason == "stop"
-    assert stopped.num_new_tokens < 48
-
-
-@pytest.mark.parametrize("stop", ["\n", "\n\n", "Human: ", "<|im_start|>", "끝"])
-def test_a_stop_string_ends_an_answer_wherever_it_comes_from(stop):
-    """White space at its ends, a control token, a syllable of three tokens: nothing of it is left, and it counts as a stop."""
-    engine = load_demo(max_new_tokens=48, stop=[stop])
-    ids = engine.tokenizer("Ella said yes. " + stop, add_special_tokens=False)["input_ids"]
-    decoder = Decoder(engine.model, engine.config, 1, engine.tokenizer)
-    assert [decoder._stops(ids[:i]) for i in range(1, len(ids) + 1)] == [False] * (len(ids) - 1) + [True]
-    for answer in (engine.reader.read(Prompt("a"), ids), engine.reader.read_text(Prompt("a"), "Ella said yes. " + stop, 9, False)):  # fmt: skip
-        assert (answer.prediction, answer.finish_reason) == ("Ella said yes.", "stop")
-
-
-def test_beams_go_through_the_library_and_give_its_answers():
-    engine = load_demo(max_new_tokens=12, num_beams=3)
-    model, tokenizer, config = engine.model, engine.tokenizer, engine.config
-    assert unsupported_reason(model, config, 100) == "beam search"
-    answers = answers_to(TEXTS[:4], engine)
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True, return_tensors="pt"
-    )
-    output = model.generate(**inputs, generation_config=config)[0, inputs["input_ids"].shape[1] :]
-    assert (
-        answers[0].prediction == tokenizer.decode(output, skip_special_tokens=False).replace("<|im_end|>", "").strip()
-    )
-
-
-@pytest.mark.slow
-def test_a_prompt_that_does_not_fit_alone_is_an_error_of_that_sample(monkeypatch):
-    engine = load_demo(max_new_tokens=12)
-    read = Decoder._read
-
-    def read_if_short(decoder, cache, sequences):
-        if max(sequence.cached for sequence in sequences) > 40:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return read(decoder, cache, sequences)
-
-    monkeypatch.setattr(Decoder, "_read", read_if_short)
-    answers = answers_to(TEXTS, engine, 4)
-    failed = [text for text, answer in zip(TEXTS, answers, strict=True) if answer.finish_reason == "error"]
-    assert failed == [TEXTS[1]] and "out of memory" in answers[1].error
-
-
-def test_how_a_prompt_is_answered_does_not_depend_on_the_others():
-    """A model with a sliding window: only what is longer than the window goes through the library's loop."""
-    engine = load_demo(max_new_tokens=12, do_sample=True)
-    engine.model.config.sliding_window = 60
-    whole = [answer.prediction for answer in answers_to(TEXTS, engine)]
-    assert [answer.prediction for text in TEXTS for answer in answers_to([text], engine)] == whole
-
-
-def test_a_model_without_attention_goes_through_the_library():
-    engine = load_demo(max_new_tokens=8)
-    config = MambaConfig(vocab_size=len(engine.tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
-    engine.model = MambaForCausalLM(config).eval()
-    assert unsupported_reason(engine.model, engine.config, 100) is not None
-    assert all(answer.num_new_tokens > 0 for answer in answers_to(TEXTS[:3], engine))
-
-
-@pytest.mark.slow
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch):
-    engine = load_demo(max_new_tokens=12, do_sample=True)
-    expected = [a.prediction for a in answers_to(TEXTS, engine)]
-    tried = []
-    write = SlotCache.write
-
-    def write_if_small(cache, prompts, lengths):
-        tried.append(cache.num_slots)
-        if cache.num_slots > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        write(cache, prompts, lengths)
-
-    monkeypatch.setattr(SlotCache, "write", write_if_small)
-    assert [a.prediction for a in answers_to(TEXTS, engine, 12)] == expected
-    assert sorted(set(tried), reverse=True) == [12, 6, 3]
-
-
-def test_what_a_model_cannot_take_is_an_error_of_that_sample_and_the_others_are_answered():
-    engine = load_demo(max_new_tokens=8)
-    prompts = make_prompts(["x" * 5000, "strange", "empty", "Hi"], engine.tokenizer)
-    prompts[1].token_ids = [1, 999_999]
-    prompts[2].token_ids = []
-    template, engine.tokenizer.chat_template = engine.tokenizer.chat_template, "{{ raise_exception('no such role') }}"
-    prompts += make_prompts(["roles"], engine.tokenizer)
-    engine.tokenizer.chat_template = template
-    good, faulty = check_prompts(prompts, DEMO, engine.tokenizer, 8)
-    assert [prompt.id for prompt in good] == ["Hi"]
-    assert {answer.finish_reason for answer in faulty} == {"error"}
-    parts = ("the context of 2048", "not in the model's vocabulary", "makes no token", "no such role")
-    for answer, part in zip(faulty, parts, strict=True):
-        assert part in answer.error
-    (answer,) = engine.answer(good)
-    assert answer.finish_reason != "error" and answer.prediction
-
-
-@pytest.mark.parametrize("sample", [{}, {"do_sample": True, "temperature": 0.7}], ids=["greedy", "sampled"])
-def test_weights_that_are_no_numbers_are_an_error_and_not_an_answer(sample):
-    engine = load_demo(max_new_tokens=8, **sample)
-    with torch.no_grad():
-        engine.model.model.norm.weight[0] = torch.nan
-    answers = answers_to(TEXTS[:3], engine)
-    assert [answer.finish_reason for answer in answers] == ["error"] * 3 and "NaN" in answers[0].error
-
-
-def share_in_file_cache(path) -> float:
-    """Share of a file's pages that the system holds in memory (mincore)."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as pages:
-        number = -(-len(pages) // mmap.PAGESIZE)
-        found = (ctypes.c_ubyte * number)()
-        address = ctypes.addressof(ctypes.c_ubyte.from_buffer(pages))
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(pages)), found) == 0
-        return sum(page & 1 for page in found) / number
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux only")
-def test_the_weights_of_the_next_model_are_read_ahead(tmp_path):
-    weights = tmp_path / "model.safetensors"
-    with weights.open("wb") as file:
-        file.write(os.urandom(1 << 22))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if share_in_file_cache(weights) > 0.5:
-        pytest.skip("this file system keeps its files in memory")
-    read_ahead(str(tmp_path)).join()
-    assert share_in_file_cache(weights) == 1
-
-
-@pytest.mark.parametrize(
-    "config, said",
-    [
-        (T5Config(d_model=8, num_layers=1, num_heads=1, vocab_size=32), "an encoder-decoder model"),
-        (
-            BartConfig(d_model=8, vocab_size=32, architectures=["BartForConditionalGeneration"]),
-            "an encoder-decoder model",
-        ),
-        (BertConfig(hidden_size=8, vocab_size=32, architectures=["BertForMaskedLM"]), "a BertForMaskedLM"),
-        (ViTConfig(hidden_size=8), "a model of type vit"),
-    ],
-    ids=lambda value: getattr(value, "model_type", ""),
-)
-def test_a_model_of_another_kind_is_refused_by_its_config(tmp_path, config, said):
-    config.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"is {said}, and no causal language model"):
-        load_model(str(tmp_path), torch.float32)
-
-
-def test_the_base_of_an_adapter_is_looked_up_at_the_revision_that_it_names(tmp_path):
-    adapter = {"base_model_name_or_path": "org/model", "revision": "v2"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    assert find_base(str(tmp_path), trust_remote_code=True) == (
-        "org/model",
-        {"trust_remote_code": True, "revision": "v2"},
-    )
-
-
-@pytest.mark.parametrize("load", [load_tokenizer, load_model_config, lambda path, **options: load_model(path, torch.float32, **options)])  # fmt: skip
-def test_code_that_comes_with_a_model_of_others_runs_only_where_it_is_asked_for(tmp_path, monkeypatch, capsys, load):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("sys.path", sys.path.copy())  # which the library appends to
-    ran, model = tmp_path / "ran", shutil.copytree(DEMO, tmp_path / "model")
-    (model / "odd.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ValueError('it has run')")
-    for file, changes in (
-        ("config.json", {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config"}}),
-        ("tokenizer_config.json", {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Tokenizer", None]}}),
-    ):
-        write_json(model / file, read_json(model / file) | changes)
-    config = {"trust_remote_code": True}
-    with pytest.raises(InputError, match="code of its own; read that code, and let it run with --trust_remote_code"):
-        load(str(model), **loading_options(config, "other--model", in_run=False, trust_remote_code=False))
-    assert capsys.readouterr().out == "" and not ran.exists()
-    with pytest.raises(InputError, match="it has run"):
-        load(str(model), **loading_options(config, "checkpoint-5", in_run=True, trust_remote_code=False))
-    assert (
-        "checkpoint-5: code that comes with the model may be run (trust_remote_code, as in training)"
-        in capsys.readouterr().out
-    )
-    assert loading_options({}, "other--model", in_run=False, trust_remote_code=True)["trust_remote_code"]
-    assert not loading_options({}, "base", in_run=True, trust_remote_code=False)["trust_remote_code"]
-
-
 def test_step_3_runs_the_code_of_no_model_but_the_runs_own(answered_run, tmp_path):
     """Though training was allowed to run that of its base model."""
     ran, other = tmp_path / "ran", shutil.copytree(DEMO, tmp_path / "other")
@@ -506,61 +227,6 @@ def test_step_3_runs_the_code_of_no_model_but_the_runs_own(answered_run, tmp_pat
     write_json(tmp_path / "run" / "run.json", record | {"config": record["config"] | {"trust_remote_code": True}})
     status, printed = answer(tmp_path / "run", "--model_name", other, "--num_samples", 1, check=False)
     assert status == 2 and "code of its own; read that code" in printed and not ran.exists()
-
-
-@pytest.mark.parametrize("quantised", ["load_in_8bit", "load_in_4bit"])
-def test_quantised_weights_answer(quantised):
-    engine = load_demo({quantised: True}, max_new_tokens=12)
-    assert {p.dtype for p in engine.model.parameters()} & {torch.int8, torch.uint8}
-    assert all(answer.num_new_tokens > 0 for answer in answers_to(TEXTS, engine))
-
-
-def test_layers_that_are_offloaded_to_files_answer_alike():
-    whole = [answer.prediction for answer in answers_to(TEXTS, load_demo(max_new_tokens=12))]
-    engine = load_demo({"device_map": "auto", "max_memory": {"cpu": "3MB"}}, max_new_tokens=12)
-    assert "disk" in engine.model.hf_device_map.values()
-    assert [answer.prediction for answer in answers_to(TEXTS, engine)] == whole
-
-
-def test_control_tokens_are_removed_and_counted_and_those_of_the_task_stay(tokenizer):
-    end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
-    words = tokenizer("#Person1# met Ella", add_special_tokens=False)["input_ids"]
-    reader = AnswerReader(tokenizer, GenerationConfig(eos_token_id=[end]))
-    answer = reader.read(Prompt("a"), [start, *words, start, end, *words])
-    assert answer.prediction == "#Person1# met Ella" and answer.finish_reason == "stop"
-    assert answer.removed_tokens == {"<|im_start|>": 2, "<|im_end|>": 1} and answer.num_new_tokens == len(words) + 3
-    text = reader.read_text(Prompt("a"), "#Person1# met Ella<|im_end|>", 6, stopped=True)
-    assert text.prediction == answer.prediction and text.removed_tokens == {"<|im_end|>": 1}
-
-
-def test_what_is_not_set_comes_from_the_checkpoint(tokenizer):
-    own = GenerationConfig(temperature=0.6, top_p=0.9, repetition_penalty=1.05, eos_token_id=[1, 3])
-    greedy, sources = build_generation_config(Arguments(), tokenizer, own)
-    assert not greedy.do_sample and greedy.temperature is None
-    assert (greedy.repetition_penalty, sources["repetition_penalty"]) == (1.05, "checkpoint")
-    sampled, sources = build_generation_config(Arguments(do_sample=True, top_p=0.5), tokenizer, own)
-    assert (sampled.temperature, sampled.top_p, sampled.top_k) == (0.6, 0.5, 0)
-    assert [sources[key] for key in ("temperature", "top_p", "top_k", "max_new_tokens")] == [
-        "checkpoint",
-        "flag",
-        "default",
-        "default",
-    ]
-    assert len(greedy.eos_token_id) == 2
-    own.temperature = 0.0
-    with pytest.raises(InputError, match="temperature: 0 .from the checkpoint. cannot be sampled at"):
-        build_generation_config(Arguments(do_sample=True), tokenizer, own)
-
-
-def test_what_a_checkpoint_declares_beyond_these_settings_is_named():
-    assert ignored_settings(load_generation_config(DEMO, trust_remote_code=False, revision="main")) == {}
-    own = GenerationConfig(temperature=0.6, min_p=0.05, suppress_tokens=[7], eos_token_id=[1, 3], max_length=40)
-    assert ignored_settings(own) == {"min_p": 0.05, "suppress_tokens": [7]}
-
-
-def test_other_weights_have_another_fingerprint(fsdp_run):
-    five, ten = (fingerprint_model(str(fsdp_run / f"checkpoint-{step}")) for step in (5, 10))
-    assert five != ten and five == fingerprint_model(str(fsdp_run / "checkpoint-5"))
 
 
 @pytest.mark.parametrize("model_name, message", [("checkpoint-77", "has base, checkpoint-5, checkpoint-10"), ("none/such", "could not load")])  # fmt: skip
@@ -608,37 +274,6 @@ def test_an_adapter_is_trained_under_fsdp_merged_and_answers_alike(tmp_path):
 def test_a_full_checkpoint_is_not_merged(fsdp_run):
     result = run(command("2_merge_lora.py", "--output_dir", fsdp_run, "--model_name", "checkpoint-10"), check=False)
     assert result.returncode == 2 and "is no LoRA adapter" in result.stderr
-
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
-
-
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("model.safetensors", 200_000, "model.safetensors is cut off, or damaged: 200,000 of"),
-        ("model.safetensors", 3, "model.safetensors holds no weights in the format safetensors, or is cut off"),
-        ("model.safetensors", 0, "model.safetensors is empty; copy or download it again"),
-        ("model.safetensors", POINTER, "model.safetensors is a pointer of git-lfs.* `git lfs pull`"),
-        ("tokenizer.json", POINTER, "tokenizer.json is a pointer of git-lfs"),
-        ("tokenizer.json", 900, "tokenizer.json is no JSON, or is cut off"),
-        ("tokenizer.json", "{}", "could not load the tokenizer of"),
-        ("config.json", "<html>\n404", "config.json is no JSON, or is cut off .it begins with `<html>`."),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "lacks model-2.safetensors"),
-        ("adapter_config.json", "{}", "adapter_config.json names no base model"),
-    ],
-)
-def test_a_damaged_file_of_a_model_is_named_in_one_line(tmp_path, name, content, said):
-    folder = shutil.copytree(DEMO, tmp_path / "model")
-    if isinstance(content, int):
-        os.truncate(folder / name, content)
-    else:
-        (folder / name).write_text(content)
-    with pytest.raises(InputError, match=said) as raised:
-        load_tokenizer(str(folder))
-        check_prompts([], str(folder), load_tokenizer(DEMO), 8)
-        load_model(str(folder), torch.float32)
-    assert "\n" not in str(raised.value)
 
 
 def test_a_damaged_model_deletes_none_of_its_earlier_answers(answered_run, tmp_path):
