@@ -22,9 +22,9 @@ from finetuning.config.arguments import REFUSALS, JudgeArguments, MergeArguments
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
 from finetuning.config.renames import RENAMES
-from finetuning.judge.form import load_rubric
+from finetuning.judge.rubric import load_rubric
 from finetuning.report.__main__ import ScoreArguments
-from finetuning.training.trainer import TrainingArguments
+from finetuning.training.arguments import TrainingArguments
 
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TRAINING = (ScriptArguments, TrainingArguments, ModelArguments)
