@@ -193,7 +193,7 @@ def tokenizer():
 def read_table(document: str, header: str) -> list[list[str]]:
     """The cells of each row of the table in a Markdown file that begins with this header."""
     text = (ROOT / document).read_text(encoding="utf-8").split(f"| {header} |")[1].split("\n\n")[0]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()[2:]]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]] for line in text.splitlines()[2:]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

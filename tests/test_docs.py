@@ -1,5 +1,5 @@
 """
-What README.md, README.ko.md and docs/*.md tell a reader to do or to look at, held against the project: commands, options,
+What README.md, README.ko.md, CONTRIBUTING.md and docs/*.md tell a reader to do or to look at, held against the project: commands, options,
 keys of the YAML, files, links. README.ko.md is held against README.md.
 """
 
@@ -26,7 +26,7 @@ from finetuning.judge.rubric import load_rubric
 from finetuning.report.__main__ import ScoreArguments
 from finetuning.training.arguments import TrainingArguments
 
-DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "CHANGELOG.md"})  # which names what was before
 TRAINING = (ScriptArguments, TrainingArguments, ModelArguments)
 STEPS: dict[str, tuple[type, ...]] = {
     "1_train_full_fine_tuning.py": TRAINING,
@@ -188,15 +188,20 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@per_document
-def test_every_link_leads_somewhere(document):
-    links = re.findall(r"\]\(([^)\s]+)\)", document.path.read_text(encoding="utf-8"))
-    for link in links:
+@pytest.mark.parametrize("path", [*DOCS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if not link.startswith("https://"):
             file, _, anchor = link.partition("#")
-            target = document.path.parent / file if file else document.path
+            target = path.parent / file if file else path
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_what_has_moved_is_where_the_changelog_says():
+    for _, now in read_table("CHANGELOG.md", "before"):
+        module = re.search(r"finetuning[\w.]+", now)[0]
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
 
 
 def test_the_table_of_checks_names_those_that_can_refuse():
@@ -221,6 +226,7 @@ def test_the_korean_readme_has_the_headings_and_commands_of_the_english_one():
 
     assert outline(ENGLISH) == outline(KOREAN)
     assert code(ENGLISH) == code(KOREAN)
+    assert names(ENGLISH) == names(KOREAN)
     assert re.findall(r"\]\((\S+)\)", ENGLISH.prose) == re.findall(r"\]\((\S+)\)", KOREAN.prose)
 
 
