@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT, read_table
 
 from finetuning.config import arguments
-from finetuning.config.arguments import REFUSALS, JudgeArguments, MergeArguments, ScriptArguments, find_faults
+from finetuning.config.arguments import REFUSALS, JudgeArguments, MergeArguments, ScriptArguments
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
 from finetuning.config.renames import RENAMES
@@ -127,7 +127,7 @@ def check_arguments(script: str, rest: list[str], output_dir: Path) -> None:
     kinds = STEPS.get(script)
     if kinds is not None:
         needed = ["--output_dir", str(output_dir)] if kinds is TRAINING else []
-        Parser(kinds, find_faults).parse_args_and_config([*needed, *rest])
+        Parser(kinds).parse_args_and_config([*needed, *rest])
     elif script not in ("venv", "pip"):
         file = ROOT / (script if script.endswith(".py") else script.replace(".", "/") + ".py")
         assert all(f'"{word}"' in file.read_text(encoding="utf-8") for word in rest if word.startswith("--"))

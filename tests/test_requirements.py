@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 import importlib.metadata
 import re
 import sys
@@ -10,9 +11,9 @@ from conftest import ROOT, run
 from large_run import write_run
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from trl import TrlParser
 
 from finetuning.config.arguments import JudgeArguments
+from finetuning.config.parser import Parser
 from finetuning.config.plain_parser import PlainParser
 from finetuning.report.__main__ import ScoreArguments
 
@@ -130,12 +131,14 @@ def test_judging_and_scoring_need_the_packages_of_their_own_list_only(tmp_path, 
 def test_the_command_line_without_trl_is_that_with_it(kind):
     def arguments(parser) -> list:
         names = ("option_strings", "dest", "nargs", "const", "default", "required", "choices", "help")
-        return [tuple(getattr(action, name) for name in names) for action in parser._actions]
+        own = [action for action in parser._actions if action.dest not in ("config", "print_config")]
+        return [tuple(getattr(action, name) for name in names) for action in own]
 
     def read(parser, words: list[str]) -> dict:
-        return vars(parser.parse_known_args(words)[0])
+        return {key: value for key, value in vars(parser.parse_known_args(words)[0]).items() if key in names_of_fields}
 
-    plain, trls = PlainParser([kind]), TrlParser([kind])
+    names_of_fields = {field.name for field in dataclasses.fields(kind)}
+    plain, trls = PlainParser([kind]), Parser([kind])
     assert arguments(plain) == arguments(trls)
     for words in (
         ["--output_dir", "a"],

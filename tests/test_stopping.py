@@ -7,7 +7,6 @@ from conftest import ROOT
 from experiments.stopping.old_collator import OldAnswerOnlyCollator
 from experiments.stopping.run import interval
 from experiments.stopping.train import RESPONSE_TEMPLATE, OldScriptArguments
-from finetuning.config.arguments import find_faults
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
 from finetuning.data.batches import IGNORED
@@ -24,7 +23,7 @@ def prepare(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def prepare_arm(arm: str):
-        parser = Parser((OldScriptArguments, TrainingArguments, ModelArguments), check=find_faults, other_steps={})
+        parser = Parser((OldScriptArguments, TrainingArguments, ModelArguments))
         split = ["--dataset_train_split", "train[:60]", "--output_dir", str(tmp_path)]
         arguments = parser.parse_args_and_config(["--config", f"experiments/stopping/{arm}.yaml", *split])
         script_args, training_args, model_args = arguments

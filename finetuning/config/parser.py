@@ -16,7 +16,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ try:
 except ModuleNotFoundError:  # requirements-judge.txt, for steps 4 and 5
     from finetuning.config.plain_parser import PlainParser as TrlParser
 
+from finetuning.config.arguments import OTHER_STEPS
+from finetuning.config.checks import find_faults
 from finetuning.config.renames import FSDP_CONFIG_KEYS, RENAMES, Change
 from finetuning.credentials import MASK, hide, holds_secret, is_secret, mask_arguments, remember
 from finetuning.errors import fail, to_line
@@ -320,15 +322,13 @@ class Parser(TrlParser):
 
     Args:
         dataclass_types: The arguments of the step.
-        check: Takes all values by key, gives (keys, text) for each that is out of range or contradicts another.
-        other_steps: Arguments of the other steps by script, to say where a key belongs.
 
     Attributes:
         settings: The settings that were given, by key.
         print_config: Whether `--print_config true` was given.
     """
 
-    def __init__(self, dataclass_types, check=None, other_steps: Mapping[str, type] = types.MappingProxyType({})):
+    def __init__(self, dataclass_types: Iterable[type]):
         super().__init__(dataclass_types, allow_abbrev=False)
         self.add_argument(
             "--config", metavar="FILE", help="YAML with any of these keys; the command line goes over it."
@@ -343,8 +343,6 @@ class Parser(TrlParser):
             choices=["true", "false"],
             help="Print every value that is not a default, with where it came from, and exit.",
         )
-        self.check = check or (lambda values: [])
-        self.other_steps = other_steps
         self.settings: dict[str, Setting] = {}
         self.print_config = False
         self.fields = {f.name: f for kind in self.dataclass_types for f in dataclasses.fields(kind) if f.init}
@@ -352,6 +350,10 @@ class Parser(TrlParser):
         self.notes: list[str] = []
         self.source = "command line"
         self._problems: list[Problem] = []
+
+    def add_argument(self, *names, limits=None, **options):
+        """As argparse's, without the limits of an argument, which it does not know."""
+        return super().add_argument(*names, **options)
 
     def error(self, message: str):
         if "invalid dict value" in message:
@@ -401,7 +403,7 @@ class Parser(TrlParser):
                 problems.append(_no_secrets("command line", key))
         problems.extend(self._unknown_words(unknown))
         known = {key: v for key, v in vars(namespace).items() if key in self.fields and key not in doubtful}
-        problems.extend(self._problem_of(keys, text) for keys, text in self.check(known))
+        problems.extend(self._problem_of(keys, text) for keys, text in find_faults(self.dataclass_types, known))
         if problems:
             fail_with(problems)
         try:
@@ -504,7 +506,7 @@ class Parser(TrlParser):
             return Problem(source, key, _suggest(name), meant=name)
         if name in FSDP_CONFIG_KEYS:
             return Problem(source, key, "belongs under fsdp_config")
-        for script, kind in self.other_steps.items():
+        for script, kind in OTHER_STEPS.items():
             if name in {f.name for f in dataclasses.fields(kind)}:
                 return Problem(source, key, f"is a key of {script}, not of this step")
         names = {field: field for field in self.fields if not is_secret(field)}

@@ -27,7 +27,7 @@ class PlainParser(argparse.ArgumentParser):
 
     def _add_field(self, field: dataclasses.Field, hint) -> None:
         names = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
-        options = dict(field.metadata)
+        options = {key: value for key, value in field.metadata.items() if key != "limits"}
         if field.default_factory is not dataclasses.MISSING:
             options["default"] = field.default_factory()
         elif field.default is not dataclasses.MISSING:

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-from finetuning.config.arguments import OTHER_STEPS, find_faults
 from finetuning.config.parser import Parser
 from finetuning.errors import UNWRITABLE, InputError, PlainOutput, fail, to_line
 from finetuning.interrupts import Terminated, terminable
@@ -28,7 +27,7 @@ def run_step(
         fit_to_hardware: Takes the arguments, changes in them what this machine cannot do, and gives the reasons by key.
     """
     sys.stdout = PlainOutput(sys.stdout)
-    parser = Parser(dataclass_types, check=find_faults, other_steps=OTHER_STEPS)
+    parser = Parser(dataclass_types)
     arguments = parser.parse_args_and_config()
     try:
         reasons = fit_to_hardware(*arguments) if fit_to_hardware is not None else {}

@@ -17,7 +17,7 @@ Imports without torch.
 
 from dataclasses import dataclass, field
 
-from finetuning.config.arguments import Checked
+from finetuning.config.checks import Checked, argument
 from finetuning.config.run_step import run_step
 from finetuning.errors import naming
 from finetuning.measures import print_table
@@ -37,9 +37,11 @@ class ScoreArguments(Checked):
         default=None, metadata={"help": "Folders of runs, one or several. Unset: the newest run under outputs/."}
     )
     baseline: str = field(default="base", metadata={"help": "The model that all others are compared with."})
-    holdout: float = field(
-        default=0.0,
-        metadata={"help": "Share of the samples that have no part in choosing the best model, and are reported on."},
+    holdout: float = argument(
+        0.0,
+        "Share of the samples that have no part in choosing the best model, and are reported on.",
+        at_least=0,
+        at_most=0.9,
     )
     report_dir: str | None = field(
         default=None, metadata={"help": "Where to write. Unset: the run, or the folder above several runs."}

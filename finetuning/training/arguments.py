@@ -20,6 +20,7 @@ from trl import SFTConfig
 
 from finetuning.config.arguments import ScriptArguments
 from finetuning.config.model_arguments import ModelArguments
+from finetuning.config.training_keys import TrainingKeys
 from finetuning.errors import InputError
 from finetuning.hardware import accelerator_available, bf16_available, choose_attention, env_flag, tf32_available
 from finetuning.ranks import get_world_size
@@ -29,7 +30,7 @@ ONE_PROCESS = "off, there is only one process (start more with torchrun)"
 
 
 @dataclass
-class TrainingArguments(SFTConfig):
+class TrainingArguments(SFTConfig, TrainingKeys):
     """trl's SFTConfig, fitted to the machine it is read on; `hardware_choices` has the reasons by key."""
 
     packing: bool = field(

@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, command, run
 
 from finetuning.config import arguments as configs
-from finetuning.config.arguments import JudgeArguments, ScriptArguments, find_faults
+from finetuning.config.arguments import JudgeArguments, ScriptArguments
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
 from finetuning.config.run_step import run_step
@@ -51,7 +51,7 @@ def test_a_faulty_yaml_is_one_line_and_status_2(tmp_path, capsys, text, message,
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(SystemExit) as exit_:
-        Parser((JudgeArguments,), find_faults).parse_args_and_config(form.format(path).split(" "))
+        Parser((JudgeArguments,)).parse_args_and_config(form.format(path).split(" "))
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ Each fault stands beside the file without it, which must parse, so that no test 
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import sys
@@ -19,7 +20,8 @@ from conftest import ROOT, command, run, run_step
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finetuning.config.arguments import OTHER_STEPS, POSITIVE, RANGES, ScriptArguments, find_faults
+from finetuning.config.arguments import OTHER_STEPS, ScriptArguments
+from finetuning.config.checks import limits_of
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
 from finetuning.config.renames import RENAMES
@@ -56,7 +58,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def parse(path: Path, *arguments: str) -> tuple[dict, str]:
     """All values by key, as step 1 would get them, and what was printed."""
-    parser = Parser(ARGUMENTS, check=find_faults, other_steps=OTHER_STEPS)
+    parser = Parser(ARGUMENTS)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         output_dir = ["--output_dir", str(path.parent / "run")]
@@ -316,7 +318,7 @@ def test_faults_that_would_be_taken_in_silence(tmp_path, wrong, arguments):
 def test_an_optimizer_or_schedule_that_cannot_run_is_said_before_anything_is_loaded(tmp_path, wrong, message, right):
     def check(text: str) -> None:
         path = write(tmp_path / "config.yaml", text)
-        parser = Parser(ARGUMENTS, check=find_faults, other_steps=OTHER_STEPS)
+        parser = Parser(ARGUMENTS)
         arguments = ["--config", str(path), "--output_dir", str(tmp_path / "run"), *NEEDED]
         check_optimizer(parser.parse_args_and_config(arguments)[1])
 
@@ -566,7 +568,7 @@ def test_what_only_resembles_a_secret_is_accepted(tmp_path):
 
 
 def test_a_secret_of_the_command_line_is_not_printed_with_the_configuration(tmp_path):
-    parser = Parser(ARGUMENTS, check=find_faults, other_steps=OTHER_STEPS)
+    parser = Parser(ARGUMENTS)
     path = write(tmp_path / "config.yaml", "seed: 1\n")
     arguments = parser.parse_args_and_config(["--config", str(path), *NEEDED, "--hub_token", "my-own-secret"])
     printed = "\n".join(parser.describe(arguments, {}))
@@ -669,17 +671,17 @@ def test_any_value_of_a_wrong_type_is_found(folder, setting, before):
     assert re.search("needs |is none of|in YAML", problem)
 
 
-LIMITS = [(key, *RANGES.get(key, (0, None))) for key in sorted(RANGES.keys() | POSITIVE) if key in FIELDS]
+LIMITS = sorted(((key, limits) for kind in ARGUMENTS for key, limits in limits_of(kind).items()), key=lambda x: x[0])
 
 
 @st.composite
 def values_out_of_range(draw) -> dict:
     """One to four keys, each with a value below its lowest or above its highest."""
     settings_ = {}
-    for key, low, high in draw(st.lists(st.sampled_from(LIMITS), min_size=1, max_size=4, unique_by=lambda x: x[0])):
+    for key, limits in draw(st.lists(st.sampled_from(LIMITS), min_size=1, max_size=4, unique_by=lambda x: x[0])):
         beyond = draw(st.integers(1, 10**6))
-        above = high is not None and draw(st.booleans())
-        settings_[key] = int(high) + beyond if above else low - beyond
+        above = math.isfinite(limits.at_most) and draw(st.booleans())
+        settings_[key] = int(limits.at_most) + beyond if above else int(max(limits.at_least, limits.more_than)) - beyond
     return settings_
 
 
