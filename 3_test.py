@@ -3,7 +3,7 @@ Step 3: let checkpoints answer the test samples, and measure ROUGE, chrF, stoppi
 
     python 3_test.py --model_name checkpoint-148 --num_samples 50
     python 3_test.py --model_name all        # the base model and every checkpoint of the newest run
-    torchrun --nproc_per_node=2 3_test.py    # the samples are split over GPUs, or over machines with a shared file system
+    torchrun --nproc_per_node=2 3_test.py    # samples are split over GPUs, or over machines with a shared file system
     python 3_test.py --base_url http://localhost:8000/v1    # a vLLM or SGLang server answers
     python 3_test.py --rescore true --rouge_tokenizer characters    # measures the answers there are, without a model
 

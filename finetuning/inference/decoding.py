@@ -1,24 +1,23 @@
 """
-Many prompts at once, with nothing but torch and transformers: one wide decode batch over a cache that is allocated once.
+Many prompts at once, with torch and transformers alone: one wide decode batch over a cache that is allocated once.
 
 The cache has a fixed number of slots, and each sequence that is being answered sits in one. The active ones are always
-the first, so that a step takes the front of every tensor and nothing is gathered. Of six slots, A to D are active:
+the first, so that a step takes the front of every tensor and gathers nothing. Of six slots, A to D are active here:
 
-    slot                 0     1     2     3     4     5
-                       [ A ] [ B ] [ C ] [ D ] [   ] [   ]    each step gives every active slot one token
-    B ends             [ A ] [ D ] [ C ] [   ] [   ] [   ]    B is yielded, and the last one is copied into its slot
-    E, F, G wait       [ A ] [ D ] [ C ] [ E ] [ F ] [ G ]    they are read together, once enough slots are free
+    slot            0     1     2     3     4     5
+                  [ A ] [ B ] [ C ] [ D ] [   ] [   ]    each step gives every active sequence one token
+    B ends        [ A ] [ D ] [ C ] [   ] [   ] [   ]    B is yielded, and the last one is copied into its slot
+    E, F, G wait  [ A ] [ D ] [ C ] [ E ] [ F ] [ G ]    they are read together, once enough slots are free
 
-    one slot, along the length of the cache:
+Along the length of the cache, one slot holds the keys and values of its sequence, of all tokens but the last:
 
-    position           0 ............ p-1 ........... n-1   n .................................... length
-                       keys of the prompt, of new tokens    old values, which the mask hides
-                                                            (the step writes the key of its token at n)
+    position      0 ............... p-1 | p ............... n-1 | n .................. length
+                  of p prompt tokens    | of new tokens         | old values, which the mask hides
 
-A sequence of p prompt tokens and some new ones has keys in the cache for all but its last token: `Running.cached`, n above.
-A step takes that last token, writes its key and value at n, and gives the logits of the next one. So a prompt is read
-without its last token, in a chunk of prompts of like length, padded on the right, where causal attention does not look, and
-without the language model's head. No memory is freed before the end; a slot is free as soon as its sequence has ended.
+A step takes in that last token, writes its key and value at position n, and gives the logits of the next token. So a
+prompt is read without its last token: in a chunk of prompts of like length, padded on the right, where causal attention
+does not look, and without the language model's head. A slot is free as soon as its sequence has ended; memory is freed
+when all have.
 
 Greedy tokens are those of `model.generate` for each prompt alone (docs/generation.md).
 """
@@ -45,14 +44,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SLOT_ATTENTION = "slots"
-# Prompt tokens that are read at once; one prompt may be longer. On a CPU, what a layer makes of so many stays in its cache.
+# Prompt tokens that are read at once, unless one prompt is longer. What a layer makes of 1024 stays in the cache of a CPU.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 SLOTS_PER_GROUP = 8  # on a CPU, so many slots look no further than the longest of them; they are sorted, roughly
 REFILL = 4  # waiting prompts are read when 1 / REFILL of the slots is free
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, slot_groups=None, **kwargs):
-    """Attention (SDPA) of one new token a slot, in which heads that share keys are rows of one matrix: no key is repeated.
+    """Attention (SDPA) of one token a slot, in which heads that share keys are rows of one matrix: no key is repeated.
 
     Shapes: query (slots, heads, 1, dim), key and value (slots, key heads, length, dim), mask (slots, 1, 1, length).
 
@@ -237,11 +236,8 @@ def choose_tokens(
     """
     by_sequence, alike = processors
     if by_sequence:
-        rows = []
-        for row, sequence in zip(logits, sequences, strict=True):
-            ids = torch.tensor([sequence.prompt + sequence.new_ids], device=logits.device)
-            rows.append(by_sequence(ids, row[None]))
-        logits = torch.cat(rows)
+        ids = (torch.tensor([s.prompt + s.new_ids], device=logits.device) for s in sequences)
+        logits = torch.cat([by_sequence(own, row[None]) for own, row in zip(ids, logits, strict=True)])
     if not config.do_sample:
         best, tokens = logits.max(dim=-1)
         return _known(tokens, evidence=best)
@@ -275,10 +271,8 @@ class Decoder:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config = config
-        self.num_slots = num_slots
+        self.config, self.num_slots, self.tokenizer = config, num_slots, tokenizer
         self.processors = build_processors(config)
-        self.tokenizer = tokenizer
 
     @torch.inference_mode()
     def generate(
@@ -286,10 +280,10 @@ class Decoder:
     ) -> Iterator[tuple[int, list[int] | None]]:
         """Yield (index of the prompt, new token ids with the end token if there is one), as sequences finish.
 
-        None in place of the ids where the model's logits are no numbers.
+        None stands in place of the ids where the model's logits are no numbers.
 
         Args:
-            seeds: One a prompt; needed for sampling.
+            seeds: One for each prompt; needed for sampling only.
         """
         implementation = self.model.config._attn_implementation
         self.model.set_attn_implementation(SLOT_ATTENTION)
@@ -327,7 +321,7 @@ class Decoder:
                 full = len(sequence.new_ids) == self.config.max_new_tokens
                 if token in ends or full or self._stops(sequence.new_ids):
                     finished.append(slot)
-            # 4. Yield what has ended, and let the last sequence take its slot: from the back, as the last may have ended too.
+            # 4. Yield what has ended, and move the last sequence to its slot; backwards, as that may have ended too.
             for slot in reversed(finished):
                 sequence, last = active[slot], active.pop()
                 if last is not sequence:
@@ -342,7 +336,7 @@ class Decoder:
             return False
         if self.tokenizer is None:
             raise ValueError("stop_strings need a tokenizer")
-        # a token is at least a byte, so that so many tokens from the end have all that the last one may have ended
+        # a token is at least a byte, so no more tokens are part of a stop string that the last one completes
         longest = max(len(stop.encode()) for stop in self.config.stop_strings)
         tail = self.tokenizer.decode(new_ids[-longest - 1 :])
         return any(stop in tail for stop in self.config.stop_strings)

@@ -45,7 +45,7 @@ def broadcast(value: T) -> T:
 
 
 def keep_rows(file: RowFile, model: ModelUnderTest, ids: set[str], all_ids: set[str], answer: AnswerShare) -> None:
-    """On the first rank: have the samples answered that have no row in `file`, and take over the rows of the other ranks.
+    """On the first rank: have the samples answered that have no row in `file`, and take over what the others wrote.
 
     Args:
         ids: Of the samples that are asked.
@@ -83,7 +83,7 @@ def find_missing(file: RowFile, ids: set[str], all_ids: set[str]) -> set[str]:
     answered = {row["id"] for row in iterate_rows(file.path, PREDICTION)}
     if answered - all_ids:
         raise InputError(
-            f"{file.path} has {len(answered - all_ids)} rows of samples that are not in the test split: it was changed. "
-            "Start over with --overwrite true"
+            f"{file.path} has {len(answered - all_ids)} rows of samples that are not in the test split: it was "
+            "changed. Start over with --overwrite true"
         )
     return ids - answered

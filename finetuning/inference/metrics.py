@@ -32,7 +32,8 @@ SINGLE = regex.compile(r"[\p{L}\p{N}]\p{M}*")
 HANGUL = regex.compile(r"[\uac00-\ud7a3]")
 MEANINGLESS = regex.compile(r"[\s\p{P}]")  # spaces and punctuation, which no metric of words counts
 MAX_DISCARDED = 0.05  # of the other characters; above it, scores say little about the texts
-TOKENIZERS = {  # scripts that are written without spaces give characters in `words`; all that is not Korean is words in `morphemes`
+# Scripts that are written without spaces give characters in `words`. All that is not Korean gives words in `morphemes`.
+TOKENIZERS = {
     "words": "words, English ones stemmed (Porter)",
     "morphemes": f"morphemes (mecab-ko {importlib.metadata.version('mecab-ko')})",
     "characters": "characters",
@@ -80,7 +81,7 @@ def _split(text: str, tokenizer: str) -> list[str]:
 
 
 def choose_tokenizer(prediction: str, references: list[str], tokenizer: str) -> str:
-    """Name of the tokenizer: the one that is asked for, or for `auto` that of the language of the references, if there are any.
+    """Name of the tokenizer: the one that is asked for; for `auto`, that of the language of references or answer.
 
     Raises:
         ValueError: There is none of this name.
@@ -135,7 +136,7 @@ def compute_rouge(predictions: list[str], references: list[list[str]], tokenizer
 
 
 def compute_chrf(predictions: list[str], references: list[list[str]]) -> dict:
-    """chrF2 between 0 and 1 (Popović 2015, https://aclanthology.org/W15-3049) by sacrebleu, in the form of `compute_rouge`.
+    """chrF2 between 0 and 1 by sacrebleu (Popović 2015, https://aclanthology.org/W15-3049), in the form of ROUGE.
 
     F-score of character 6-grams and shorter ones, without a tokenizer; particles and endings count by their characters.
     """
@@ -166,7 +167,7 @@ def sequence_repetition(text: str, n: int = 4, tokenizer: str = "auto") -> float
 
 
 def length_ratio(prediction: str, references: list[str], tokenizer: str) -> float | None:
-    """Tokens of the answer for each token of its references, which are averaged. None where these have none, or there are none.
+    """Tokens of the answer for each token of its references on average. None where there are none of these.
 
     As BLEU's length ratio (Papineni et al. 2002, https://aclanthology.org/P02-1040), by sample.
     """
@@ -190,15 +191,15 @@ def score_predictions(rows: Iterable[dict], tokenizer: str = "auto") -> dict:
             limit_rate                      share that was cut off at max_new_tokens
             empty_rate                      share without any text
             seq_rep_4                       mean of `sequence_repetition`
-            distinct_2                      different bigrams of all answers together, for each bigram of them (Li et al.
-                                            2016, https://aclanthology.org/N16-1014); near 0 where answers are all the
-                                            same. It falls with the number of samples: compare it over the same ones
+            distinct_2                      different bigrams of all answers together, for each bigram of them (Li et
+                                            al. 2016, https://aclanthology.org/N16-1014); near 0 where answers are all
+                                            the same. It falls with the number of samples: compare over the same ones
             length_ratio                    mean of `length_ratio`
             mean_new_tokens                 tokens of the model, end token included
             rouge_tokenizer, tokenizers, discarded_characters    what was asked for; as `compute_rouge`
             removed_tokens                  control tokens that were taken out of the answers, counted by name
 
-        None where nothing defines it. `per_sample` has a list for `id` and for each of PER_SAMPLE, in the order of rows.
+        Each is None where nothing defines it. `per_sample` has a list for `id` and each of PER_SAMPLE, as rows come.
     """
     totals = _Totals()
     rows = iter(rows)

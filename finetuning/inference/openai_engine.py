@@ -176,8 +176,8 @@ class OpenAIEngine:
     def _give_up(self, prompt: Prompt, error: Exception) -> Answer:
         if isinstance(error, (*KEY_REFUSED, NotFoundError, APIConnectionError)):
             raise InputError(
-                f"{self.endpoint} stopped the test: {self.endpoint.describe(error)}. What was answered is kept; the same "
-                "command goes on"
+                f"{self.endpoint} stopped the test: {self.endpoint.describe(error)}. What was answered is kept; the "
+                "same command goes on"
             ) from error
         return Answer.failed(prompt, self.endpoint.describe(error))
 
@@ -234,8 +234,9 @@ class OpenAIEngine:
         """Print in what the server's answers may not be those of the other engines."""
         if self.num_unlike:
             print(
-                f"warning: in {self.num_unlike} of {num_prompts} prompts {self.served_id} counts another number of tokens than "
-                "training did; give the server the checkpoint's chat_template.jinja (vllm serve --chat-template)"
+                f"warning: in {self.num_unlike} of {num_prompts} prompts {self.served_id} counts another number of "
+                "tokens than training did; give the server the checkpoint's chat_template.jinja (vllm serve "
+                "--chat-template)"
             )
         if self.hidden and not self.gives_ids:
             names = ", ".join(self.reader.tokenizer.convert_ids_to_tokens(self.hidden[:5]))

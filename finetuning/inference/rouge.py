@@ -32,7 +32,7 @@ class RougeTokenizer:
 
 
 class Rouge(evaluate.Metric):
-    """ROUGE-1, -2 and -L F1 (Lin 2004, https://aclanthology.org/W04-1013) as a metric of `evaluate` that needs no network.
+    """ROUGE-1, -2 and -L F1 (Lin 2004, https://aclanthology.org/W04-1013) in `evaluate`, which needs no network for it.
 
     Takes predictions (str) and references (list of str each). Of several references the mean counts, as in DialogSum's
     paper (https://aclanthology.org/2021.findings-acl.449); the first and the best are given beside it.

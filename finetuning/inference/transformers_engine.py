@@ -1,5 +1,5 @@
 """
-Answers with torch and transformers alone, over the loop of decoding.py, or over the library's where that loop is not exact.
+Answers with torch and transformers alone, by the loop of decoding.py, or by the library's where that is not exact.
 """
 
 import collections
@@ -41,9 +41,9 @@ Generate = Callable[[list[Prompt], int], Iterator[tuple[Prompt, list[int] | None
 
 
 def read_ahead(name_or_path: str) -> threading.Thread:
-    """Read a model's weights into the system's file cache, beside what else is done, so that loading it finds them there.
+    """Read a model's weights into the system's file cache, in a thread, so that loading it finds them there.
 
-    Nothing is kept by this process: with less free memory the system forgets them again.
+    This process keeps nothing of them, and the system forgets them again where memory is short.
     """
 
     def read() -> None:
@@ -113,8 +113,13 @@ class TransformersEngine:
     """Answers with torch and transformers alone."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, batch_size: int | None, seed: int
-    ):  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GenerationConfig,
+        batch_size: int | None,
+        seed: int,
+    ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.batch_size, self.seed = batch_size, seed
         self.reader = AnswerReader(tokenizer, config)
@@ -122,9 +127,9 @@ class TransformersEngine:
     def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
         """Answer prompts, the longest first, so that memory runs out at once or not at all.
 
-        Greedy answers depend on the batch only by rounding. Sampled ones depend on the seed and the sample alone, not on
-        the batch, the order or a start in the middle. Where memory runs out, the batch is halved. A model whose logits
-        are no numbers gives an error for that sample.
+        Greedy answers depend on the batch only by rounding. Sampled ones depend on the seed and the sample alone, not
+        on the batch, the order or a start in the middle. Where memory runs out, the batch is halved. A model whose
+        logits are no numbers gives an error for that sample.
 
         Yields:
             One answer after the other, as they finish.
@@ -201,7 +206,7 @@ class TransformersEngine:
 
 
 def choose_num_slots(model: PreTrainedModel, longest: int, num_beams: int = 1) -> int:
-    """Sequences that are decoded at once: as many as keep the cache under a third of the free memory, at most MAX_SLOTS.
+    """Sequences that are decoded at once: at most MAX_SLOTS, whose cache takes no more than a third of the free memory.
 
     Args:
         longest: Tokens of the longest prompt and its answer.

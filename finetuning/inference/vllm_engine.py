@@ -1,8 +1,8 @@
 """
 Answers by vLLM, in one process of its own on one GPU; a LoRA adapter is served on its base without a merge.
 
-For several GPUs or machines, serve the checkpoints with vLLM and use the engine `openai`. docs/generation.md says how vLLM
-is installed beside this project, also without a GPU, and what was measured.
+For several GPUs or machines, serve the checkpoints with vLLM and use the engine `openai`. docs/generation.md says how
+vLLM is installed beside this project, also without a GPU, and what was measured.
 """
 
 import os
@@ -74,8 +74,8 @@ class VllmEngine:
             peft_config = PeftConfig.from_pretrained(path)
             if getattr(peft_config, "modules_to_save", None) or getattr(peft_config, "use_dora", False):
                 raise InputError(
-                    f"vllm serves plain LoRA only, and {path} has modules_to_save or DoRA; merge it (2_merge_lora.py), or use "
-                    "--engine transformers"
+                    f"vllm serves plain LoRA only, and {path} has modules_to_save or DoRA; merge it "
+                    "(2_merge_lora.py), or use --engine transformers"
                 )
             rank = max(MIN_RANK, 1 << (peft_config.r - 1).bit_length())
             self.settings |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
@@ -83,7 +83,7 @@ class VllmEngine:
         self.llm: LLM | None = None  # from the first call of `answer` on
 
     def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
-        """Answer prompts, and yield each answer as it is finished. A prompt that vllm refuses is an error of that sample.
+        """Answer prompts, and yield each answer as it is finished; one that vllm refuses is an error of that sample.
 
         Raises:
             InputError: vllm could not start with this model.

@@ -29,7 +29,7 @@ def check_model_files(name_or_path: str) -> None:
     """Look at every JSON and weight file of a model's folder; a Hub id is left to the library that downloads it.
 
     Raises:
-        InputError: A file is cut off, empty, missing from its index, or is a pointer or a page in the file's place; names it.
+        InputError: A file is cut off, empty or missing, or is a pointer or a page in the file's place; names it.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -118,7 +118,7 @@ def fingerprint_weights(name_or_path: str) -> str | None:
 
 
 def fingerprint_model(name_or_path: str) -> str:
-    """Hash of what a model's folder holds: its configs in full, of each weight file the size and 64 evenly spaced pieces.
+    """Hash of what a model's folder holds: its configs in full, and of each weight file the size and 64 pieces.
 
     A Hub id stands for itself.
     """

@@ -1,9 +1,9 @@
 """
 Loading models and adapters so that every weight of them finds its place, and every weight of the model is in the files.
 
-transformers makes up the weights that the files of a model lack, and peft leaves out those of an adapter that have no place;
-both only warn. Importing this module replaces a function of transformers, `modeling_utils.log_state_dict_report`, by
-`refuse_made_up_weights`. From then on, the first is an error wherever this process loads a model, by trl's code too.
+transformers makes up the weights that the files of a model lack, and peft leaves out those of an adapter that have no
+place; both only warn. Importing this module REPLACES a function of transformers, modeling_utils.log_state_dict_report,
+by `refuse_made_up_weights`: from then on, the first is an error wherever this process loads a model, in trl as well.
 """
 
 from pathlib import Path
@@ -98,7 +98,7 @@ def _check_numbers(where: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def record_base(adapter: Path, base: str) -> None:
-    """Write beside an adapter which weights it was trained on; its own config names those of the Hub by their revision."""
+    """Write beside an adapter which weights it was trained on; for those of the Hub, its config has the revision."""
     if (weights := fingerprint_weights(base)) is not None:
         write_json(adapter / BASE_FILE, {"weights": weights})
 

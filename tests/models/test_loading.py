@@ -1,4 +1,4 @@
-"""Models and adapters that are damaged or do not fit each other: one line that says so, and nothing made up in silence."""
+"""Models and adapters that are damaged or do not fit each other: one line says so, and nothing is made up in silence."""
 
 import contextlib
 import json
