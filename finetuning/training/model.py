@@ -16,6 +16,7 @@ from finetuning.config.model_arguments import ModelArguments
 from finetuning.data.chat import add_tokens, load_tokenizer
 from finetuning.errors import InputError
 from finetuning.models.config import load_model_config, own_code
+from finetuning.models.files import is_adapter
 from finetuning.models.loading import load_adapter, refuse_quantised
 from finetuning.ranks import print_main
 from finetuning.training.arguments import TrainingArguments
@@ -23,7 +24,7 @@ from finetuning.training.arguments import TrainingArguments
 
 def check_model(name_or_path: str, **source) -> None:
     """Refuse a model that cannot be trained: one of another kind, or an adapter."""
-    if (Path(name_or_path) / "adapter_config.json").is_file():
+    if is_adapter(name_or_path):
         raise InputError(
             f"model_name_or_path: {name_or_path} is an adapter; merge it with 2_merge_lora.py, and name the merged "
             "model"
