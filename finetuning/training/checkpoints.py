@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from peft import PeftModel, get_peft_model_state_dict
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._nested_dict import set_element
@@ -94,11 +93,6 @@ class SafePlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item, value) -> None:
         setting = torch.load(value, weights_only=True)
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], setting)
-
-
-def load_distributed(state: dict, folder: Path) -> None:
-    """Fill `state` in place from a folder in torch's distributed format, each rank with its own share."""
-    dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
 
 
 def cause_of(error: BaseException) -> BaseException:
