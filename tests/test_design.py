@@ -70,6 +70,20 @@ def test_a_room_imports_what_the_table_lets_it():
             assert room_of(module) in {room, *allowed[room]}, f"{source.relative_to(ROOT)} imports {module}"
 
 
+def test_a_script_imports_no_room_of_another_step():
+    rooms_of_steps = {
+        room: question for room, question, _ in read_table("docs/design.md", "room") if "step" in question
+    }
+    for script in ROOT.glob("[1-4]_*.py"):
+        for room in {room_of(module) for module in modules_imported_by(script)}:
+            question = rooms_of_steps.get(f"`{room}/`")
+            assert question is None or script.name[0] in question, f"{script.name} imports the room of {question}"
+
+
+def test_importing_a_room_does_nothing():
+    assert [path for path in PACKAGE.rglob("__init__.py") if path.read_text()] == []
+
+
 def test_the_tests_mirror_the_rooms():
     assert sorted(path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))) == ROOMS
 

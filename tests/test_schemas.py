@@ -104,6 +104,7 @@ def test_a_value_of_a_wrong_kind_is_named(run_dir, file, key, value):
     assert "\n" not in str(error.value) and str(error.value).isascii()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, changes, fault",
     [

@@ -24,10 +24,9 @@ from finetuning.runs import INCOMPLETE, list_checkpoints
 from finetuning.training.checkpoints import (
     OPTIMIZER_FOLDER,
     SCHEDULER_FILE,
-    SafePlanner,
-    SafeReader,
     check_weights,
     delete_older_checkpoints,
+    load_distributed,
     named_file,
     saved_shapes,
     without_tied_copies,
@@ -150,7 +149,7 @@ class ResumableSFTTrainer(SFTTrainer):
         optimizer = self.optimizer.optimizer
         state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, optimizer)}
         with warnings.catch_warnings(action="ignore"), named_file(folder, Path(checkpoint)):
-            dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())  # each rank its share, in place
+            load_distributed(state, folder)
             set_optimizer_state_dict(self.model_wrapped, optimizer, state["optimizer"])
         with named_file(scheduler, Path(checkpoint)):
             self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))

@@ -430,6 +430,7 @@ def test_lines_are_counted_with_any_line_ends(tmp_path):
         assert problem.startswith("3: seed: needs an integer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["[" * 1200, "{" * 1200, "a: " * 1200, "run_name: " + "[" * 1200 + "]" * 1200])
 def test_brackets_that_are_too_deep_are_no_traceback(tmp_path, text):
     (problem,) = refuse(write(tmp_path / "config.yaml", text))
@@ -630,6 +631,7 @@ def misspelt_keys(draw) -> str:
     return draw(st.sampled_from(edits))
 
 
+@pytest.mark.slow
 @generated
 @given(key=misspelt_keys(), before=comments)
 def test_any_misspelt_key_is_found_and_mostly_corrected(folder, key, before):
@@ -662,6 +664,7 @@ TYPED = [(key, value) for key in KEYS if re.search(r"bool|int|float|str|list|dic
          for value in wrong_values(key)]  # fmt: skip
 
 
+@pytest.mark.slow
 @generated
 @given(setting=st.sampled_from(TYPED), before=comments)
 def test_any_value_of_a_wrong_type_is_found(folder, setting, before):
@@ -685,6 +688,7 @@ def values_out_of_range(draw) -> dict:
     return settings_
 
 
+@pytest.mark.slow
 @generated
 @given(values=values_out_of_range())
 def test_any_values_out_of_range_are_found_together(folder, values):
@@ -693,6 +697,7 @@ def test_any_values_out_of_range_are_found_together(folder, values):
         assert problem.startswith(f"{line}: {key}: must be ") and problem.endswith(f"got {values[key]}")
 
 
+@pytest.mark.slow
 @generated
 @given(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=8, unique=True), data=st.data())
 def test_any_key_that_stands_twice_is_found(folder, keys, data):
@@ -712,6 +717,7 @@ def test_any_bytes_and_any_text_are_refused_in_words(folder, content):
     assert refuse(write(folder / "config.yaml", content))
 
 
+@pytest.mark.slow
 @generated
 @given(text=st.text("ab: -?[]{}&*!|>'\"%@`#,\n\t~<=0.1", max_size=60))
 def test_any_signs_of_yaml_are_refused_in_words(folder, text):
@@ -725,6 +731,7 @@ nested = st.recursive(
 )
 
 
+@pytest.mark.slow
 @generated
 @given(
     values=st.dictionaries(
@@ -735,6 +742,7 @@ def test_any_nesting_is_refused_in_words(folder, values):
     assert refuse(write(folder / "config.yaml", yaml.safe_dump(values, allow_unicode=True)))
 
 
+@pytest.mark.slow
 @generated
 @given(data=st.data())
 def test_any_typing_error_in_a_right_file_is_read_or_refused_in_words(folder, data):
@@ -750,6 +758,7 @@ def test_any_typing_error_in_a_right_file_is_read_or_refused_in_words(folder, da
         assert refuse(path)
 
 
+@pytest.mark.slow
 @generated
 @given(secret=st.from_regex(r"hf_[A-Za-z0-9]{30}|sk-[A-Za-z0-9_]{30}", fullmatch=True), key=misspelt_keys())
 def test_any_secret_under_any_key_is_never_printed(folder, secret, key):

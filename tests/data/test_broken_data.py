@@ -445,12 +445,14 @@ def test_rows_that_load_but_hold_nothing_are_found_before_training(tmp_path, pro
 # Generated
 
 
+@pytest.mark.slow
 @generated
 @given(name=st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.parquet"]), content=st.binary(max_size=200))
 def test_any_bytes_are_refused_in_words(folder, name, content):
     assert refuse(write(folder / name, content))
 
 
+@pytest.mark.slow
 @generated
 @given(name=st.sampled_from(["b.json", "b.jsonl", "b.csv"]), text=st.text('{}[]",:\\un0\n prompt', max_size=60))
 def test_any_text_is_refused_in_words(folder, name, text):
@@ -461,6 +463,7 @@ FORMS = {"c.jsonl": lines(*RIGHT), "c.json": json.dumps([CONVERSATION] * 3).enco
          "c.csv": f'{COLUMNS}a,b\n"c","d,e"\n'.encode(), "c.parquet": parquet(*RIGHT)}  # fmt: skip
 
 
+@pytest.mark.slow
 @generated
 @given(name=st.sampled_from(sorted(FORMS)), place=st.floats(0, 1), lost=st.integers(0, 8), added=st.binary(max_size=3))
 def test_any_damage_to_right_data_is_read_or_refused_in_words(folder, name, place, lost, added):
@@ -482,6 +485,7 @@ any_rows = st.lists(
 )
 
 
+@pytest.mark.slow
 @generated
 @given(rows=any_rows)
 def test_any_types_of_values_are_read_as_text_or_refused_in_words(folder, rows):

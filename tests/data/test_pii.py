@@ -93,6 +93,7 @@ def test_text_without_digits_at_or_jamo_is_unchanged(text):
     assert clean_jamo(text) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "unit",
     [

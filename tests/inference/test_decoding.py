@@ -77,6 +77,7 @@ def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
         assert dict(Decoder(model, GREEDY, num_slots).generate(prompts)) == dict(enumerate(expected)), num_slots
 
 
+@pytest.mark.slow
 def test_an_adapter_answers_as_it_does_alone():
     model = build(*MODELS["llama, grouped queries"])
     adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
@@ -87,6 +88,7 @@ def test_an_adapter_answers_as_it_does_alone():
         assert [alone(adapter, prompt) for prompt in prompts] != expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}])
 def test_penalties_are_those_of_the_library(settings):
     model, prompts = build(*MODELS["llama, tied"]), make_prompts(6)
@@ -96,6 +98,7 @@ def test_penalties_are_those_of_the_library(settings):
     )
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_distribution():
     """Over many seeds the first token comes as often as the model says, within top_k and top_p."""
     model, prompt = build(*MODELS["llama, tied"]), make_prompts()[3]

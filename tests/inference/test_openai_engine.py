@@ -59,6 +59,7 @@ def demo_prompts(number: int, tokenizer):
     return encode_prompts(tokenizer, load_test_samples(CONFIG)[:number])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.1}, {"stop": ["."]}], ids=["plain", "penalised", "stop"])  # fmt: skip
 def test_a_server_gives_the_answers_of_transformers(base_url, settings):
     served, local = (make_engine(base_url, name, max_new_tokens=40, **settings) for name in ("openai", "transformers"))
@@ -197,6 +198,7 @@ def test_a_refused_request_is_an_error_of_its_sample(capsys):
     assert "too long for me" in errors and "content_filter" in errors
 
 
+@pytest.mark.slow
 def test_a_reply_that_takes_too_long_is_an_error_of_its_sample():
     class Slow(StubJudge):
         def next_reply(self, request):

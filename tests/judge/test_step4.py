@@ -128,6 +128,7 @@ def test_a_reply_that_cannot_be_read_is_asked_for_once_more_with_a_larger_limit(
     assert [request["max_completion_tokens"] for request in stub.requests] == [100, 200]
 
 
+@pytest.mark.slow
 def test_a_limit_takes_the_same_samples_of_every_model(run_dir):
     with serve(StubJudge(evaluation(7))) as url:
         judge(run_dir, url, "--limit", "2")
@@ -224,6 +225,7 @@ def test_an_interrupt_that_was_ignored_at_the_start_stays_so_and_sigterm_stops(c
     assert capsys.readouterr().err.count("waiting") == 1
 
 
+@pytest.mark.slow
 def test_an_attempt_has_a_deadline_however_slowly_its_reply_comes(run_dir):
     with serve(StubJudge("drip")) as url:
         judge(run_dir, url, "--model_name", "checkpoint-10", "--timeout", "0.4", "--max_retries", "0")
@@ -251,6 +253,7 @@ def test_many_models_are_judged_as_fast_as_one(tmp_path):
     assert [len(evaluations(run_dir, f"checkpoint-{n}")) for n in range(1, 11)] == [3] * 10
 
 
+@pytest.mark.slow
 def test_a_model_is_done_with_as_soon_as_its_last_reply_is_in(run_dir):
     def reply(request):
         assert "asks question" not in request["messages"][1]["content"].split('"answer"')[1] or released.wait(30)
@@ -269,6 +272,7 @@ def test_a_model_is_done_with_as_soon_as_its_last_reply_is_in(run_dir):
     assert run_dir.with_name("printed").read_text().count("base: judged 3 of 3") == 1
 
 
+@pytest.mark.slow
 def test_the_same_answer_is_judged_once_whichever_models_gave_it(tmp_path, prices):
     answers = [f"answer {i}" for i in range(6)]
     run_dir = make_run(tmp_path / "run", {"base": answers, "checkpoint-10": [*answers[:4], "other", "another"]})
@@ -301,6 +305,7 @@ def test_rate_limits_are_waited_out(run_dir):
     assert "checkpoint-10: judged 6 of 6, mean 6.00" in result.printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status, message", [(401, "check OPENAI_API_KEY"), (404, "has no model `m`")])
 def test_what_cannot_succeed_ends_at_once(run_dir, status, message):
     with serve(stub := StubJudge((status, {}, {"error": {"message": "no"}}))) as url:
@@ -347,6 +352,7 @@ def test_evaluations_of_another_judge_are_not_mixed(run_dir):
         judge(run_dir, url, "--judge_model", "other", "--overwrite", "true")
 
 
+@pytest.mark.slow
 def test_an_answer_that_changed_is_judged_again(run_dir):
     with serve(stub := StubJudge(evaluation(8))) as url:
         judge(run_dir, url, "--model_name", "base")
@@ -637,6 +643,7 @@ def test_all_that_left_with_a_schema_is_sent_again_without_it(run_dir):
     assert Counter(row["status"] for row in evaluations(run_dir)) == {"ok": 6}
 
 
+@pytest.mark.slow
 def test_a_server_that_ignores_the_schema_is_named(run_dir):
     with serve(StubJudge("I would say: 8!")) as url:
         result = judge(run_dir, url, "--model_name", "checkpoint-10")
@@ -668,6 +675,7 @@ STRANGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_strange_reply_is_an_error_of_its_sample(run_dir, prices, name):
     strange = STRANGE[name]
@@ -984,6 +992,7 @@ def test_an_answer_that_one_of_the_jury_cannot_judge_has_no_score(run_dir):
     assert found["sample0001"] == ("refusal", "b: no") and Counter(found.values())["ok", None] == 5
 
 
+@pytest.mark.slow
 def test_a_judge_is_measured_against_people(tmp_path):
     run_dir = make_run(tmp_path / "run", {"base": [f"answer {i % 10 + 1}" for i in range(40)]})
     rng = np.random.default_rng(1)
