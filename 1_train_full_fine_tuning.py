@@ -73,9 +73,8 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     plan = ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, **source))
     rows = prepare_rows(tokenizer, training_args, train_rows, eval_rows)
     estimate = on_main_process(lambda: run_preflight(run, script_args, training_args, plan, rows))
-    training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = estimate[
-        "activation_checkpointing"
-    ]
+    checkpointing = estimate["activation_checkpointing"]
+    training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = checkpointing
     if look_only:
         written = "nothing is written, the folder holds a run" if (run / RUN_FILE).is_file() else f"see {run / EDA}"
         print_main(f"preflight only: nothing is trained; {written}")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from finetuning.ranks import print_main
 from finetuning.training.arguments import TrainingArguments
@@ -54,21 +54,16 @@ class SaveOnTermination(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
-def parameter_shares(model: PreTrainedModel) -> list[float]:
-    """Share of all parameters that each rank holds, one number a rank: 1.0 unless the model is sharded."""
-    total = sum(p.numel() for p in model.parameters())
-    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-    return gather(held / total)
-
-
 class RecordShares(TrainerCallback):
     """Before the first step, assert that FSDP shards the parameters, and record each rank's share in `run.json`."""
 
     def __init__(self, run: Path, record: dict):
         self.run, self.record = run, record
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        shares = parameter_shares(model)
+    def on_train_begin(self, args, state, control, *, model, **kwargs):
+        total = sum(p.numel() for p in model.parameters())
+        held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+        shares = gather(held / total)  # 1.0 unless the model is sharded
         if args.fsdp:
             assert max(shares) < 1, f"FSDP was asked for, but a rank holds every parameter: {shares}"
         if state.is_world_process_zero:

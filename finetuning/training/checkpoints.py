@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from peft import PeftModel, get_peft_model_state_dict
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._nested_dict import set_element
@@ -28,7 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import safe_globals
 
 from finetuning.errors import InputError
-from finetuning.models.files import check_model_files, read_header
+from finetuning.models.files import check_model_files, is_adapter, read_header
 from finetuning.runs import INCOMPLETE, checkpoint_step, list_checkpoints, read_json
 from finetuning.schemas import TRAINER_STATE
 
@@ -94,11 +93,6 @@ class SafePlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item, value) -> None:
         setting = torch.load(value, weights_only=True)
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], setting)
-
-
-def load_distributed(state: dict, folder: Path) -> None:
-    """Fill `state` in place from a folder in torch's distributed format, each rank with its own share."""
-    dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -170,7 +164,7 @@ def check_resumable(checkpoint: Path) -> None:
 
 def weights_name(checkpoint: Path) -> str:
     """Name of the file with the weights where they are not spread over several."""
-    return "adapter_model.safetensors" if (checkpoint / "adapter_config.json").is_file() else "model.safetensors"
+    return "adapter_model.safetensors" if is_adapter(checkpoint) else "model.safetensors"
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
@@ -199,9 +193,8 @@ def saved_shapes(model: PreTrainedModel | PeftModel) -> dict[str, list[int]]:
     else:
         ignored = model._keys_to_ignore_on_save or ()
         tensors = {name: tensor for name, tensor in without_tied_copies(model, tensors).items() if name not in ignored}
-        tensors = revert_weight_conversion(
-            model, tensors
-        )  # to the names in its files, which are others for some models
+        # some models are saved under other names than they compute with
+        tensors = revert_weight_conversion(model, tensors)
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 

@@ -162,37 +162,35 @@ def what_would_fit(
     shapes: Shapes, batch: Batch, args: TrainingArguments, settings: dict, plan: MemoryPlan
 ) -> list[str]:
     """Changes under which a plan that does not fit would, the smallest change first."""
+
+    def plan_row(length: int) -> MemoryPlan:
+        """One row of this length a device, and activations recomputed."""
+        activations = round(shapes.activations / batch.rows * length / batch.length)
+        one_row = replace(batch, rows=1, length=length)
+        return plan_memory(replace(shapes, activations=activations), one_row, args, settings, True, plan.available)
+
     found = []
-    row_batch = replace(batch, rows=1)
-    single = replace(shapes, activations=round(shapes.activations / batch.rows))
-    if batch.rows > 1:
-        smaller = replace(plan_memory(single, row_batch, args, settings, True, plan.available), accumulates=True)
-        if smaller.fits:
-            accumulation = args.gradient_accumulation_steps * batch.rows
-            found.append(
-                "per_device_train_batch_size: 1 with "
-                f"gradient_accumulation_steps: {accumulation} and activation_checkpointing: true ({gib(smaller.total)})"
-            )
+    row = plan_row(batch.length)
+    accumulated = replace(row, accumulates=True)
+    if batch.rows > 1 and accumulated.fits:
+        steps = args.gradient_accumulation_steps * batch.rows
+        found.append(
+            f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {steps} and "
+            f"activation_checkpointing: true ({gib(accumulated.total)})"
+        )
     for length in (2048, 1024, 512):
-        if not found and length < batch.length:
-            shorter = replace(single, activations=round(single.activations * length / batch.length))
-            smaller = plan_memory(shorter, replace(row_batch, length=length), args, settings, True, plan.available)
-            if smaller.fits:
-                found.append(
-                    f"max_length: {length}, one row a device and activation_checkpointing: true ({gib(smaller.total)})"
-                )
+        if not found and length < batch.length and (shorter := plan_row(length)).fits:
+            size = gib(shorter.total)
+            found.append(f"max_length: {length}, one row a device and activation_checkpointing: true ({size})")
     state = plan.parameters + plan.gradients + plan.optimizer
-    smallest = plan_memory(single, row_batch, args, settings, True, plan.available)
-    rest = smallest.total - (smallest.parameters + smallest.optimizer + smallest.gathered)
     world_size = get_world_size() if args.fsdp else 1
-    room = plan.usable - rest
+    room = plan.usable - (row.total - row.parameters - row.optimizer - row.gathered)
     if room > 0 and not found and args.device.type != "cpu":  # processes on one CPU share its memory
         devices = max(world_size + 1, -(-state * world_size // room))
         found.append(f"FSDP over {devices:.0f} or more such GPUs (fsdp: true, torchrun)")
-    if shapes.trained == shapes.parameters:
-        lora_bytes = shapes.parameters * 2 / world_size
-        if lora_bytes < room:
-            found.append(f"use_peft: true, which trains an adapter on weights of {gib(lora_bytes)}")
+    lora_bytes = shapes.parameters * 2 / world_size
+    if shapes.trained == shapes.parameters and lora_bytes < room:
+        found.append(f"use_peft: true, which trains an adapter on weights of {gib(lora_bytes)}")
     return found or ["a smaller model, or a device with more memory"]
 
 
@@ -224,23 +222,24 @@ def check_memory(args: TrainingArguments, model: ModelPlan, longest_row: int, la
     if requested == "auto" and (shapes.unmeasured or not chosen.fits):
         chosen = plan(True)
     numbers = {**chosen.to_dict(), "model_parameters": shapes.parameters, "trained_parameters": shapes.trained}
-    checkpoints = chosen.activation_checkpointing
-    state = "on" if checkpoints else "off"
+    state = "on" if chosen.activation_checkpointing else "off"
     if not chosen.fits:
         would = what_would_fit(shapes, batch, args, settings, chosen)
-        if not checkpoints and plan(True).fits:
+        if state == "off" and plan(True).fits:
             would = [f"activation_checkpointing: true ({gib(plan(True).total)})"]
-        text = f"training needs {chosen.describe()}. What would fit: {'; or '.join(would)}"
-        return Finding("memory", "refused", text, numbers=numbers)
-    if shapes.unmeasured:
-        text = (
-            f"at least {chosen.describe()}, and the activations, which could not be measured ({shapes.unmeasured}); "
-            f"activation checkpointing {state}"
+        level, text = "refused", f"training needs {chosen.describe()}. What would fit: {'; or '.join(would)}"
+    elif shapes.unmeasured:
+        level, text = (
+            "warning",
+            (
+                f"at least {chosen.describe()}, and the activations, which could not be measured ({shapes.unmeasured}); "
+                f"activation checkpointing {state}"
+            ),
         )
-        return Finding("memory", "warning", text, numbers=numbers)
-    why = {"auto": "it fits without" if state == "off" else "it does not fit without"}.get(requested, "as asked")
-    text = f"{chosen.describe()}; activation checkpointing {state}, {why}"
-    return Finding("memory", "ok", text, numbers=numbers)
+    else:
+        why = {"on": "it does not fit without", "off": "it fits without"}[state] if requested == "auto" else "as asked"
+        level, text = "ok", f"{chosen.describe()}; activation checkpointing {state}, {why}"
+    return Finding("memory", level, text, numbers=numbers)
 
 
 class MemoryPeak:

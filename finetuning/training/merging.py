@@ -18,6 +18,7 @@ from finetuning.data.prompts import encode_prompts
 from finetuning.data.rows import load_test_samples
 from finetuning.errors import InputError, make_folder
 from finetuning.models.config import base_of, load_model_config
+from finetuning.models.files import ADAPTER_CONFIG, is_adapter
 from finetuning.models.loading import refuse_quantised
 from finetuning.runs import find_models, last_checkpoint, read_json
 
@@ -71,10 +72,9 @@ def find_adapter(run: Path, args: MergeArguments) -> tuple[str, str, Path]:
         raise InputError(f"--model_name {model_name} means {', '.join(models)}; name one of them")
     ((name, path),) = models.items()
     path = os.path.normpath(path)
-    adapter_config = Path(path) / "adapter_config.json"
-    if not adapter_config.is_file():
-        raise InputError(f"{path} is no LoRA adapter (no adapter_config.json in it), so there is nothing to merge")
-    kind = read_json(adapter_config).get("peft_type")
+    if not is_adapter(path):
+        raise InputError(f"{path} is no LoRA adapter (no {ADAPTER_CONFIG} in it), so there is nothing to merge")
+    kind = read_json(Path(path) / ADAPTER_CONFIG).get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path} is an adapter of type {kind}, and only LoRA adapters can be merged")
     return name, path, Path(f"{path}-merged" if args.merged_dir is None else args.merged_dir)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
@@ -16,6 +16,7 @@ from finetuning.config.model_arguments import ModelArguments
 from finetuning.data.chat import add_tokens, load_tokenizer
 from finetuning.errors import InputError
 from finetuning.models.config import load_model_config, own_code
+from finetuning.models.files import is_adapter
 from finetuning.models.loading import load_adapter, refuse_quantised
 from finetuning.ranks import print_main
 from finetuning.training.arguments import TrainingArguments
@@ -23,7 +24,7 @@ from finetuning.training.arguments import TrainingArguments
 
 def check_model(name_or_path: str, **source) -> None:
     """Refuse a model that cannot be trained: one of another kind, or an adapter."""
-    if (Path(name_or_path) / "adapter_config.json").is_file():
+    if is_adapter(name_or_path):
         raise InputError(
             f"model_name_or_path: {name_or_path} is an adapter; merge it with 2_merge_lora.py, and name the merged "
             "model"
@@ -114,15 +115,6 @@ def prepare_tokenizer(
     return tokenizer, add_tokens(tokenizer, added)
 
 
-def embedding_names(config: PreTrainedConfig, revision: str, trust_remote_code: bool) -> list[str]:
-    """Names of the modules that read and write tokens, as `modules_to_save` takes them."""
-    code = {"trust_remote_code": trust_remote_code, **own_code(config, revision)}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **code)
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [name.split(".")[-1] for name, module in model.named_modules() if any(module is e for e in embeddings)]
-
-
 def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **source) -> PeftConfig | None:
     """The adapter that the arguments describe, or None.
 
@@ -135,7 +127,11 @@ def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **sourc
         return None
     config.revision = model_args.model_revision
     model_config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
-    embeddings = embedding_names(model_config, **source)
+    code = {"trust_remote_code": source["trust_remote_code"], **own_code(model_config, source["revision"])}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, **code)
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]  # that read and write tokens
+    embeddings = [name.split(".")[-1] for name, module in model.named_modules() if any(module is m for m in modules)]
     if new_ids:
         config.modules_to_save = [*(config.modules_to_save or []), *embeddings]
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []

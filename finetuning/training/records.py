@@ -20,6 +20,7 @@ from finetuning.config.model_arguments import ModelArguments
 from finetuning.credentials import hide_all, without_secrets
 from finetuning.data.fingerprints import fingerprint_rows
 from finetuning.errors import InputError, make_folder
+from finetuning.models.files import ADAPTER_CONFIG, is_adapter
 from finetuning.ranks import get_world_size
 from finetuning.runs import (
     EDA,
@@ -34,6 +35,7 @@ from finetuning.runs import (
 )
 from finetuning.schemas import TRAINED_RUN_RECORD
 from finetuning.training.arguments import TrainingArguments
+from finetuning.training.checkpoints import TRAINER_STATE_FILE
 from finetuning.wording import describe_differences
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
@@ -217,14 +219,13 @@ def check_overwrite(run: Path, config: dict, requested: str | None) -> None:
 
 def check_requested(checkpoint: Path, config: dict) -> None:
     """Refuse a path that is no complete checkpoint, or one of another kind of training."""
-    if not (checkpoint / "trainer_state.json").is_file() or (checkpoint / INCOMPLETE).exists():
+    if not (checkpoint / TRAINER_STATE_FILE).is_file() or (checkpoint / INCOMPLETE).exists():
         raise InputError(f"resume_from_checkpoint: {checkpoint} is no complete checkpoint")
-    is_adapter, use_peft = (checkpoint / "adapter_config.json").is_file(), bool(config.get("use_peft"))
-    if is_adapter != use_peft:
-        kind = "an adapter" if is_adapter else "a whole model"
+    use_peft = bool(config.get("use_peft"))
+    if is_adapter(checkpoint) != use_peft:
+        kind = "a whole model" if use_peft else "an adapter"
         raise InputError(f"resume_from_checkpoint: {checkpoint} is {kind}, and use_peft is {str(use_peft).lower()}")
-    rank = read_json(checkpoint / "adapter_config.json").get("r") if is_adapter else None
-    if is_adapter and rank != config["lora_r"]:
+    if use_peft and (rank := read_json(checkpoint / ADAPTER_CONFIG).get("r")) != config["lora_r"]:
         raise InputError(f"resume_from_checkpoint: {checkpoint} has lora_r: {rank}, and not {config['lora_r']}")
 
 

@@ -24,9 +24,10 @@ from finetuning.runs import INCOMPLETE, list_checkpoints
 from finetuning.training.checkpoints import (
     OPTIMIZER_FOLDER,
     SCHEDULER_FILE,
+    SafePlanner,
+    SafeReader,
     check_weights,
     delete_older_checkpoints,
-    load_distributed,
     named_file,
     saved_shapes,
     without_tied_copies,
@@ -149,7 +150,7 @@ class ResumableSFTTrainer(SFTTrainer):
         optimizer = self.optimizer.optimizer
         state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, optimizer)}
         with warnings.catch_warnings(action="ignore"), named_file(folder, Path(checkpoint)):
-            load_distributed(state, folder)
+            dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())  # each rank its share, in place
             set_optimizer_state_dict(self.model_wrapped, optimizer, state["optimizer"])
         with named_file(scheduler, Path(checkpoint)):
             self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))

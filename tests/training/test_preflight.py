@@ -42,14 +42,13 @@ def look(tmp_path, rows, tokenizer, held_out=None, **settings):
     settings = {"max_length": 256, "per_device_train_batch_size": 4, "save_steps": 1, "disable_tqdm": True, **settings}
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", **settings)
     generation_config = GenerationConfig.from_pretrained(MODEL)
-    looked_at = prepare_rows(tokenizer, args, rows)
+    ready = prepare_rows(tokenizer, args, rows)
     trainer = SFTTrainer(model=MODEL, args=args, train_dataset=rows, processing_class=tokenizer)
     (batch,) = trainer.get_train_dataloader()
     loss = trainer.compute_loss(trainer.model, batch).item()
-    assert (
-        looked_at.prepared["input_ids"] == trainer.train_dataset["input_ids"]
-    )  # what is checked is what is trained on
-    report, _ = inspect(looked_at, tokenizer, generation_config, args, held_out or {})
+    # what is checked is what is trained on
+    assert ready.prepared["input_ids"] == trainer.train_dataset["input_ids"]
+    report, _ = inspect(ready, tokenizer, generation_config, args, held_out or {})
     learned = batch["labels"][batch["labels"] != -100].tolist()
     return learned, loss, {finding.check: finding for finding in report.findings}, report
 
