@@ -3,6 +3,7 @@ What docs/design.md says of the house, held against the code: who stands where, 
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -78,6 +79,36 @@ def test_a_script_imports_no_room_of_another_step():
         for room in {room_of(module) for module in modules_imported_by(script)}:
             question = rooms_of_steps.get(f"`{room}/`")
             assert question is None or script.name[0] in question, f"{script.name} imports the room of {question}"
+
+
+def names_defined_in(module: Path) -> set[str]:
+    """The names that a module defines or imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return found
+
+
+def test_what_benchmarks_experiments_demo_and_notebook_import_is_there():
+    """No test runs all of them, and mypy does not read them."""
+    cells = json.loads((ROOT / "5_score_notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code")
+    sources = {"the notebook": re.sub("^%.*", "", code, flags=re.M)}
+    for folder in ("benchmarks", "experiments", "demo"):
+        sources |= {str(path): path.read_text(encoding="utf-8") for path in (ROOT / folder).rglob("*.py")}
+    for source, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("finetuning"):
+                place = ROOT / node.module.replace(".", "/")
+                for alias in node.names:
+                    module = place / f"{alias.name}.py" if place.is_dir() else place.with_suffix(".py")
+                    assert module.is_file(), f"{source} imports {node.module}.{alias.name}"
+                    assert place.is_dir() or alias.name in names_defined_in(module), f"{source}: {alias.name}"
 
 
 def test_importing_a_room_does_nothing():
