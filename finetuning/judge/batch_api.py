@@ -228,8 +228,8 @@ class BatchApi:
             is_unsent, why = batch.state["status"] in UNSENT, self.endpoint.describe(error)
             if not isinstance(error, APIStatusError) or error.status_code not in ABSENT:
                 text = (
-                    f"the Batch API at {self.address} cannot be used now: {why}. Nothing is lost; the same command goes "
-                    f"on{', and --mode live needs no Batch API' if is_unsent else ''}"
+                    f"the Batch API at {self.address} cannot be used now: {why}. Nothing is lost; the same command "
+                    f"goes on{', and --mode live needs no Batch API' if is_unsent else ''}"
                 )
             elif is_unsent:
                 text = f"{self.address} has no Batch API ({why}); use --mode live"

@@ -37,23 +37,16 @@ FAILURES_IN_A_ROW = 10  # from the start on: then nothing is set up as it should
 
 @dataclass
 class Judge:
-    """One judge at an endpoint.
-
-    Args:
-        plan: Its name there, its price, and the tokens that its requests are expected to use.
-        rate, budget: Those of all judges.
-        has_replied: It has judged something, on an earlier start.
-        fault: Why nothing more can be judged.
-    """
+    """One judge at an endpoint; rate and budget are those of all judges."""
 
     endpoint: Endpoint
     client: AsyncOpenAI
-    plan: Plan
+    plan: Plan  # its name there, its price, and the tokens that its requests are expected to use
     settings: RequestSettings
     rate: RateControl
     budget: Budget
-    has_replied: bool = False
-    fault: InputError | None = None
+    has_replied: bool = False  # it has judged something, on an earlier start too
+    fault: InputError | None = None  # why nothing more can be judged
     is_trying: bool = False  # its first request has left and not come back, and no other is to be sent
     num_in_flight: int = 0
     _structured: bool = True  # until the endpoint refuses a schema
@@ -85,11 +78,11 @@ class Judge:
         if not self.budget.set_aside(self.max_cost(item, form, max_tokens)):
             self.budget.exhausted = True
             return first
+        again = None
         try:
             again = await self._ask(item, form, max_tokens)
         except InputError as error:
             self.fault = error
-            return first
         if again is None:
             return first
         return add_usage(first, again) if again["status"] == "error" else add_usage(again, first)

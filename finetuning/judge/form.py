@@ -15,25 +15,21 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 NUM_TOP_LOGPROBS = 20  # the most that the API gives
 INSTRUCTIONS = Path(__file__).with_name("instructions.yaml")
 
 
-class Criterion(BaseModel):
+class Criterion(BaseModel, extra="forbid"):
     """The judgement of one answer under one criterion."""
-
-    model_config = ConfigDict(extra="forbid")
 
     explanation: str = Field(description="One or two sentences that justify the score, written before it.")
     score: int = Field(ge=1, le=10, description="From 1, very poor, to 10, excellent.")
 
 
-class Evaluation(BaseModel):
+class Evaluation(BaseModel, extra="forbid"):
     """The judgement of one answer. Each field is a criterion; its description is what the judge is told."""
-
-    model_config = ConfigDict(extra="forbid")
 
     relevance: Criterion = Field(description="The answer addresses what was asked, and only that.")
     accuracy: Criterion = Field(
@@ -47,10 +43,8 @@ class Evaluation(BaseModel):
     )
 
 
-class Preference(BaseModel):
+class Preference(BaseModel, extra="forbid"):
     """Which of two answers is better; they have no names, so that the judge knows nothing of where they come from."""
-
-    model_config = ConfigDict(extra="forbid")
 
     explanation: str = Field(description="One or two sentences that justify the choice, written before it.")
     better: Literal["first", "second", "tie"] = Field(description="The better answer, or tie if neither is.")
@@ -137,27 +131,15 @@ def build_form(rubric: type[BaseModel], language: str, compares: bool = False) -
 
 @dataclass(frozen=True)
 class RequestSettings:
-    """How a judge is asked, whatever it is asked.
+    """How a judge is asked, whatever it is asked."""
 
-    Args:
-        max_tokens: Limit of a first reply; the second, where that was cut off or does not fit, may have twice as many.
-        temperature: None leaves it to the endpoint.
-        expected_scores: Log-probabilities are asked for, and the mean scores under them are taken.
-        max_retries: Further attempts at a request that may succeed later.
-    """
-
-    max_tokens: int
-    temperature: float | None = None
-    expected_scores: bool = False
-    max_retries: int = 0
+    max_tokens: int  # of a first reply; a second one, where that was cut off or does not fit, may have twice as many
+    temperature: float | None = None  # None leaves it to the endpoint
+    expected_scores: bool = False  # log-probabilities are asked for, and the mean scores under them are taken
+    max_retries: int = 0  # further attempts at a request that may succeed later
 
     def build_request(self, model: str, form: Form, data: str, max_tokens: int, structured: bool = True) -> dict:
-        """The body of a request.
-
-        Args:
-            data: What is judged.
-            structured: The endpoint takes a JSON schema.
-        """
+        """The body of a request about some data; `structured` where the endpoint takes a JSON schema."""
         body = {"model": model, "messages": form.build_messages(data), "max_completion_tokens": max_tokens}
         if structured:
             json_schema = {"name": "evaluation", "strict": True, "schema": form.schema}

@@ -24,19 +24,12 @@ Mask = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to judge.
+    """One thing to judge."""
 
-    Args:
-        row: What names it in its evaluation row: id, prediction_hash and, of a pair, order.
-        material: What the judge is given.
-        mask: What removes personal data from a text, if it is to be removed before it is sent.
-        certain: The evaluation, if it needs no judge.
-    """
-
-    row: dict
-    material: dict
-    mask: Mask | None = None
-    certain: dict | None = None
+    row: dict  # what names it in its evaluation row: id, prediction_hash and, of a pair, order
+    material: dict  # what the judge is given
+    mask: Mask | None = None  # what removes personal data from a text, if it is to be removed before it is sent
+    certain: dict | None = None  # the evaluation, if it needs no judge
 
     @property
     def key(self) -> str:
@@ -50,26 +43,17 @@ class Item:
 
 @dataclass
 class Job:
-    """What one judge is to say about the answers of one model, or of two.
-
-    Args:
-        path: The file of its rows.
-        identity: What must be the same for two evaluations to be comparable.
-        items: Gives what is to be judged, anew at each call.
-        limit: How many answers of each model are judged at most; None means all.
-        compares: The names of the two models, if it is two.
-        jury: The file of the mean, if its judge is one of several.
-    """
+    """What one judge is to say about the answers of one model, or of two."""
 
     name: str
-    path: Path
+    path: Path  # of its rows
     judge_model: str
     form: Form
-    identity: dict
-    items: Callable[[], Iterator[Item]]
-    limit: int | None = None
-    compares: list[str] | None = None
-    jury: Path | None = None
+    identity: dict  # what must be the same for two evaluations to be comparable
+    items: Callable[[], Iterator[Item]]  # what is to be judged, anew at each call
+    limit: int | None = None  # answers of each model that are judged at most; None means all
+    compares: list[str] | None = None  # the names of the two models, if it is two
+    jury: Path | None = None  # the file of the mean, if the judge is one of several
 
     def missing(self, retry_failed: bool, fresh: bool = False) -> Iterator[Item]:
         """The items that have no evaluation, or one that failed; all of them if the rows are `fresh`, to be deleted."""
@@ -165,11 +149,7 @@ def check_identities(run: Path, jobs: list[Job], overwrite: bool) -> None:
 
 
 def answers_to_judge(predictions: Path, ids: set[str] | None = None, mask: Mask | None = None) -> Iterator[Item]:
-    """The answers of one model.
-
-    Args:
-        ids: The samples that are judged; None means all.
-    """
+    """The answers of one model to the samples with some `ids`; None means all of them."""
     for row in _read_answers(predictions, ids):
         material = {"task": _task(row), "references": row["references"], "answer": row["prediction"]}
         yield Item({"id": row["id"], "prediction_hash": prediction_hash(row)}, material, mask)

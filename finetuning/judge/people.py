@@ -23,17 +23,11 @@ Measured = tuple[str, str, str]  # model, sample, and the criterion or `overall`
 
 @dataclass
 class Labels:
-    """What people gave to the answers that are judged.
+    """What people gave to the answers that are judged."""
 
-    Args:
-        path: The file that they are from.
-        rows: Each score with its `id`, `model` and `measure`, and the hash of the answer as it is now.
-        num_scores: All in the file, those of other answers included.
-    """
-
-    path: Path
-    rows: list[dict]
-    num_scores: int
+    path: Path  # the file that they are from
+    rows: list[dict]  # each score with its `id`, `model` and `measure`, and the hash of the answer as it is now
+    num_scores: int  # all in the file, those of other answers included
 
 
 def read_labels(human: str | None, jobs: list[Job], folder: Path) -> Labels | None:

@@ -19,23 +19,15 @@ SECONDS_FOR_ENCODING = 5.0  # tiktoken fetches an encoding the first time
 
 @dataclass
 class Plan:
-    """What is about to be sent to one judge.
+    """What is about to be sent to one judge."""
 
-    Args:
-        model: The judge's name at the endpoint.
-        completion_tokens: Expected of one reply.
-        max_tokens: Limit of one reply.
-        num_requests, prompt_bytes: Of all requests, whose schema is a part of the prompt.
-        tokens_per_byte: Of the prompts.
-    """
-
-    model: str
+    model: str  # the judge's name at the endpoint
     price: Price | None
-    completion_tokens: float
-    max_tokens: int
+    completion_tokens: float  # expected of one reply
+    max_tokens: int  # of one reply
     num_requests: int = 0
-    prompt_bytes: int = 0
-    tokens_per_byte: float = 1 / BYTES_PER_TOKEN
+    prompt_bytes: int = 0  # of all requests, whose schema is a part of the prompt
+    tokens_per_byte: float = 1 / BYTES_PER_TOKEN  # of the prompts
     how_counted: str = ""
 
     def max_cost(self, num_bytes: int, max_tokens: int, batch: bool = False) -> float:
@@ -66,12 +58,7 @@ class Plan:
 
 
 def make_plans(work: Work, prices: str | None, max_tokens: int, max_cost: float | None) -> dict[str, Plan]:
-    """What is to be sent to each judge, and what it costs.
-
-    Args:
-        prices: Path of the price table; None means the one that comes with this project.
-        max_tokens: Limit of one reply.
-        max_cost: Limit of money, which needs a price; None means that there is none.
+    """What is to be sent to each judge, and what it costs by a table of prices (None means this project's own).
 
     Raises:
         InputError: The price table cannot be read, or a judge is not in it and there is a limit of money.
@@ -99,24 +86,13 @@ def make_plans(work: Work, prices: str | None, max_tokens: int, max_cost: float 
 
 
 def describe_plans(plans: dict[str, Plan], work: Work, num_pending: int, collects: bool) -> str:
-    """Lines that say what is about to be sent, and what needs not be.
-
-    Args:
-        num_pending: The requests that batches have sent off already.
-        collects: Only they are looked at, and nothing is sent.
-    """
-    lines = []
-    if work.num_shared:
-        lines.append(
-            f"{work.num_shared} answers are another model's, word for word: judged once, with a row for each model"
-        )
-    if work.num_certain:
-        lines.append(f"{work.num_certain // 2} pairs hold the same answer twice: a tie, which no judge is asked about")
-    if num_pending:
-        lines.append(f"{num_pending} requests are under way in batches")
-    if not collects and any(plan.num_requests for plan in plans.values()):
-        lines += [plan.describe() for plan in plans.values()]
-    return "".join(f"{line}\n" for line in lines)
+    """Lines that say what is about to be sent, unless this start only `collects`, and what needs not be."""
+    shared = f"{work.num_shared} answers are another model's, word for word: judged once, with a row for each model\n"
+    ties = f"{work.num_certain // 2} pairs hold the same answer twice: a tie, which no judge is asked about\n"
+    pending = f"{num_pending} requests are under way in batches\n"
+    sends = not collects and any(plan.num_requests for plan in plans.values())
+    text = (shared if work.num_shared else "") + (ties if work.num_certain else "") + (pending if num_pending else "")
+    return text + "".join(f"{plan.describe()}\n" for plan in plans.values() if sends)
 
 
 def describe_first_request(work: Work) -> str:

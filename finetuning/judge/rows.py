@@ -1,10 +1,5 @@
 """
-What a row of the judge holds, how a reply becomes one, and what rows have cost. Imports without torch.
-
-    evaluation   id, prediction_hash, status ok|refusal|truncated|content_filter|invalid|error,
-                 evaluation {criterion: {explanation, score}} or null, expected {criterion: float} or null,
-                 usage {prompt_tokens, cached_tokens, completion_tokens} or null, cost (US dollars) or null,
-                 possible_cost (US dollars), replied_as (the model, by its reply) or null, error
+How a reply becomes a row (`EvaluationRow` in schemas.py), and what rows have cost. Imports without torch.
 
 `usage` and `cost` are of every reply that was paid for to get the row; `possible_cost` is what attempts may have cost
 at most whose replies never came, or did not say what they used.

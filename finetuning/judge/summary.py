@@ -21,11 +21,9 @@ from finetuning.wording import plural, say_p, say_share
 
 
 def report(jobs: list[Job], files: list[RowFile], finished: set[Path], labels: Labels | None, folder: Path) -> None:
-    """Print what the rows amount to, and write it beside them.
+    """Print what the rows of each job amount to, and write it beside them; `finished` ones have been summed up already.
 
     Args:
-        files: The rows of each job.
-        finished: Files of rows that have been summed up already.
         labels: What people gave to the same answers.
         folder: Of the evaluations.
     """
@@ -38,9 +36,8 @@ def report(jobs: list[Job], files: list[RowFile], finished: set[Path], labels: L
         print(combine_jury(path, its_jobs))
         one_model |= read_info(path)["one_model"]
     for model, judges in one_model.items():
-        print(
-            f"warning: {' and '.join(judges)} all replied as {to_line(model)}: one model asked several times is no jury"
-        )
+        names = " and ".join(judges)
+        print(f"warning: {names} all replied as {to_line(model)}: one model asked several times is no jury")
     if labels is not None:
         print(compare_with_people(labels, folder))
     costs = [file.info["cost"] for file in files if file.info["cost"] is not None]
@@ -51,21 +48,13 @@ def report(jobs: list[Job], files: list[RowFile], finished: set[Path], labels: L
 
 
 def describe_rest(files: list[RowFile], num_pending: int, again: str) -> str:
-    """Lines that say which answers have no score, and what to do about them.
-
-    Args:
-        num_pending: How many of them batches are judging.
-        again: The command that tries the others again, in words.
-    """
+    """Lines that say which answers have no score, and that the command `again` does something about them."""
     num_failed = sum(file.info["num_predictions"] - file.info["statuses"].get("ok", 0) for file in files) - num_pending
-    text = ""
-    if num_pending:
-        text += (
-            f"{num_pending} requests are under way in batches; --mode batch waits for them, --collect true looks once\n"
-        )
-    if num_failed > 0:
-        text += f"{num_failed} answers have no score and count in no mean; {again} tries them again\n"
-    return text
+    pending = (
+        f"{num_pending} requests are under way in batches; --mode batch waits for them, --collect true looks once\n"
+    )
+    failed = f"{num_failed} answers have no score and count in no mean; {again} tries them again\n"
+    return (pending if num_pending else "") + (failed if num_failed > 0 else "")
 
 
 def summarize(job: Job, file: RowFile) -> str:
@@ -73,7 +62,7 @@ def summarize(job: Job, file: RowFile) -> str:
     statuses, usage = Counter[str](), Counter[str]()
     costs, possible_cost, num_shared = list[float](), 0.0, 0
     scores, lengths, expected = array("d"), array("d"), array("d")
-    replied_as, first_error = set[str](), None
+    replied_as, first_error = set[str | None](), None
     current = {item.key: (item.row["prediction_hash"], len(item.material.get("answer", ""))) for item in job.items()}
     for row in iterate_rows(file.path):
         usage.update(row["usage"] or {})  # paid for, also where the answer has changed since
@@ -84,7 +73,7 @@ def summarize(job: Job, file: RowFile) -> str:
             continue
         statuses[row["status"]] += 1
         num_shared += "shared_with" in row
-        replied_as |= {row["replied_as"]} if row.get("replied_as") is not None else set()
+        replied_as.add(row.get("replied_as"))
         if row["status"] == "error":
             first_error = first_error or row["error"]
         if row["status"] == "ok" and job.compares is None:
@@ -100,12 +89,12 @@ def summarize(job: Job, file: RowFile) -> str:
         "cost": sum(costs) if costs else None,
         "possible_cost": possible_cost,
         "num_shared": num_shared,  # paid for in the rows of other models that gave the same answers
-        "replied_as": sorted(replied_as),
+        "replied_as": sorted(name for name in replied_as if name is not None),
         "limit": job.limit,  # what was judged beyond it, on an earlier start, is not counted here
     }
-    parts, below = [f"{job.name}: judged {statuses['ok']} of {len(current)}"], ""
+    means, below = [], ""
     if job.compares is None:
-        parts.append(f"mean {statistics.fmean(scores):.2f} of 10" if scores else "no score")
+        means.append(f"mean {statistics.fmean(scores):.2f} of 10" if scores else "no score")
         by_length = rank_correlation(scores, lengths)
         info["length_correlation"] = asdict(by_length)
         below = f"\n  rank correlation of the score with the length of the answer: {by_length}" if scores else ""
@@ -114,18 +103,23 @@ def summarize(job: Job, file: RowFile) -> str:
     if job.identity["expected_scores"] and scores:
         info["num_expected"] = len(expected)
         mean = f"expected {statistics.fmean(expected):.2f}" if expected else "no log-probabilities from the endpoint"
-        parts.append(mean)
-    parts.append(plural(usage["prompt_tokens"] + usage["completion_tokens"], "token"))
-    parts += [f"${sum(costs):.6g}"] if costs else []
-    parts += [f"{num_shared} shared with another model"] if num_shared else []
-    failed = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "ok")
+        means.append(mean)
     file.write_info(**info)
-    return (
-        ", ".join(parts)
-        + (f"; failed: {failed}" if failed else "")
-        + (f" ({first_error})" if first_error else "")
-        + below
-    )
+    return _describe(job.name, info, means, first_error) + below
+
+
+def _describe(name: str, info: dict, means: list[str], first_error: str | None) -> str:
+    statuses, usage = info["statuses"], info["usage"]
+    num_tokens = usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0)
+    parts = [
+        f"{name}: judged {statuses.get('ok', 0)} of {info['num_predictions']}",
+        *means,
+        plural(num_tokens, "token"),
+    ]
+    parts += [] if info["cost"] is None else [f"${info['cost']:.6g}"]
+    parts += [f"{info['num_shared']} shared with another model"] if info["num_shared"] else []
+    failed = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "ok")
+    return ", ".join(parts) + (f"; failed: {failed}" if failed else "") + (f" ({first_error})" if first_error else "")
 
 
 def _summarize_pairs(job: Job, names: list[str], file: RowFile, info: dict) -> str:
