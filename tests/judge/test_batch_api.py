@@ -7,8 +7,10 @@ import time
 from collections import Counter
 from types import SimpleNamespace
 
+import judge_runs
 import pytest
 from conftest import end_step, make_run, run_step, start_step, wait_until
+from judge_runs import ANSWERS, evaluations, write_prices
 from judge_servers import StubBatches, StubJudge, evaluation, serve
 
 from finetuning.endpoint import find_endpoint
@@ -24,20 +26,17 @@ from finetuning.judge.batch_files import (
 )
 from finetuning.judge.form import Evaluation
 from finetuning.report.tables import load_samples
-from finetuning.results import read_rows
 
 pytestmark = pytest.mark.slow
 STEP = "4_openai_test.py"
-PRICES = "date: 2026-11-01\nmodels:\n  m: {prompt: 1.0, cached_prompt: 0.5, completion: 10.0, batch: 0.5}\n"
-COST = 0.5 * (100 * 1.0 + 50 * 10.0) / 1e6  # of each reply of the stub
+COST = judge_runs.COST / 2  # of each reply of the stub
 CUT_OFF = {"finish_reason": "length", "message": {"content": '{"rel'}}
 
 
 @pytest.fixture
 def run_dir(tmp_path):
-    (tmp_path / "prices.yaml").write_text(PRICES)
-    answers = {"base": ["no"] * 3, "checkpoint-10": [f"#Person1# asks question {i}" for i in range(6)]}
-    return make_run(tmp_path / "run", answers)
+    write_prices(tmp_path)
+    return make_run(tmp_path / "run", {"base": ["no"] * 3, "checkpoint-10": ANSWERS})
 
 
 def arguments_for(run_dir, *args) -> list:
@@ -56,10 +55,6 @@ def judge(run_dir, url: str, *args, check: bool = True):
     return SimpleNamespace(returncode=status, printed=printed)
 
 
-def evaluations(run_dir, name="checkpoint-10"):
-    return read_rows(run_dir / "qa_evaluation_results" / f"{name}.jsonl")
-
-
 def states(run_dir):
     folder = run_dir / "qa_evaluation_results" / "batches"
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -74,7 +69,7 @@ def test_a_batch_gives_the_rows_that_live_judging_gives(run_dir, tmp_path):
         answer = answer_of(request)
         return evaluation(1 + int(answer[-1])) if answer[-1].isdecimal() else {"message": {"refusal": "I cannot."}}
 
-    live_dir = make_run(tmp_path / "live", {"checkpoint-10": [f"#Person1# asks question {i}" for i in range(6)]})
+    live_dir = make_run(tmp_path / "live", {"checkpoint-10": ANSWERS})
     with serve(StubJudge(reply)) as url:
         arguments = ["--output_dir", live_dir, "--judge_model", "m"]
         run_step(STEP, tmp_path / "printed", *arguments, OPENAI_API_KEY="x", OPENAI_BASE_URL=url)
@@ -96,7 +91,7 @@ def test_a_batch_gives_the_rows_that_live_judging_gives(run_dir, tmp_path):
 
 
 def test_the_same_answer_is_in_one_batch_only(tmp_path):
-    (tmp_path / "prices.yaml").write_text(PRICES)
+    write_prices(tmp_path)
     run_dir = make_run(tmp_path / "run", {"base": ["a", "b", "c"], "checkpoint-10": ["a", "b", "d"]})
     with serve(stub := StubBatches(evaluation(6))) as url:
         printed = judge(run_dir, url).printed
