@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from typing import BinaryIO, Final, TypeVar
+from typing import BinaryIO, TypeVar
 
 import httpx2
 from openai import APIConnectionError, APIStatusError, InternalServerError, OpenAIError
@@ -22,7 +22,6 @@ from finetuning.endpoint import MIN_BYTES_PER_SECOND, Endpoint, check_key, secon
 from finetuning.errors import InputError
 from finetuning.judge.batch_files import CHAT_COMPLETIONS, UNSENT, PendingBatch
 
-WINDOW: Final = "24h"  # the only one there is
 POLL_SECONDS = 30.0
 WAITS = (0, 2, 10)  # seconds before a submission is looked for and tried again
 CLOCKS_APART = 3600.0  # seconds, at most, of this machine and the endpoint
@@ -97,7 +96,7 @@ class BatchApi:
         """Submit once, and return the id: where the answer is lost, the batch is looked for before another try."""
         create = partial(
             self.client.batches.create, input_file_id=batch.state["input_file_id"], endpoint=CHAT_COMPLETIONS,
-            completion_window=WINDOW, metadata={"key": batch.key},
+            completion_window="24h", metadata={"key": batch.key},
         )  # fmt: skip
         num_tries = 0
         while True:

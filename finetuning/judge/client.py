@@ -49,9 +49,9 @@ class Judge:
     fault: InputError | None = None  # why nothing more can be judged
     is_trying: bool = False  # its first request has left and not come back, and no other is to be sent
     num_in_flight: int = 0
+    num_rows: int = 0  # that it has given; the first shows what the endpoint can do
     _structured: bool = True  # until the endpoint refuses a schema
     _reached: bool = False  # something has answered
-    _num_rows: int = 0
     _num_failed: int = 0  # before anything was judged
     _warnings: set[str] = field(default_factory=set)
 
@@ -206,11 +206,6 @@ class Judge:
                 raise InputError(f"no server answers at {self.endpoint}: {self.endpoint.describe(error)}") from error
         return seconds_to_wait(error, num_attempts) if num_attempts <= max_retries else None
 
-    @property
-    def is_tried(self) -> bool:
-        """Whether its first request, which shows what the endpoint can do, has come back."""
-        return self._num_rows > 0
-
     def _warn(self, what: str) -> None:
         if what not in self._warnings:
             print(f"warning: {self.endpoint} {what}", file=sys.stderr)
@@ -218,8 +213,8 @@ class Judge:
 
     def _watch(self, reply: dict) -> None:
         """Find out that nothing works, if nothing has ever worked."""
-        self._num_rows += 1
-        if self._num_rows == 1 and reply["status"] == "invalid" and self._structured:
+        self.num_rows += 1
+        if self.num_rows == 1 and reply["status"] == "invalid" and self._structured:
             self._warn("does not keep to the JSON schema; replies that do not fit it are `invalid`")
         self.has_replied = self.has_replied or reply["status"] != "error"
         self._num_failed += not self.has_replied

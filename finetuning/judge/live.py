@@ -118,7 +118,7 @@ class LiveJudging:
         if not self.budget.set_aside(judge.max_cost(item, job.form)):
             self.budget.exhausted |= not self._workers  # else others may yet cost less than they could
             return None
-        judge.is_trying = not judge.is_tried
+        judge.is_trying = judge.num_rows == 0
         self._next = next(self._waiting, None)
         return job, item
 
