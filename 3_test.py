@@ -25,7 +25,7 @@ from finetuning.quiet import quiet_libraries, quiet_weight_bars
 quiet_libraries()
 
 from finetuning.data.prompts import Prompt, encode_prompts
-from finetuning.data.rows import load_test_samples
+from finetuning.data.samples import load_test_samples
 from finetuning.endpoint import Endpoint
 from finetuning.inference.engines import choose_engine, prepare_model
 from finetuning.inference.gathering import join_ranks, keep_rows, write_part

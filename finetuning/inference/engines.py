@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments
 from finetuning.data.chat import load_tokenizer
-from finetuning.data.rows import TestSamples
+from finetuning.data.samples import TestSamples
 from finetuning.errors import InputError
 from finetuning.hardware import choose_dtype
 from finetuning.inference.answers import Engine

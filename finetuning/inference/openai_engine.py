@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from finetuning.credentials import hide
 from finetuning.data.conversations import with_json_arguments
 from finetuning.data.prompts import Prompt
-from finetuning.data.rows import TestSamples
+from finetuning.data.samples import TestSamples
 from finetuning.endpoint import KEY_REFUSED, MAX_TOKEN_COUNT, Endpoint, seconds_to_wait
 from finetuning.errors import InputError, to_line
 from finetuning.inference.answers import Answer, AnswerReader

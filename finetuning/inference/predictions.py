@@ -11,7 +11,7 @@ from tqdm import tqdm
 from finetuning.config.arguments import TestArguments
 from finetuning.data.conversations import as_texts
 from finetuning.data.prompts import Prompt
-from finetuning.data.rows import TestSamples
+from finetuning.data.samples import TestSamples
 from finetuning.errors import InputError, to_line
 from finetuning.inference.answers import Answer, check_prompts
 from finetuning.inference.engines import ModelUnderTest, start_engine

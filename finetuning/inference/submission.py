@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetuning.data.rows import TestSamples
+from finetuning.data.samples import TestSamples
 from finetuning.errors import InputError, make_folder, naming
 
 ID_COLUMNS = ("id", "fname", "idx", "uid")

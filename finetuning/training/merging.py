@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from finetuning.config.arguments import MergeArguments
 from finetuning.data.prompts import encode_prompts
-from finetuning.data.rows import load_test_samples
+from finetuning.data.samples import load_test_samples
 from finetuning.errors import InputError, make_folder
 from finetuning.models.config import base_of, load_model_config
 from finetuning.models.files import ADAPTER_CONFIG, is_adapter

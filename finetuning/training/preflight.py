@@ -29,7 +29,8 @@ from finetuning.data.checks import (
     is_visible,
     question_of,
 )
-from finetuning.data.rows import load_test_samples, tokens_to_add
+from finetuning.data.rows import tokens_to_add
+from finetuning.data.samples import load_test_samples
 from finetuning.errors import InputError
 from finetuning.models.config import load_generation_config, load_model_config
 from finetuning.runs import EDA, RUN_FILE

@@ -33,7 +33,8 @@ from finetuning.data.chat import (
 )
 from finetuning.data.checks import check_template, check_turns
 from finetuning.data.prompts import encode_prompts
-from finetuning.data.rows import find_row_format, to_sample, to_training_row
+from finetuning.data.row_format import find_row_format
+from finetuning.data.rows import to_sample, to_training_row
 from finetuning.errors import InputError
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments

@@ -6,14 +6,9 @@ from datasets import load_dataset
 
 from finetuning.config.arguments import ScriptArguments
 from finetuning.data.files import load_split
-from finetuning.data.rows import (
-    find_row_format,
-    format_of,
-    load_test_samples,
-    load_training_rows,
-    to_sample,
-    to_training_row,
-)
+from finetuning.data.row_format import find_row_format, format_of
+from finetuning.data.rows import load_training_rows, to_sample, to_training_row
+from finetuning.data.samples import load_test_samples
 from finetuning.errors import InputError
 
 ROWS = [{"dialogue": f"#Person1#: 안녕 {i}", "summary": f"요약 {i}"} for i in range(10)]

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from finetuning.config.arguments import TestArguments as Arguments
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.prompts import encode_prompts
-from finetuning.data.rows import load_test_samples
+from finetuning.data.samples import load_test_samples
 from finetuning.endpoint import Endpoint
 from finetuning.errors import InputError
 from finetuning.inference.openai_engine import OpenAIEngine, ServedModel, find_served

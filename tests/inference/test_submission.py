@@ -2,7 +2,7 @@
 
 import csv
 
-from finetuning.data.rows import load_test_samples
+from finetuning.data.samples import load_test_samples
 from finetuning.inference.submission import check_submission, write_submission
 
 

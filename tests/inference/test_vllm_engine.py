@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from finetuning.config.arguments import TestArguments as Arguments
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.prompts import encode_prompts
-from finetuning.data.rows import load_test_samples
+from finetuning.data.samples import load_test_samples
 from finetuning.errors import InputError
 from finetuning.inference.settings import build_generation_config
 from finetuning.inference.transformers_engine import TransformersEngine, load_model

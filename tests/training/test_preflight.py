@@ -12,7 +12,8 @@ from trl import SFTTrainer
 from finetuning.data.batches import RowPreparation
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.checks import check_leaks, check_rows, find_leaks, normalize
-from finetuning.data.rows import TRAINING_FEATURES, find_row_format, to_training_row
+from finetuning.data.row_format import find_row_format
+from finetuning.data.rows import TRAINING_FEATURES, to_training_row
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.lengths import check_positions
 from finetuning.training.preflight import check_conversations, inspect, prepare_rows
