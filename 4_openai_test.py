@@ -54,7 +54,7 @@ def main(args: JudgeArguments) -> None:
     run, live = find_run(args.output_dir), args.mode == "live"
     mask: Mask | None = None
     if args.mask_pii:
-        from finetuning.data.pii import mask_pii as mask  # compiles its patterns, for 0.05 s
+        from finetuning.data.pii import mask_pii as mask  # reads a file of words, for 0.05 s
     jobs = build_jobs(run, args, mask)
     check_identities(run, jobs, args.overwrite)
     if not args.overwrite:
