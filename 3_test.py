@@ -76,7 +76,7 @@ def main(args: TestArguments) -> None:
         model = prepare_model(args, run, record, name, path, engine, served.get(name))
         key = model.identity["tokenizer"]
         if key not in prompts:
-            prompts[key] = encode_prompts(model.tokenizer, samples)
+            prompts[key] = encode_prompts(model.reader.tokenizer, samples)
         answer = functools.partial(answer_share, args, model, prompts[key], samples, next_path)
         if not is_main_process():
             write_part(folder, model, answer)

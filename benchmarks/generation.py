@@ -76,6 +76,7 @@ def run_engine(name: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from finetuning.data.prompts import Prompt
+    from finetuning.inference.answers import AnswerReader
     from finetuning.inference.transformers_engine import TransformersEngine, load_model
 
     task = json.loads((folder / "task.json").read_text())
@@ -84,12 +85,13 @@ def run_engine(name: str, folder: Path) -> None:
     dtype = getattr(torch, task["dtype"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if name in ("step 3", "vllm"):
+        reader = AnswerReader(tokenizer, config)
         if name == "vllm":
             from finetuning.inference.vllm_engine import VllmEngine
 
-            engine = VllmEngine(str(folder), tokenizer, config, dtype, None, 0, {})
+            engine = VllmEngine(str(folder), reader, dtype, None, 0, {})
         else:
-            engine = TransformersEngine(load_model(str(folder), dtype), tokenizer, config, None, 0)
+            engine = TransformersEngine(load_model(str(folder), dtype), reader, None, 0)
         kept: dict[str, list[int]] = {}
         engine.reader.read = lambda prompt, new_ids: kept.update({prompt.id: cut(new_ids, config)})
         start = time.perf_counter()

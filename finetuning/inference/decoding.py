@@ -44,7 +44,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SLOT_ATTENTION = "slots"
-# Prompt tokens that are read at once, unless one prompt is longer. What a layer makes of 1024 stays in the cache of a CPU.
+# Prompt tokens that are read at once, unless one prompt is longer. What a layer makes of 1024 stays in a CPU's cache.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 SLOTS_PER_GROUP = 8  # on a CPU, so many slots look no further than the longest of them; they are sorted, roughly
 REFILL = 4  # waiting prompts are read when 1 / REFILL of the slots is free
@@ -223,36 +223,6 @@ def build_processors(config: GenerationConfig) -> tuple[LogitsProcessorList, Log
     return by_sequence, alike
 
 
-def choose_tokens(
-    logits: torch.Tensor,
-    sequences: list[Running],
-    config: GenerationConfig,
-    processors: tuple[LogitsProcessorList, LogitsProcessorList],
-) -> list[int | None]:
-    """The next token of each sequence; a sampled one by the sequence's own generator. None where logits are no numbers.
-
-    Args:
-        logits: (sequences, vocabulary), float32.
-    """
-    by_sequence, alike = processors
-    if by_sequence:
-        ids = (torch.tensor([s.prompt + s.new_ids], device=logits.device) for s in sequences)
-        logits = torch.cat([by_sequence(own, row[None]) for own, row in zip(ids, logits, strict=True)])
-    if not config.do_sample:
-        best, tokens = logits.max(dim=-1)
-        return _known(tokens, evidence=best)
-    cumulated = alike(None, logits).double().softmax(dim=-1).cumsum(dim=-1)
-    drawn = torch.stack([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in sequences])
-    tokens = torch.searchsorted(cumulated, drawn.to(logits.device) * cumulated[:, -1:])[:, 0]
-    return _known(tokens, evidence=cumulated[:, -1])
-
-
-def _known(tokens: torch.Tensor, evidence: torch.Tensor) -> list[int | None]:
-    """Tokens as a list, with None where the number that the choice rests on is none."""
-    pairs = zip(tokens.tolist(), evidence.isfinite().tolist(), strict=True)
-    return [token if finite else None for token, finite in pairs]
-
-
 class Decoder:
     """Generates for many prompts with one model.
 
@@ -311,7 +281,7 @@ class Decoder:
             logits = self._step(cache, active)
             # 3. Choose the tokens, and see which sequences end with theirs.
             finished = []
-            for slot, token in enumerate(choose_tokens(logits, active, self.config, self.processors)):
+            for slot, token in enumerate(self._choose(logits, active)):
                 sequence = active[slot]
                 if token is None:
                     sequence.failed = True
@@ -329,6 +299,26 @@ class Decoder:
                     active[slot] = last
                 cache.active = len(active)
                 yield sequence.index, None if sequence.failed else sequence.new_ids
+
+    def _choose(self, logits: torch.Tensor, active: list[Running]) -> list[int | None]:
+        """The next token of each sequence; a sampled one by its own generator. None where the logits are no numbers.
+
+        Args:
+            logits: (sequences, vocabulary), float32.
+        """
+        by_sequence, alike = self.processors
+        if by_sequence:
+            ids = (torch.tensor([s.prompt + s.new_ids], device=logits.device) for s in active)
+            logits = torch.cat([by_sequence(own, row[None]) for own, row in zip(ids, logits, strict=True)])
+        if self.config.do_sample:
+            cumulated = alike(None, logits).double().softmax(dim=-1).cumsum(dim=-1)
+            drawn = torch.stack([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in active])
+            tokens = torch.searchsorted(cumulated, drawn.to(logits.device) * cumulated[:, -1:])[:, 0]
+            evidence = cumulated[:, -1]
+        else:
+            evidence, tokens = logits.max(dim=-1)
+        pairs = zip(tokens.tolist(), evidence.isfinite().tolist(), strict=True)
+        return [token if finite else None for token, finite in pairs]
 
     def _stops(self, new_ids: list[int]) -> bool:
         """Whether the text so far has a stop string; a token may end one that others began."""

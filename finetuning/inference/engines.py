@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.samples import TestSamples
 from finetuning.errors import InputError
 from finetuning.hardware import choose_dtype
-from finetuning.inference.answers import Engine
+from finetuning.inference.answers import AnswerReader, Engine
 from finetuning.inference.openai_engine import OpenAIEngine, ServedModel
 from finetuning.inference.settings import build_generation_config, describe_generation, ignored_settings
 from finetuning.inference.transformers_engine import TransformersEngine, load_model
@@ -34,8 +34,7 @@ class ModelUnderTest:
 
     name: str
     path: str  # a folder, or a Hub id
-    tokenizer: PreTrainedTokenizerBase
-    config: GenerationConfig
+    reader: AnswerReader  # with its tokenizer and its settings of generation
     options: dict  # trust_remote_code and revision, as from_pretrained takes them
     identity: dict  # what its rows are made under
     served: ServedModel | None  # by a server, which answers then
@@ -101,15 +100,17 @@ def prepare_model(
     print(f"{name}: " + ", ".join(f"{key} {getattr(config, key)} ({source})" for key, source in sources.items()))
     if ignored := ignored_settings(own_config):
         print(f"{name}: without effect here, from its generation_config.json: {json.dumps(ignored, default=str)}")
+    quantised = "8bit " if args.load_in_8bit else "4bit " if args.load_in_4bit else ""
+    weights = quantised + str(choose_dtype(args.dtype)).removeprefix("torch.")  # in which form they are computed with
     identity = {
         "model": fingerprint_model(path),
         "engine": engine,
-        "weights": f"served as {served.id}" if served is not None else describe_weights(args),
+        "weights": f"served as {served.id}" if served is not None else weights,
         "generation": describe_generation(config, args.seed),
         "chat_template": hash_content(tokenizer.chat_template),
         "tokenizer": fingerprint_tokenizer(tokenizer),
     }
-    return ModelUnderTest(name, path, tokenizer, config, options, identity, served)
+    return ModelUnderTest(name, path, AnswerReader(tokenizer, config), options, identity, served)
 
 
 def start_engine(args: TestArguments, model: ModelUnderTest, samples: TestSamples) -> Engine:
@@ -118,9 +119,8 @@ def start_engine(args: TestArguments, model: ModelUnderTest, samples: TestSample
     Raises:
         InputError: The model cannot be loaded, or vllm cannot be imported.
     """
-    tokenizer, config = model.tokenizer, model.config
     if model.served is not None:
-        return OpenAIEngine(model.served, samples, tokenizer, config, args.concurrency or CONCURRENCY, args.seed)
+        return OpenAIEngine(model.served, samples, model.reader, args.concurrency or CONCURRENCY, args.seed)
     dtype = choose_dtype(args.dtype)
     if model.identity["engine"] == "vllm":
         try:
@@ -129,16 +129,10 @@ def start_engine(args: TestArguments, model: ModelUnderTest, samples: TestSample
         except (ImportError, OSError) as error:  # a build for another torch or GPU
             reason = str(error).splitlines()[0]
             raise InputError(f"vllm does not import ({reason}); use --engine transformers") from error
-        return VllmEngine(model.path, tokenizer, config, dtype, args.batch_size, args.seed, model.options)
+        return VllmEngine(model.path, model.reader, dtype, args.batch_size, args.seed, model.options)
     quantised = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
     loaded = load_model(model.path, dtype, device_map=args.device_map, **quantised, **model.options)
-    return TransformersEngine(loaded, tokenizer, config, args.batch_size, args.seed)
-
-
-def describe_weights(args: TestArguments) -> str:
-    """In what form the weights are computed with."""
-    quantised = "8bit " if args.load_in_8bit else "4bit " if args.load_in_4bit else ""
-    return quantised + str(choose_dtype(args.dtype)).removeprefix("torch.")
+    return TransformersEngine(loaded, model.reader, args.batch_size, args.seed)
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from openai import APIConnectionError, AsyncOpenAI, NotFoundError, OpenAIError
 from openai.types.chat import ChatCompletion
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetuning.credentials import hide
 from finetuning.data.conversations import with_json_arguments
@@ -98,19 +97,10 @@ class OpenAIEngine:
         concurrency: Requests in flight at once.
     """
 
-    def __init__(
-        self,
-        served: ServedModel,
-        samples: TestSamples,
-        tokenizer: PreTrainedTokenizerBase,
-        config: GenerationConfig,
-        concurrency: int,
-        seed: int,
-    ):
-        self.endpoint, self.served_id, self.samples, self.config = served.endpoint, served.id, samples, config
-        self.concurrency, self.seed = concurrency, seed
-        self.reader = AnswerReader(tokenizer, config)
-        self.hidden = sorted(set(tokenizer.all_special_ids) - self.reader.control_ids)  # tokens of the task
+    def __init__(self, served: ServedModel, samples: TestSamples, reader: AnswerReader, concurrency: int, seed: int):
+        self.endpoint, self.served_id, self.samples = served.endpoint, served.id, samples
+        self.reader, self.config, self.concurrency, self.seed = reader, reader.config, concurrency, seed
+        self.hidden = sorted(set(reader.tokenizer.all_special_ids) - reader.control_ids)  # tokens of the task
         self.num_unlike = 0  # prompts in which the server counts another number of tokens
         self.gives_ids = True  # until a reply has none
 

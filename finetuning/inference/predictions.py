@@ -41,7 +41,7 @@ def answer_share(
     # ranks take turns down the lengths, so that each has as much to do as the others
     by_length = sorted((p for p in prompts if p.id in missing), key=lambda prompt: -len(prompt.token_ids))
     mine = by_length[get_rank() :: get_world_size()]
-    good, faulty = check_prompts(mine, model.path, model.tokenizer, args.max_new_tokens, **model.options)
+    good, faulty = check_prompts(mine, model.path, model.reader.tokenizer, args.max_new_tokens, **model.options)
     engine = start_engine(args, model, samples) if good else None
     if engine is not None and next_path is not None and model.served is None and is_main_process():
         read_ahead(next_path)

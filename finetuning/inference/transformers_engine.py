@@ -14,13 +14,7 @@ from pathlib import Path
 import bitsandbytes
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from finetuning.data.prompts import Prompt
 from finetuning.errors import InputError
@@ -112,17 +106,9 @@ def load_model(
 class TransformersEngine:
     """Answers with torch and transformers alone."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: GenerationConfig,
-        batch_size: int | None,
-        seed: int,
-    ):
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.batch_size, self.seed = batch_size, seed
-        self.reader = AnswerReader(tokenizer, config)
+    def __init__(self, model: PreTrainedModel, reader: AnswerReader, batch_size: int | None, seed: int):
+        self.model, self.reader, self.batch_size, self.seed = model, reader, batch_size, seed
+        self.tokenizer, self.config = reader.tokenizer, reader.config
 
     def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
         """Answer prompts, the longest first, so that memory runs out at once or not at all.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetuning.data.prompts import Prompt
 from finetuning.errors import InputError
@@ -47,22 +46,14 @@ class VllmEngine:
     """
 
     def __init__(
-        self,
-        path: str,
-        tokenizer: PreTrainedTokenizerBase,
-        config: GenerationConfig,
-        dtype: torch.dtype,
-        batch_size: int | None,
-        seed: int,
-        options: dict,
+        self, path: str, reader: AnswerReader, dtype: torch.dtype, batch_size: int | None, seed: int, options: dict
     ):
-        self.config, self.seed = config, seed
-        self.reader = AnswerReader(tokenizer, config)
+        self.reader, self.config, self.seed = reader, reader.config, seed
         self.settings = {
             "model": base_of(path),
             "dtype": str(dtype).removeprefix("torch."),
             "generation_config": "vllm",  # the checkpoint's settings are in `config` already
-            "skip_tokenizer_init": not config.stop_strings,  # token ids go in and out
+            "skip_tokenizer_init": not self.config.stop_strings,  # token ids go in and out
             "tokenizer": path,
             "use_tqdm_on_load": False,
             "enforce_eager": not torch.cuda.is_available(),  # compiling for a CPU takes longer than it saves

@@ -21,6 +21,7 @@ from finetuning.data.prompts import encode_prompts
 from finetuning.data.samples import load_test_samples
 from finetuning.endpoint import Endpoint
 from finetuning.errors import InputError
+from finetuning.inference.answers import AnswerReader
 from finetuning.inference.openai_engine import OpenAIEngine, ServedModel, find_served
 from finetuning.inference.settings import build_generation_config
 from finetuning.inference.transformers_engine import TransformersEngine, load_model
@@ -49,10 +50,11 @@ def run_dir(tmp_path):
 def make_engine(base_url: str, engine: str = "openai", timeout: float = 30, **settings):
     tokenizer = load_tokenizer(str(DEMO))
     config, _ = build_generation_config(Arguments(**settings), tokenizer, load_generation_config(str(DEMO)))
+    reader = AnswerReader(tokenizer, config)
     if engine == "transformers":
-        return TransformersEngine(load_model(str(DEMO), torch.float32), tokenizer, config, None, seed=0)
+        return TransformersEngine(load_model(str(DEMO), torch.float32), reader, None, seed=0)
     served = ServedModel(Endpoint(base_url, timeout), "base")
-    return OpenAIEngine(served, load_test_samples(CONFIG), tokenizer, config, concurrency=4, seed=0)
+    return OpenAIEngine(served, load_test_samples(CONFIG), reader, concurrency=4, seed=0)
 
 
 def demo_prompts(number: int, tokenizer):

@@ -12,7 +12,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from finetuning.config.arguments import TestArguments as Arguments  # by its own name pytest would take it for a test
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.prompts import Prompt, encode_prompts
-from finetuning.inference.answers import check_prompts
+from finetuning.inference.answers import AnswerReader, check_prompts
 from finetuning.inference.decoding import Decoder, SlotCache, unsupported_reason
 from finetuning.inference.settings import build_generation_config
 from finetuning.inference.transformers_engine import TransformersEngine, load_model, read_ahead
@@ -26,7 +26,7 @@ def load_demo(loading: dict | None = None, **settings) -> TransformersEngine:
     model = load_model(DEMO, torch.float32, **(loading or {}))
     tokenizer = load_tokenizer(DEMO)
     config, _ = build_generation_config(Arguments(**settings), tokenizer, load_generation_config(DEMO))
-    return TransformersEngine(model, tokenizer, config, batch_size=None, seed=0)
+    return TransformersEngine(model, AnswerReader(tokenizer, config), batch_size=None, seed=0)
 
 
 def make_prompts(texts: list[str], tokenizer, ids: list[str] | None = None) -> list[Prompt]:

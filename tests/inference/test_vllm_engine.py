@@ -11,6 +11,7 @@ from finetuning.data.chat import load_tokenizer
 from finetuning.data.prompts import encode_prompts
 from finetuning.data.samples import load_test_samples
 from finetuning.errors import InputError
+from finetuning.inference.answers import AnswerReader
 from finetuning.inference.settings import build_generation_config
 from finetuning.inference.transformers_engine import TransformersEngine, load_model
 from finetuning.models.config import load_generation_config
@@ -42,10 +43,11 @@ def adapter(tmp_path) -> str:
 def answers_of(path: str, name: str, number: int = 16, **settings):
     tokenizer = load_tokenizer(DEMO)
     config, _ = build_generation_config(Arguments(**settings), tokenizer, load_generation_config(path), name)
+    reader = AnswerReader(tokenizer, config)
     if name == "vllm":
-        engine = VllmEngine(path, tokenizer, config, torch.float32, None, 0, {})
+        engine = VllmEngine(path, reader, torch.float32, None, 0, {})
     else:
-        engine = TransformersEngine(load_model(path, torch.float32), tokenizer, config, None, 0)
+        engine = TransformersEngine(load_model(path, torch.float32), reader, None, 0)
     prompts = encode_prompts(tokenizer, load_test_samples(CONFIG)[:number])
     answers = {answer.id: answer for answer in engine.answer(prompts)}
     engine.close()
