@@ -43,6 +43,7 @@ MODELS = {
     "gemma, one key head": (GemmaForCausalLM, GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=16)),
     "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2)),
 }
+FIRST, *OTHERS = MODELS
 GREEDY = GenerationConfig(max_new_tokens=12, eos_token_id=[3, 5, 7], pad_token_id=0, do_sample=False)
 
 
@@ -68,7 +69,7 @@ def alone(model, prompt: list[int], config: GenerationConfig = GREEDY) -> list[i
     return output[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
     model, prompts = build(*MODELS[name]), make_prompts()
     expected = [alone(model, prompt) for prompt in prompts]

@@ -221,6 +221,7 @@ def test_the_weights_of_the_next_model_are_read_ahead(tmp_path):
     assert share_in_file_cache(weights) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantised", ["load_in_8bit", "load_in_4bit"])
 def test_quantised_weights_answer(quantised):
     engine = load_demo({quantised: True}, max_new_tokens=12)
@@ -228,6 +229,7 @@ def test_quantised_weights_answer(quantised):
     assert all(answer.num_new_tokens > 0 for answer in answers_to(TEXTS, engine))
 
 
+@pytest.mark.slow
 def test_layers_that_are_offloaded_to_files_answer_alike():
     whole = [answer.prediction for answer in answers_to(TEXTS, load_demo(max_new_tokens=12))]
     engine = load_demo({"device_map": "auto", "max_memory": {"cpu": "3MB"}}, max_new_tokens=12)

@@ -170,6 +170,7 @@ def test_what_is_stopped_between_two_attempts_is_not_sent_again_and_counts_with_
     assert row["possible_cost"] == pytest.approx(3 * once["possible_cost"]) and once["possible_cost"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once_and_says_what_it_may_have_cost(run_dir, prices):
     with serve(stub := StubJudge("drip")) as url:
         process = start_judging(run_dir, url, "--prices", prices)

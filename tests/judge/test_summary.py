@@ -60,6 +60,7 @@ def test_a_judge_that_takes_whatever_stands_first_decides_nothing(run_dir):
     assert "better in 0 of 3 pairs, base in 0, neither in 3" in printed and "flip rate 100%" in printed
 
 
+@pytest.mark.slow
 def test_a_jury_gives_its_mean_and_how_far_it_agrees(run_dir):
     def reply(request):
         answer = json.loads(request["messages"][1]["content"])["answer"]

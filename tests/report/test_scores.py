@@ -532,6 +532,7 @@ def test_damaged_files_of_judges_and_people_are_named(full_run, file, old, new, 
         load_opinions([full_run], load_samples(full_run))
 
 
+@pytest.mark.slow
 def test_a_preference_side_by_side_decides_where_the_scores_do_not(full_run):
     samples = load_samples(full_run)
     samples.loc[samples["model"] == "checkpoint-1", "overall"] = samples[samples["model"] == "checkpoint-2"][
