@@ -42,8 +42,8 @@ def available_memory(device: torch.device, local_world_size: int) -> float | Non
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        cached = int(re.search(r"^file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)[1])
-        free = min(free, limit - used + cached)
+        (cached,) = re.findall(r"^file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - used + int(cached))
     return free / local_world_size
 
 

@@ -9,8 +9,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 from finetuning.ranks import get_world_size
+
+Handler = Callable[[int, FrameType | None], Any] | int | None  # of a signal, as the signal module gives it
 
 
 class Terminated(KeyboardInterrupt):
@@ -55,7 +59,7 @@ class SoftStop:
         self.event = asyncio.Event()  # set soon after the first signal
         self.signal: int | None = None  # the first one
         self._loop, self._describe = loop, describe
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> "SoftStop":
         # loop.add_signal_handler would do, but for Windows, which has none

@@ -1,7 +1,8 @@
 """
 Rows of predictions and evaluations: JSON lines that are appended as they are finished and joined on `id`.
 
-What a row holds is in schemas.py. Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows were made. Imports without torch.
+What a row holds is in schemas.py. Beside `<name>.jsonl` stands `<name>.json`, which says under what identity its rows
+were made. Imports without torch.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from pydantic import TypeAdapter
 from finetuning.errors import InputError, naming
 from finetuning.runs import is_there, read_json, to_json, write_json
 from finetuning.schemas import ANY_OBJECT, INFO, PREDICTION, ROW, check
+from finetuning.wording import describe_differences
 
 REMEDY = "delete that line, and start the step that wrote it again to make it anew"
 
@@ -41,9 +43,8 @@ def iterate_rows(path: Path, schema: TypeAdapter = ANY_OBJECT) -> Iterator[dict]
                 raise InputError(f"{path}:{number} is no JSON; {REMEDY}") from None
             row = check(row, schema, f"{path}:{number}", REMEDY)
             if schema is PREDICTION and lines_of.setdefault(row["id"], number) != number:
-                raise InputError(
-                    f"{path}:{number} is the second row of sample {row['id']}, after line {lines_of[row['id']]}; delete one of them"
-                )
+                earlier = f"sample {row['id']}, after line {lines_of[row['id']]}"
+                raise InputError(f"{path}:{number} is the second row of {earlier}; delete one of them")
             yield row
 
 
@@ -76,12 +77,10 @@ def check_identity(path: Path, identity: dict, why: str = "") -> None:
     if next(iterate_rows(path), None) is None:
         return
     old, new = read_info(path)["identity"], json.loads(json.dumps(identity))
-    differing = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-    if differing:
-        what = "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(differing))
-        raise InputError(
-            f"{path} was made under other conditions: {what}. {why + '; start' if why else 'Start'} over with --overwrite true"
-        )
+    differences = describe_differences(old, new)
+    if differences:
+        start = f"{why}; start" if why else "Start"
+        raise InputError(f"{path} was made under other conditions: {differences}. {start} over with --overwrite true")
 
 
 def prediction_hash(row: dict) -> str:

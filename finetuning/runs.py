@@ -12,7 +12,6 @@ Imports without torch.
 """
 
 import fnmatch
-import functools
 import hashlib
 import json
 import math
@@ -41,11 +40,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 def to_json(content, **options) -> str:
     """JSON that every reader takes: a number that is none (NaN, infinity), which JSON does not have, is null."""
-    write = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False, **options)
+    options |= {"ensure_ascii": False, "allow_nan": False}
     try:
-        return write(content)
+        return json.dumps(content, **options)
     except ValueError:
-        return write(_without_nan(content))
+        return json.dumps(_without_nan(content), **options)
 
 
 def _without_nan(content):

@@ -4,23 +4,17 @@ What the files of a run hold. They are checked as they are read, so that a fault
 Keys that a schema does not name are let through, as a step may record more than another one reads. Imports without torch.
 """
 
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,  # Python 3.11's own TypedDict tells pydantic too little
-)
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
-from typing_extensions import TypedDict
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator, with_config
+from typing_extensions import TypedDict  # Python 3.11's own tells pydantic too little
 
 from finetuning.errors import InputError
 
 
+@with_config(ConfigDict(extra="allow", strict=True, allow_inf_nan=False))
 class Object(TypedDict):
     """A JSON object whose values are of the kinds that are written here: "7" is no number, and NaN is none."""
-
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 ANY_OBJECT = TypeAdapter(Object)
@@ -83,13 +77,11 @@ class Preferred(Object):
     better: Literal["first", "second", "tie"]
 
 
-class EvaluationRow(Object):
-    """One row of step 4; `evaluation` is null where `status` is not ok."""
+class JudgedRow(Row):
+    """What a row of step 4 has, whatever was judged."""
 
-    id: Annotated[Text, Field(min_length=1)]
     prediction_hash: Text
     status: Literal["ok", "refusal", "truncated", "content_filter", "invalid", "error"]
-    evaluation: dict[str, Judged] | None
     expected: dict[str, MeanScore] | None
     usage: dict[str, Count] | None
     cost: Amount | None
@@ -99,7 +91,13 @@ class EvaluationRow(Object):
     error: Text | None
 
 
-class ComparisonRow(EvaluationRow):
+class EvaluationRow(JudgedRow):
+    """One row of step 4; `evaluation` is null where `status` is not ok."""
+
+    evaluation: dict[str, Judged] | None
+
+
+class ComparisonRow(JudgedRow):
     """One row of `--compare`: a pair in one order."""
 
     evaluation: Preferred | None
@@ -142,12 +140,12 @@ def _is_measure(name: str, value) -> bool:
 
 
 def _check_metrics(metrics: dict) -> dict:
-    ids, *columns = (metrics["per_sample"].get("id"), *metrics["per_sample"].values())
+    ids = metrics["per_sample"].get("id")
     if ids is None or not all(isinstance(sample_id, str) for sample_id in ids):
         raise ValueError("`per_sample` has no list of ids")
     if len(set(ids)) < len(ids):
         raise ValueError("`per_sample.id` names a sample twice")
-    if any(len(column) != len(ids) for column in columns):
+    if any(len(column) != len(ids) for column in metrics["per_sample"].values()):
         raise ValueError("the lists of `per_sample` are not equally long")
     for name, column in metrics["per_sample"].items():
         if name != "id" and not all(value is None or _is_measure(name, value) for value in column):
@@ -310,7 +308,7 @@ def _check_columns(config: dict) -> dict:
     return config
 
 
-class TestedRunRecord(RunRecord):
+class TestedRunRecord(Object):
     """Of run.json, what models are tested by: the samples, and how they are phrased."""
 
     config: Annotated[TestedConfig, AfterValidator(_check_columns)]
@@ -382,10 +380,10 @@ class Preflight(Object):
     preview: list[PreviewedRow]
 
 
+@with_config(ConfigDict(extra="allow", strict=True))
 class LogEntry(Object):
     """Figures of one step; the loss of a training that has diverged is NaN or infinite."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
     step: Count
     loss: NotRequired[float | None]
     grad_norm: NotRequired[float | None]
