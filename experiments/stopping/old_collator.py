@@ -7,7 +7,7 @@ It is here to be measured, not to be used: trl's own of today pads labels apart 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.data.batches import IGNORED
+from finetuning.data.tokens import IGNORED
 
 
 class OldAnswerOnlyCollator:

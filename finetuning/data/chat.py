@@ -48,9 +48,8 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     try:
         end_of_turn_id(tokenizer)
     except TEMPLATE_ERRORS as error:
-        raise InputError(
-            f"{name_or_path}: the chat template cannot phrase a question and its answer: {str(error) or type(error).__name__}"
-        ) from error
+        why = str(error) or type(error).__name__
+        raise InputError(f"{name_or_path}: the chat template cannot phrase a question and its answer: {why}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked by position, never by its id, so the end stays trained
     tokenizer.padding_side = "left"  # generation continues from the last token, which must not be padding
@@ -78,14 +77,15 @@ def fit_to_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **
     if not calls:
         return messages
     objects = [str(call["arguments"]) for call in calls if isinstance(call["arguments"], dict) and call["arguments"]]
-    problem = readable = None
+    problems: list[Exception] = []
+    readable = None
     for content, in_json in (("", False), ("", True), (None, False), (None, True)):
         fitted = [{**message, "content": message["content"] or content} for message in messages]
         fitted = [with_json_arguments(message) for message in fitted] if in_json else fitted
         try:
             text = tokenizer.apply_chat_template(fitted, tokenize=False, **kwargs)
         except (TemplateError, TypeError) as error:
-            problem = problem or error
+            problems.append(error)
             continue
         if not in_json and any(shown in text for shown in objects):
             continue
@@ -93,7 +93,7 @@ def fit_to_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **
             return fitted
         readable = readable or fitted
     if readable is None:
-        raise problem
+        raise problems[0]
     return readable
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from finetuning.data.batches import IGNORED, sequences
+from finetuning.data.batches import sequences
 from finetuning.data.chat import end_token_ids
 from finetuning.data.checks import Finding
+from finetuning.data.tokens import IGNORED
 from finetuning.training.lengths import percent
 
 NO_END = 0.5  # share of the answers that must end in an end token

@@ -10,8 +10,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from finetuning.data.batches import IGNORED
 from finetuning.data.checks import Finding
+from finetuning.data.tokens import IGNORED
 from finetuning.training.arguments import TrainingArguments
 
 PERCENTILES = (50, 90, 95, 99, 100)

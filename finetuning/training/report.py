@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.data.batches import IGNORED
 from finetuning.data.checks import Finding
+from finetuning.data.tokens import IGNORED
 from finetuning.errors import make_folder, to_line, to_plain
 from finetuning.runs import PREFLIGHT_FILE, write_json
 from finetuning.training.lengths import PERCENTILES

@@ -20,7 +20,7 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from conftest import ROOT  # isort: skip
-from finetuning.data.batches import IGNORED, RowPreparation
+from finetuning.data.batches import RowPreparation
 from finetuning.data.chat import (
     PLAIN_TEMPLATE,
     control_token_ids,
@@ -35,6 +35,7 @@ from finetuning.data.checks import check_template, check_turns
 from finetuning.data.prompts import encode_prompts
 from finetuning.data.row_format import find_row_format
 from finetuning.data.rows import to_sample, to_training_row
+from finetuning.data.tokens import IGNORED
 from finetuning.errors import InputError
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments
