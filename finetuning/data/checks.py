@@ -1,31 +1,23 @@
 """
-Faults of data that no trainer notices: empty, repeated and unreadable rows, and test rows that are trained on.
+Faults of data that no trainer notices: empty, repeated and unreadable rows, and what a chat template makes of rows.
 
 Imports without torch.
 """
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-from datasketch import MinHash, MinHashLSH
 
 from finetuning.data.conversations import text_of
 from finetuning.data.jamo import find_jamo
 
-NEAR = 0.8  # Jaccard similarity of two texts' word triples, from which they count as near-duplicates
-NUM_PERMUTATIONS = 128
-CANDIDATES = 0.6  # similarity from which MinHash proposes pairs, lower than NEAR so that it misses few of those
 # the replacement character of a failed decoding, lone surrogates, and control characters other than tab and line ends
 UNREADABLE = re.compile("[\ufffd\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # fillers of Hangul, and Braille without dots
 
 PUNCTUATION = re.compile("[.,;:!?'\"()\\[\\]{}…“”‘’„«»、。·]")  # not the signs that arithmetic and code are made of
-MOST_ROWS = (
-    200_000  # beyond these, only equal questions are looked for: near ones take a third of a second per thousand rows
-)
 
 
 @dataclass
@@ -58,19 +50,8 @@ def normalize(text: str) -> str:
     return " ".join(words) if words else " ".join(folded.split())
 
 
-def shingles(normalized: str, size: int = 3) -> set[str]:
-    """Runs of `size` words; of characters where a script has no spaces."""
-    words = normalized.split()
-    spaceless = len(normalized) > 12 * len(words)
-    pieces, size = (list(normalized), 5) if spaceless else (words, size)
-    joint = "" if spaceless else " "
-    return {joint.join(pieces[i : i + size]) for i in range(max(1, len(pieces) - size + 1))}
-
-
-def minhash(pieces: set[str]) -> MinHash:
-    signature = MinHash(NUM_PERMUTATIONS, seed=1)
-    signature.update_batch([piece.encode() for piece in pieces])
-    return signature
+def count_rows(number: int) -> str:
+    return f"{number} row{'s' if number != 1 else ''}"
 
 
 def question_of(prompt: list[dict]) -> str:
@@ -95,7 +76,7 @@ def check_turns(num_turns: list[int], num_learned: list[int], left_out: list[int
     rows = [row for row, number in enumerate(left_out) if number]
     if rows:
         text += (
-            f"; {missing} in {count(rows)} are not learned, as the chat template writes an earlier answer in another way than "
+            f"; {missing} in {count_rows(len(rows))} are not learned, as the chat template writes an earlier answer in another way than "
             "the last one, without its thinking for instance. Use one that writes them alike (chat_template_path; trl has some "
             "in its folder chat_templates, as qwen3_training.jinja), or make a row of each answer"
         )
@@ -114,16 +95,15 @@ def check_template(hidden: list[str], begins_alike: list[bool], where: str) -> l
     findings = []
     keys = Counter(key for row in hidden for key in row.split())
     if keys:
-        shown = ", ".join(f"{key} ({number} row{'s' if number > 1 else ''})" for key, number in keys.items())
+        shown = ", ".join(f"{key} ({count_rows(number)})" for key, number in keys.items())
         text = f"{where}it does not show {shown}, so the model never sees them; use one that does (chat_template_path)"
         rows = [row for row, hidden_here in enumerate(hidden) if hidden_here]
-        findings.append(
-            Finding("chat_template", "note" if set(keys) == {"name"} else "warning", text, rows, dict(keys))
-        )
+        level = "note" if set(keys) == {"name"} else "warning"
+        findings.append(Finding("chat_template", level, text, rows, dict(keys)))
     unlike = [row for row, alike in enumerate(begins_alike) if not alike]
     if unlike:
         text = (
-            f"{where}{count(unlike)} do not begin with the tokens of their prompt, as step 3 will give it: the chat template "
+            f"{where}{count_rows(len(unlike))} do not begin with the tokens of their prompt, as step 3 will give it: the chat template "
             "writes a prompt alone in another way, or a token spans the end of it and the beginning of the answer"
         )
         findings.append(Finding("prompt_tokens", "warning", text, unlike))
@@ -143,10 +123,10 @@ def check_control_tokens(texts: list[str], tokens: list[str], where: str) -> lis
     if not tokens or not found:
         return []
     counts = Counter(token for matches in found.values() for token in matches)
-    shown = ", ".join(f"{token} ({number} row{'s' if number > 1 else ''})" for token, number in counts.most_common())
+    shown = ", ".join(f"{token} ({count_rows(number)})" for token, number in counts.most_common())
     share = f"{len(found) / len(texts):.1%}".replace("%", " %")
     text = (
-        f"{where}{count(list(found))} ({share}) with control tokens in their text, which the tokenizer "
+        f"{where}{count_rows(len(found))} ({share}) with control tokens in their text, which the tokenizer "
         f"does not read as text: {shown}; take them out, or the model learns turns that nobody has said"
     )
     return [Finding("control_tokens", "warning", text, list(found), dict(counts))]
@@ -159,98 +139,25 @@ def is_visible(text: str) -> bool:
 
 def check_rows(questions: list[str], answers: list[str]) -> list[Finding]:
     """Empty, repeated and unreadable rows, and strings of bare jamo."""
-    findings = []
-    empty = [i for i, pair in enumerate(zip(questions, answers, strict=True)) if not all(map(is_visible, pair))]
-    if empty:
-        text = f"{count(empty)} with an empty question or answer; delete them"
-        findings.append(Finding("empty_rows", "refused", text, empty))
+    pairs = list(zip(questions, answers, strict=True))
+
+    def find(is_faulty: Callable[[tuple[str, str]], bool]) -> list[int]:
+        return [row for row, pair in enumerate(pairs) if is_faulty(pair)]
+
     first: dict[tuple[str, str], int] = {}
-    repeated = []
-    for i, pair in enumerate(zip(questions, answers, strict=True)):
-        key = (normalize(pair[0]), normalize(pair[1]))
-        if first.setdefault(key, i) != i:
-            repeated.append(i)
-    if repeated:
-        text = f"{count(repeated)} with the question and answer of an earlier one; they weigh twice in training"
-        findings.append(Finding("duplicate_rows", "warning", text, repeated))
-    unreadable = [i for i, pair in enumerate(zip(questions, answers, strict=True)) if UNREADABLE.search("".join(pair))]
-    if unreadable:
-        text = f"{count(unreadable)} with undecodable or control characters; read the source in its own encoding"
-        findings.append(Finding("unreadable_text", "warning", text, unreadable))
-    jamo = [i for i, pair in enumerate(zip(questions, answers, strict=True)) if any(find_jamo(text) for text in pair)]
-    if jamo:
-        text = f"{count(jamo)} with strings of bare jamo such as ㅋㅋㅋ; clean_jamo: true removes them"
-        findings.append(Finding("bare_jamo", "note", text, jamo))
-    if not findings:
-        findings.append(Finding("rows", "ok", "no row is empty, repeated or unreadable"))
-    return findings
-
-
-def count(rows: list[int]) -> str:
-    return f"{len(rows)} row{'s' if len(rows) != 1 else ''}"
-
-
-def find_leaks(train: list[str], held_out: Iterable[str]) -> tuple[dict[int, int], dict[int, int]]:
-    """Training questions that held-out ones are equal to, or nearly so.
-
-    Returns:
-        {held-out index: training index} of equal ones after `normalize`, and of near-duplicates (Jaccard similarity of
-        word triples at least `NEAR`, among the pairs that MinHash proposes).
-    """
-    known: dict[str, int] = {}
-    normalized = [normalize(text) for text in train]
-    for i, text in enumerate(normalized):
-        known.setdefault(text, i)
-    targets = [normalize(text) for text in held_out]
-    equal = {i: known[text] for i, text in enumerate(targets) if text in known}
-    rest = {i: shingles(text) for i, text in enumerate(targets) if i not in equal}
-    if not rest:
-        return equal, {}
-    index = MinHashLSH(threshold=CANDIDATES, num_perm=NUM_PERMUTATIONS)
-    for i, pieces in rest.items():
-        index.insert(i, minhash(pieces))
-    near: dict[int, int] = {}
-    for row, text in enumerate(normalized[:MOST_ROWS]):
-        pieces = shingles(text)
-        for i in index.query(minhash(pieces)):
-            if i not in near and len(pieces & rest[i]) >= NEAR * len(pieces | rest[i]):
-                near[i] = row
-    return equal, near
-
-
-def check_leaks(train: list[str], splits: dict[str, list[str]], most: float = 0.1) -> list[Finding]:
-    """Rows of held-out splits that are in the training set.
-
-    Args:
-        train: Questions of the training set.
-        splits: Questions of each held-out split by name.
-        most: Share of a split that may be equal to training rows before the run is refused.
-    """
-    findings = []
-    found = defaultdict(dict)
-    texts = [text for questions in splits.values() for text in questions]
-    names = [(name, i) for name, questions in splits.items() for i in range(len(questions))]
-    for kind, pairs in zip(("equal", "near"), find_leaks(train, texts), strict=True):
-        for target, row in pairs.items():
-            name, i = names[target]
-            found[name].setdefault(kind, {})[i] = row
-    for name, questions in splits.items():
-        equal, near = found[name].get("equal", {}), found[name].get("near", {})
-        numbers = {"split": name, "samples": len(questions), "equal": len(equal), "near": len(near)}
-        if equal:
-            text = (
-                f"{len(equal)} of {len(questions)} {name} samples are training rows, so their scores say nothing; "
-                f"take them out of one of the two"
-            )
-            level = "refused" if len(equal) > most * len(questions) else "warning"
-            findings.append(Finding("leakage", level, text, sorted(set(equal.values())), numbers))
-        if near:
-            text = (
-                f"{len(near)} of {len(questions)} {name} samples nearly equal a training row (word triples, {NEAR:.0%})"
-            )
-            findings.append(Finding("near_leakage", "warning", text, sorted(set(near.values())), numbers))
-        if not equal and not near:
-            nearly = "nor nearly" if len(train) <= MOST_ROWS else f"nor nearly in its first {MOST_ROWS:,} rows"
-            text = f"no {name} sample is in the training set, {nearly} ({len(questions)} samples)"
-            findings.append(Finding("leakage", "ok", text, numbers=numbers))
-    return findings
+    keys = [(normalize(question), normalize(answer)) for question, answer in pairs]
+    repeated = [row for row, key in enumerate(keys) if first.setdefault(key, row) != row]
+    faults = [
+        ("empty_rows", "refused", find(lambda pair: not all(map(is_visible, pair))),
+         "with an empty question or answer; delete them"),
+        ("duplicate_rows", "warning", repeated,
+         "with the question and answer of an earlier one; they weigh twice in training"),
+        ("unreadable_text", "warning", find(lambda pair: UNREADABLE.search("".join(pair)) is not None),
+         "with undecodable or control characters; read the source in its own encoding"),
+        ("bare_jamo", "note", find(lambda pair: any(find_jamo(text) for text in pair)),
+         "with strings of bare jamo such as ㅋㅋㅋ; clean_jamo: true removes them"),
+    ]  # fmt: skip
+    findings = [
+        Finding(check, level, f"{count_rows(len(rows))} {text}", rows) for check, level, rows, text in faults if rows
+    ]
+    return findings or [Finding("rows", "ok", "no row is empty, repeated or unreadable")]

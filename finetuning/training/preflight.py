@@ -22,13 +22,13 @@ from finetuning.data.chat import control_tokens, end_token_ids
 from finetuning.data.checks import (
     Finding,
     check_control_tokens,
-    check_leaks,
     check_rows,
     check_template,
     check_turns,
     is_visible,
     question_of,
 )
+from finetuning.data.leaks import check_leaks
 from finetuning.data.rows import tokens_to_add
 from finetuning.data.samples import load_test_samples
 from finetuning.errors import InputError

@@ -11,7 +11,8 @@ from trl import SFTTrainer
 
 from finetuning.data.batches import RowPreparation
 from finetuning.data.chat import load_tokenizer
-from finetuning.data.checks import check_leaks, check_rows, find_leaks, normalize
+from finetuning.data.checks import check_rows, normalize
+from finetuning.data.leaks import check_leaks, find_leaks
 from finetuning.data.row_format import find_row_format
 from finetuning.data.rows import TRAINING_FEATURES, to_training_row
 from finetuning.training.arguments import TrainingArguments
