@@ -212,7 +212,7 @@ def check_memory(args: TrainingArguments, model: ModelPlan, longest_row: int, la
     settings = model.settings
     if settings["dtype"] == "auto":
         settings = {**settings, "dtype": config.dtype or torch.float32}
-    shapes = measure_shapes(config, batch, args, settings, model.peft_config, len(model.new_ids))
+    shapes = measure_shapes(model, config, settings["dtype"], batch, args)
     available = available_memory(args.device, get_local_world_size())
 
     def plan(checkpointing: bool) -> MemoryPlan:

@@ -10,13 +10,14 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from finetuning.errors import InputError
 from finetuning.models.config import own_code
 from finetuning.training.arguments import TrainingArguments
+from finetuning.training.model import ModelPlan
 
 
 @dataclass(frozen=True)
@@ -48,49 +49,25 @@ class Shapes:
 
 
 def measure_shapes(
-    config: PreTrainedConfig,
-    batch: Batch,
-    args: TrainingArguments,
-    settings: dict,
-    peft_config: PeftConfig | None,
-    num_added_tokens: int = 0,
+    plan: ModelPlan, config: PreTrainedConfig, dtype: torch.dtype, batch: Batch, args: TrainingArguments
 ) -> Shapes:
     """Count parameters, run the model's forward pass without data, and add up what the backward pass would need.
-
-    Args:
-        settings: Keyword arguments of from_pretrained: dtype, attn_implementation.
 
     Raises:
         InputError: The model could not be loaded with these settings, or has no module of that name for an adapter.
     """
     compute = None if args.compute_dtype == torch.float32 else args.compute_dtype
-    dtype = settings["dtype"]
     if args.fsdp and compute is not None:
         dtype, compute = compute, None  # FSDP hands each layer its weights in the lower precision
-    # FlashAttention's own kernels do not run without data; sdpa without a mask keeps the same tensors
-    attention = "eager" if settings["attn_implementation"] == "eager" else "sdpa"
-    masked = not settings["attn_implementation"].startswith("flash")
-    code = {"trust_remote_code": args.trust_remote_code, **own_code(config, settings.get("revision"))}
     with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, **code)
-        except ValueError as error:  # loading it would end in the same words
-            raise InputError(f"{config.name_or_path} cannot be built with attention {attention}: {error}") from error
-        if num_added_tokens:
-            size = model.get_input_embeddings().num_embeddings + num_added_tokens
-            model.resize_token_embeddings(size, mean_resizing=False)
+        model = build_model(plan, config, dtype)
         layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
         inside = {id(parameter): parameter.numel() for module in layers for parameter in module.parameters()}
         outside = sum(parameter.numel() for parameter in model.parameters()) - sum(inside.values())
-        trained = model
-        if peft_config is not None:
-            check_adapter_names(model, peft_config)
-            try:
-                trained = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
-            except ValueError as error:  # a module of a kind that peft cannot adapt
-                raise InputError(f"lora_target_modules: {error}") from error
+        trained = model if plan.peft_config is None else add_adapter(model, plan.peft_config)
     model.train()
     text_config = config.get_text_config()
+    masked = not plan.settings["attn_implementation"].startswith("flash")
     activations, unmeasured = 0, None
     try:
         activations = _kept_bytes(model.base_model, batch, args.device.type, compute, masked)
@@ -102,10 +79,33 @@ def measure_shapes(
         outside_layers=outside,
         num_layers=text_config.num_hidden_layers,
         hidden_size=text_config.hidden_size,
-        vocab_size=text_config.vocab_size + num_added_tokens,
+        vocab_size=text_config.vocab_size + len(plan.new_ids),
         activations=activations,
         unmeasured=unmeasured,
     )
+
+
+def build_model(plan: ModelPlan, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights, with embeddings for the tokens that are added."""
+    # FlashAttention's own kernels do not run without data; sdpa without a mask keeps the same tensors
+    attention = "eager" if plan.settings["attn_implementation"] == "eager" else "sdpa"
+    code = {"trust_remote_code": plan.settings["trust_remote_code"], **own_code(config, plan.settings["revision"])}
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, **code)
+    except ValueError as error:  # loading it would end in the same words
+        raise InputError(f"{config.name_or_path} cannot be built with attention {attention}: {error}") from error
+    if plan.new_ids:
+        size = model.get_input_embeddings().num_embeddings + len(plan.new_ids)
+        model.resize_token_embeddings(size, mean_resizing=False)
+    return model
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    check_adapter_names(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+    except ValueError as error:  # a module of a kind that peft cannot adapt
+        raise InputError(f"lora_target_modules: {error}") from error
 
 
 def check_adapter_names(model: torch.nn.Module, peft_config: PeftConfig) -> None:
