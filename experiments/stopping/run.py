@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import pandas as pd
 
-from finetuning.config.parser import read_yaml
+from finetuning.config.yaml_file import read_yaml
 from finetuning.errors import InputError, fail
 from finetuning.measures import print_table
 from finetuning.report.tables import load_predictions, load_training_log

@@ -27,7 +27,7 @@ class Limits:
     more_than: float = -math.inf
 
     def find_fault(self, value: float) -> str | None:
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # math.isfinite takes no integer beyond the largest float
             return f"must be a finite number, got {value}"
         if value <= self.more_than:
             return f"must be more than {self.more_than}, got {value}"
