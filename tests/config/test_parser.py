@@ -1,5 +1,6 @@
 """
-What step 1 says to a YAML that is wrong: every problem at once, one line each, status 2, no traceback, nothing written.
+What a YAML is read as, and what step 1 says to one that is wrong: every problem at once, one line each, status 2, no
+traceback, nothing written.
 
 Each fault stands beside the file without it, which must parse, so that no test passes for another reason.
 """
@@ -20,7 +21,7 @@ from conftest import ROOT, command, run, run_step
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finetuning.config.arguments import OTHER_STEPS, ScriptArguments
+from finetuning.config.arguments import OTHER_STEPS, JudgeArguments, ScriptArguments
 from finetuning.config.checks import limits_of
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
@@ -29,6 +30,7 @@ from finetuning.credentials import is_secret
 from finetuning.errors import InputError
 from finetuning.training.arguments import TrainingArguments, check_optimizer
 
+YAMLS = sorted([*ROOT.glob("0_*.yaml"), *(ROOT / "recipes").rglob("*.yaml")])
 SCRIPT = "1_train_full_fine_tuning.py"
 ARGUMENTS = (ScriptArguments, TrainingArguments, ModelArguments)
 NEEDED = ["--model_name_or_path", "demo/model", "--dataset_name", "demo/data"]
@@ -606,6 +608,46 @@ lr_scheduler_kwargs: {<<: {a: 1}, b: 2}
     assert values["seed"] == values["data_seed"] == 7 and values["lr_scheduler_kwargs"] == {"a": 1, "b": 2}
     for line, key in ((1, "model_id"), (2, "evaluation_strategy"), (3, "max_seq_length"), (8, "overwrite_output_dir")):
         assert f"config.yaml:{line}: {key}: " in printed
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
+def test_every_yaml_parses_and_trains_where_there_is_no_gpu(path, tmp_path):
+    arguments = ["--config", str(path), "--output_dir", str(tmp_path)]
+    script, training, model = Parser((ScriptArguments, TrainingArguments, ModelArguments)).parse_args_and_config(
+        arguments
+    )
+    for key, value in yaml.safe_load(path.read_text()).items():
+        if key not in ("output_dir", "report_to"):
+            assert value == next(getattr(a, key) for a in (script, training, model) if hasattr(a, key)), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("judge_modle: x\n", "config.yaml:1: judge_modle: unknown key; did you mean judge_model?"),
+        ("- a\n", "write `key: value` lines"),
+        ("a: [\n", "not valid YAML"),
+        ("concurrency: 0\n", "concurrency: must be at least 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_a_faulty_yaml_is_one_line_and_status_2(tmp_path, capsys, text, message, form):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        Parser((JudgeArguments,)).parse_args_and_config(form.format(path).split(" "))
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"learning_rate: 2e-5\ndataset_name: x\nmodel_name_or_path: y\noutput_dir: {tmp_path}\n")
+    _, training, _ = Parser((ScriptArguments, TrainingArguments, ModelArguments)).parse_args_and_config(
+        ["--config", str(path)]
+    )
+    assert training.learning_rate == 2e-5
 
 
 # Generated from the arguments themselves
