@@ -96,7 +96,9 @@ class Parser(TrlParser):
         words, keys = self._modernise(words)
         doubtful = self._find_doubtful(keys)
         for action in self._actions:
-            if action.required and action.dest not in keys | doubtful:
+            if action.dest in self.settings:  # so far those of the files, which the command line goes over
+                action.default = self.settings[action.dest].value
+            elif action.required and action.dest not in keys | doubtful:
                 self._report(self.source, action.dest, "is not set; it has no default")
             action.required = False
         namespace, unknown = self.parse_known_args(words)
@@ -116,11 +118,7 @@ class Parser(TrlParser):
         return arguments
 
     def _find_doubtful(self, keys: set[str]) -> set[str | None]:
-        """Keys whose value is not known, for a problem with them, or as they may stand in what could not be read.
-
-        Args:
-            keys: Those that the command line sets.
-        """
+        """Keys that have a problem, and those besides `keys` that may stand in a file that could not be read."""
         doubtful = {key for problem in self.problems for key in (problem.key, problem.meant)}
         if any(problem.key in (None, "base") for problem in self.problems):
             doubtful |= self.fields.keys() - self.settings.keys() - keys
@@ -149,7 +147,6 @@ class Parser(TrlParser):
         for setting in settings:
             if setting.key == "env":
                 self._set_environment(setting)
-        self.set_defaults_with_config(**{key: setting.value for key, setting in self.settings.items()})
 
     def _understand(self, settings: Iterable[Setting]) -> Iterable[Setting]:
         """The settings under today's keys; unknown ones and secrets are left out and reported."""

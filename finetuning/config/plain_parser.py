@@ -50,12 +50,6 @@ class PlainParser(argparse.ArgumentParser):
             off = [f"--no{name[1:]}" if "-" in name[2:] else f"--no_{name[2:]}" for name in names]
             self.add_argument(*off, action="store_false", dest=field.name, default=False, help=options.get("help"))
 
-    def set_defaults_with_config(self, **values) -> None:
-        """Values of a YAML, which the command line goes over."""
-        for action in self._actions:
-            if action.dest in values:
-                action.default, action.required = values[action.dest], False
-
 
 def _read_switch(text: str) -> bool:
     if text.lower() not in TRUE + FALSE:

@@ -18,13 +18,8 @@ UNWRITABLE = re.compile("[\x00\ud800-\udfff]")  # no file and no tokenizer takes
 # what YAML 1.1 reads as another number than the one that stands there: 010 is 8, and 1:30 is 90
 TRAP = re.compile(r"[-+]?0[0-7_]+|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 NAMES = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    list: "a list of texts",
-    dict: "a mapping",
-}
+    bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list of texts", dict: "a mapping",
+}  # fmt: skip
 _UNFIT = object()  # stands for a value that is not of a type
 
 
