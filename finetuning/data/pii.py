@@ -86,10 +86,6 @@ EMAIL = re.compile(
 PICTURE = _any(r"@\dx\.\w+$")  # logo@2x.png
 
 
-def _is_email(found: Found) -> bool:
-    return PICTURE.search(found[0]) is None
-
-
 def _valid_date(year: int, month: int, day: int) -> bool:
     try:
         date(year, month, day)
@@ -121,14 +117,6 @@ def _is_resident(found: Found) -> bool:
         return False
     digits = re.sub(r"\D", "", found[0])
     return (11 - _weighted_sum(digits, (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5)) % 11) % 10 == int(digits[12])
-
-
-def _is_american(found: Found) -> bool:
-    return found[1] == "-" or _has_before("social_security", found, 40)
-
-
-def _is_british(found: Found) -> bool:
-    return found[1] != "" or _has_before("national_insurance", found, 40)
 
 
 def _is_chinese(found: Found) -> bool:
@@ -165,11 +153,6 @@ FOREIGN_PLATE = re.compile(
     r"(?<![\w-])(?=[A-Z -]{0,8}\d)(?=[\d -]{0,8}[A-Z])[A-Z0-9]{2,7}(?:[- ][A-Z0-9]{2,4})?(?![A-Za-z0-9-])"
 )
 
-
-def _is_named_plate(found: Found) -> bool:
-    return _has_before("plate", found, 30)
-
-
 # Area codes and mobile prefixes begin with 0; a service number such as 1588-1234 belongs to a company and is kept.
 MOBILE = re.compile(r"(?<![\d.-])\(?01[016789]\)?[-. ]{0,3}\d{3,4}[-. ]{0,3}\d{4}(?![\d-])")
 DOMESTIC = re.compile(
@@ -184,10 +167,6 @@ INTERNATIONAL = re.compile(
     r"(?<![\d+])\+[1-9]\d{0,2}[-. ]?(?:\(\d{1,4}\)[-. ]?)?\d{1,4}(?:[-. ]?\d{2,4}){1,4}(?!,[\d#]|\d)"
 )
 LOCAL = re.compile(r"(?<![\d.-])(?!(?:19|20)\d\d-(?:19|20)\d\d)(?:\d{3}-?\d{4}|\d{4}-\d{4}|1[3-9]\d{9})(?![\d-])")
-
-
-def _is_international(found: Found) -> bool:
-    return 8 <= sum(character.isdigit() for character in found[0]) <= 15
 
 
 def _is_no_other_number(found: Found) -> bool:
@@ -286,41 +265,33 @@ ROMANIZED = re.compile(
 )
 
 
-def _is_home(found: Found) -> bool:
-    return _has_before("address", found, 20) or LIVING_AFTER.match(found.string, found.end()) is not None
-
-
 def _is_no_year(found: Found) -> bool:
     return re.match(r"(?:19|20)\d\d ", found[0]) is None or not _has_before("year", found, 8)
 
 
-def _always(found: Found) -> bool:
-    return True
-
-
-# The order is the priority: what an earlier kind has masked, a later one does not see.
-RULES: dict[str, list[tuple[re.Pattern[str], Callable[[Found], bool]]]] = {
-    "email": [(EMAIL, _is_email)],
+# The order is the priority: what an earlier kind has masked, a later one does not see. None has no condition.
+RULES: dict[str, list[tuple[re.Pattern[str], Callable[[Found], bool] | None]]] = {
+    "email": [(EMAIL, lambda found: PICTURE.search(found[0]) is None)],
     "ssn": [
         (RESIDENT, _is_resident),
-        (US_SSN, _is_american),
-        (NATIONAL_INSURANCE, _is_british),
+        (US_SSN, lambda found: found[1] == "-" or _has_before("social_security", found, 40)),
+        (NATIONAL_INSURANCE, lambda found: found[1] != "" or _has_before("national_insurance", found, 40)),
         (CHINESE_ID, _is_chinese),
     ],
     "card_number": [(CARD, _is_card)],
     "passport_number": [(PASSPORT, _is_passport)],
-    "car_number": [(KOREAN_PLATE, _always), (FOREIGN_PLATE, _is_named_plate)],
+    "car_number": [(KOREAN_PLATE, None), (FOREIGN_PLATE, lambda found: _has_before("plate", found, 30))],
     "phone_number": [
-        (MOBILE, _always),
-        (INTERNATIONAL, _is_international),
+        (MOBILE, None),
+        (INTERNATIONAL, lambda found: 8 <= sum(character.isdigit() for character in found[0]) <= 15),
         (DOMESTIC, _is_no_other_number),
         (NORTH_AMERICAN, _is_no_other_number),
         (LOCAL, _is_local),
     ],
     "date_of_birth": [(DATE, _is_birth)],
     "address": [
-        (KOREAN_ADDRESS, _always),
-        (BARE_ADDRESS, _is_home),
+        (KOREAN_ADDRESS, None),
+        (BARE_ADDRESS, lambda m: _has_before("address", m, 20) or LIVING_AFTER.match(m.string, m.end()) is not None),
         (WESTERN_ADDRESS, _is_no_year),
         (POST_BOX, _is_no_year),
         (ROMANIZED, _is_no_year),
@@ -331,7 +302,9 @@ RULES: dict[str, list[tuple[re.Pattern[str], Callable[[Found], bool]]]] = {
 def _find(kind: str, text: str) -> list[tuple[int, int]]:
     """Where data of this kind may stand, from the left, the longest first."""
     folded = text.translate(FOLD)
-    spans = [m.span() for pattern, is_one in RULES[kind] for m in pattern.finditer(folded) if is_one(m)]
+    spans = [
+        m.span() for pattern, is_one in RULES[kind] for m in pattern.finditer(folded) if is_one is None or is_one(m)
+    ]
     return sorted(spans, key=lambda span: (span[0], -span[1]))
 
 
