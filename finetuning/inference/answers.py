@@ -17,13 +17,13 @@ from finetuning.models.files import is_adapter
 
 @dataclass
 class Answer:
-    """What a model answered to one prompt; `finish_reason` is stop, length or error."""
+    """What a model answered to one prompt; a row of predictions has these fields, in this order."""
 
     id: str
     prediction: str | None
     num_prompt_tokens: int
     num_new_tokens: int
-    finish_reason: str
+    finish_reason: str  # stop, length or error
     removed_tokens: dict[str, int] = field(default_factory=dict)  # control tokens that were taken out, by name
     error: str | None = None
 

@@ -3,6 +3,7 @@ Predictions: the rows that step 3 writes of a model's answers, and what is measu
 """
 
 import collections
+import dataclasses
 import time
 from pathlib import Path
 
@@ -66,21 +67,10 @@ def answer_share(
 
 
 def append(file: RowFile, samples: TestSamples, answer: Answer) -> None:
-    """Write an answer as a row."""
+    """Write an answer as a row, which has its fields, and the question and the references of its sample."""
     sample = samples.by_id(answer.id)
-    file.append(
-        {
-            "id": sample["id"],
-            "messages": as_texts(sample["prompt"]),
-            "references": sample["references"],
-            "prediction": answer.prediction,
-            "num_prompt_tokens": answer.num_prompt_tokens,
-            "num_new_tokens": answer.num_new_tokens,
-            "finish_reason": answer.finish_reason,
-            "removed_tokens": answer.removed_tokens,
-            "error": answer.error,
-        }
-    )
+    row = {"id": answer.id, "messages": as_texts(sample["prompt"]), "references": sample["references"]}
+    file.append(row | dataclasses.asdict(answer))
 
 
 def measure(file: RowFile, name: str, rouge_tokenizer: str) -> None:
