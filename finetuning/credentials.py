@@ -22,7 +22,7 @@ NOT_SECRET = re.compile(
 VALUES = re.compile(r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_[A-Za-z0-9_]{20,})")
 WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # also the form of a commit, which is what a `..._revision` holds
 PASSWORD_IN_URL = re.compile(r"(?<=://)[^/\s@\"'<>]+@")
-SHORTEST = 8  # shorter ones are placeholders ("none", "x"), and parts of ordinary words
+MIN_LENGTH = 8  # shorter ones are placeholders ("none", "x"), and parts of ordinary words
 MASK = "***"
 _given: set[str] = set()  # secrets that this process was given otherwise than by its environment
 
@@ -46,24 +46,22 @@ def holds_secret(name: str, value) -> bool:
         return any(holds_secret(name, v) for v in value)
     if value is None or value == "":
         return False
+    if is_secret(name) or VALUES.search(str(value)):
+        return True
     is_commit = name.endswith("revision")
-    return (
-        is_secret(name)
-        or VALUES.search(str(value)) is not None
-        or (not is_commit and WANDB_KEY.fullmatch(str(value)) is not None)
-    )
+    return not is_commit and WANDB_KEY.fullmatch(str(value)) is not None
 
 
 def remember(secret: str | None) -> None:
     """Let `hide` know a secret that this process was given."""
-    if secret is not None and len(secret) >= SHORTEST:
+    if secret is not None and len(secret) >= MIN_LENGTH:
         _given.add(secret)
 
 
 def known_secrets() -> list[str]:
     """Secrets of the environment and those remembered, the longest first, as one may be a part of another."""
     found = {os.environ[name].strip() for name in os.environ if is_secret(name)}
-    return sorted(_given | {value for value in found if len(value) >= SHORTEST}, key=len, reverse=True)
+    return sorted(_given | {value for value in found if len(value) >= MIN_LENGTH}, key=len, reverse=True)
 
 
 def hide(text: str) -> str:
@@ -102,19 +100,12 @@ def mask_arguments(arguments: Sequence[str]) -> list[str]:
     ['--hub_token', '***', '--api_key=***', '--seed', '1']
     """
     masked = []
-    previous = ""
-    for argument in arguments:
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
         key, equals, _ = argument.partition("=")
-        if (
-            previous.startswith("--")
-            and "=" not in previous
-            and is_secret(previous[2:])
-            and not argument.startswith("--")
-        ):
-            masked.append(MASK)
-        elif equals and key.startswith("--") and is_secret(key[2:]):
+        if equals and key.startswith("--") and is_secret(key[2:]):
             masked.append(f"{key}={MASK}")
+        elif re.match("--[^=]*$", previous) and is_secret(previous[2:]) and not argument.startswith("--"):
+            masked.append(MASK)
         else:
             masked.append(hide(argument))
-        previous = argument
     return masked

@@ -32,9 +32,10 @@ EDA = "eda"
 PREDICTIONS = "predictions"
 EVALUATIONS = "qa_evaluation_results"
 HUMAN_AGREEMENT_FILE = "human_agreement.json"  # among the evaluations: scores of people, and how far the judge agrees
+TRAINER_STATE_FILE = "trainer_state.json"  # in a checkpoint that training can go on from, which a merged one is not
 INCOMPLETE = "INCOMPLETE"  # stands in a checkpoint's folder while it is written
 BASE = "base"
-LONGEST_NAME = 220  # bytes; file systems take 255, endings included
+MAX_NAME_LENGTH = 220  # bytes; file systems take 255, endings included
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
@@ -93,7 +94,7 @@ def read_json(path: Path, schema: TypeAdapter = ANY_OBJECT, remedy: str = "make 
 def shorten(name: str) -> str:
     """The name itself, or where no file could have it, its beginning and a hash of all of it."""
     data = name.encode()
-    if len(data) <= LONGEST_NAME:
+    if len(data) <= MAX_NAME_LENGTH:
         return name
     return f"{data[:120].decode(errors='ignore')}%-{hashlib.sha256(data).hexdigest()[:16]}"  # no quoted name holds %-
 
@@ -160,10 +161,14 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((f for f in folders if checkpoint_step(f.name) > 0), key=lambda f: (checkpoint_step(f.name), f.name))
 
 
+def list_resumable(run: Path) -> list[Path]:
+    """Complete checkpoints of the run that training can go on from, by training step."""
+    return [f for f in list_checkpoints(run) if (f / TRAINER_STATE_FILE).is_file()]
+
+
 def last_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the highest step that training can go on from."""
-    checkpoints = [f for f in list_checkpoints(run) if (f / "trainer_state.json").is_file()]
-    return checkpoints[-1] if checkpoints else None
+    return next(reversed(list_resumable(run)), None)
 
 
 def list_models(run: Path) -> list[Path]:
@@ -231,6 +236,4 @@ def names_of_files(folder: Path, model_name: str) -> list[str]:
         raise InputError(
             f"{folder}: the name of {odd}.jsonl holds a line break or the like; rename it, or move it away"
         )
-    if model_name == "all":
-        return names
-    return [name for name in names if fnmatch.fnmatchcase(name, model_name)]
+    return [name for name in names if model_name == "all" or fnmatch.fnmatchcase(name, model_name)]

@@ -4,7 +4,7 @@ What the files of a run hold. They are checked as they are read, so that a fault
 Keys that a schema does not name are let through, as a step may record more than another one reads. Imports without torch.
 """
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator, with_config
 from typing_extensions import TypedDict  # Python 3.11's own tells pydantic too little
@@ -159,31 +159,26 @@ class PredictionInfo(Object):
     metrics: NotRequired[Annotated[Metrics, AfterValidator(_check_metrics)] | None]  # null until all is answered
 
 
-class JudgeIdentity(Object):
+class Criteria(Object):
     criteria: list[Text]
-
-
-class EvaluationInfo(Object):
-    identity: JudgeIdentity
 
 
 class Judges(Object):
     judge_model: Text | list[Text]  # several are a jury
 
 
-class JudgesInfo(Object):
-    """Beside evaluations, who judged."""
-
-    identity: Judges
-
-
-class ComparisonIdentity(Object):
+class Compared(Object):
     judge_model: Text
     models: Annotated[list[Text], Field(min_length=2, max_length=2)]
 
 
-class ComparisonInfo(Object):
-    identity: ComparisonIdentity
+Identity = TypeVar("Identity")
+
+
+class Judgements(Object, Generic[Identity]):
+    """Beside rows of step 4: who judged, what, by which criteria."""
+
+    identity: Identity
 
 
 class HumanRow(Object):
@@ -248,8 +243,9 @@ class BatchItem(Object):
 
 
 BATCH, BATCH_ITEM = TypeAdapter(Annotated[Batch, AfterValidator(_check_batch)]), TypeAdapter(BatchItem)
-INFO, PREDICTION_INFO, EVALUATION_INFO = TypeAdapter(Info), TypeAdapter(PredictionInfo), TypeAdapter(EvaluationInfo)
-JUDGES_INFO, COMPARISON_INFO = TypeAdapter(JudgesInfo), TypeAdapter(ComparisonInfo)
+INFO, PREDICTION_INFO = TypeAdapter(Info), TypeAdapter(PredictionInfo)
+EVALUATION_INFO, JUDGES_INFO = TypeAdapter(Judgements[Criteria]), TypeAdapter(Judgements[Judges])
+COMPARISON_INFO = TypeAdapter(Judgements[Compared])
 HUMAN_AGREEMENT = TypeAdapter(HumanAgreement)
 
 

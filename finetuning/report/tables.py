@@ -18,6 +18,7 @@ from finetuning.results import iterate_rows, prediction_hash, read_info
 from finetuning.runs import (
     EVALUATIONS,
     PREDICTIONS,
+    TRAINER_STATE_FILE,
     checkpoint_step,
     is_there,
     list_checkpoints,
@@ -307,7 +308,7 @@ def format_cells(summary: pd.DataFrame, intervals: bool = True) -> pd.DataFrame:
 
 def load_training_log(run: Path) -> pd.DataFrame:
     """Loss, grad_norm, learning_rate, tokens_per_second and the like by step, from the last checkpoint's log."""
-    states = [f / "trainer_state.json" for f in list_checkpoints(run) if is_there(f / "trainer_state.json")]
+    states = [f / TRAINER_STATE_FILE for f in list_checkpoints(run) if is_there(f / TRAINER_STATE_FILE)]
     if not states:
         return pd.DataFrame(columns=["step", "loss"])
     return pd.DataFrame(read_json(states[-1], TRAINING_LOG)["log_history"])

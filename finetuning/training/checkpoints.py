@@ -28,12 +28,11 @@ from transformers.trainer_pt_utils import safe_globals
 
 from finetuning.errors import InputError
 from finetuning.models.files import check_model_files, is_adapter, read_header
-from finetuning.runs import INCOMPLETE, checkpoint_step, list_checkpoints, read_json
+from finetuning.runs import INCOMPLETE, TRAINER_STATE_FILE, checkpoint_step, list_resumable, read_json
 from finetuning.schemas import TRAINER_STATE
 
 OPTIMIZER_FOLDER = "optimizer"
 METADATA_FILE = ".metadata"
-TRAINER_STATE_FILE = "trainer_state.json"
 SCHEDULER_FILE = "scheduler.pt"
 
 # Everything that torch's index of an optimizer state is made of, but the dtypes, which are constants of torch.
@@ -218,7 +217,7 @@ def check_weights(checkpoint: Path, shapes: dict[str, list[int]]) -> None:
 
 def delete_older_checkpoints(run: Path, save_total_limit: int | None) -> None:
     """Delete what of the run's own checkpoints is older than the newest `save_total_limit`; what was merged is left."""
-    saved = [folder for folder in list_checkpoints(run) if (folder / TRAINER_STATE_FILE).is_file()]
+    saved = list_resumable(run)
     for folder in saved[:-save_total_limit] if save_total_limit else []:
         (folder / INCOMPLETE).touch()  # whoever is killed while deleting leaves no half of a checkpoint
         shutil.rmtree(folder)

@@ -27,6 +27,7 @@ from finetuning.runs import (
     INCOMPLETE,
     PREFLIGHT_FILE,
     RUN_FILE,
+    TRAINER_STATE_FILE,
     checkpoint_step,
     last_checkpoint,
     read_json,
@@ -35,7 +36,6 @@ from finetuning.runs import (
 )
 from finetuning.schemas import TRAINED_RUN_RECORD
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.checkpoints import TRAINER_STATE_FILE
 from finetuning.wording import describe_differences
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "wandb")
