@@ -1,9 +1,8 @@
 """
 One model's answers over several ranks: the first one keeps the rows, the others write parts that it takes over.
 
-    rank 0    opens <model>.jsonl, finds the samples without a row  \\                     absorbs the parts, measures
-                                                                      answer their share  /
-    others    wait for these ids                                    /  in parts/<model>.<rank>.jsonl
+    rank 0    opens <model>.jsonl, and finds the samples without a row  |  answers its share,  |  takes over the parts,
+    others    wait for the ids of these samples                         |  and they theirs     |  measures all rows
 
 Without torchrun there is one rank, and the same code.
 """
@@ -52,7 +51,7 @@ def keep_rows(file: RowFile, model: ModelUnderTest, ids: set[str], all_ids: set[
         all_ids: Of all samples of the test split.
 
     Raises:
-        InputError: There are rows of samples that the test split does not have, or samples without a row at the end.
+        InputError: There are samples without a row at the end.
     """
     # metrics come when all is answered; until then step 5 says that this step has not finished
     file.write_info(path=model.path, seconds=file.info.get("seconds", 0.0), metrics=None)
@@ -80,6 +79,11 @@ def write_part(folder: Path, model: ModelUnderTest, answer: AnswerShare) -> None
 
 
 def find_missing(file: RowFile, ids: set[str], all_ids: set[str]) -> set[str]:
+    """Ids of the samples that have no row.
+
+    Raises:
+        InputError: There are rows of samples that the test split does not have any more.
+    """
     answered = {row["id"] for row in iterate_rows(file.path, PREDICTION)}
     if answered - all_ids:
         raise InputError(
