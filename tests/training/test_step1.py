@@ -206,7 +206,6 @@ def test_ranks_agree_on_who_loads_the_weights_and_save_all_of_them(tmp_path, fsd
     assert read_losses(tmp_path / "run")[1] == pytest.approx(read_losses(fsdp_run)[1], abs=1e-4)
 
 
-@pytest.mark.slow
 def test_a_model_of_another_kind_is_refused_before_anything_is_tokenised(tmp_path):
     model = shutil.copytree(MODEL, tmp_path / "model")
     BartConfig(d_model=8, vocab_size=1000, architectures=["BartForConditionalGeneration"]).save_pretrained(model)
@@ -227,7 +226,6 @@ def test_an_overwrite_that_cannot_load_its_model_leaves_the_run_as_it_was(copy_o
     assert (copy_of_run / "checkpoint-10" / "model.safetensors").is_file() and (copy_of_run / "run.json").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -248,7 +246,6 @@ def test_what_the_libraries_would_trip_over_is_one_line(tmp_path, arguments, mes
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_new_tokens_are_trained_saved_merged_and_shown(tmp_path):
     """Under LoRA and FSDP, which both would leave them untrained or lose them; the run goes on in one process."""
     data = tmp_path / "data"
@@ -318,7 +315,6 @@ fsdp_config:
 """
 
 
-@pytest.mark.slow
 def test_a_yaml_for_trl_0_8_trains_as_it_is(tmp_path):
     config = tmp_path / "old.yaml"
     config.write_text(OLD_YAML + f"output_dir: {tmp_path}/run\n")
@@ -336,7 +332,6 @@ def test_a_yaml_for_trl_0_8_trains_as_it_is(tmp_path):
         assert result.stdout.count(said) == 1, said
 
 
-@pytest.mark.slow
 def test_print_config_says_where_every_value_came_from(tmp_path):
     base, config = tmp_path / "base.yaml", tmp_path / "sub" / "mine.yaml"
     config.parent.mkdir()
@@ -354,14 +349,12 @@ def test_print_config_says_where_every_value_came_from(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_a_secret_under_another_key_is_refused_and_not_printed(tmp_path):
     secret = "hf_" + "a" * 34
     refused = train(tmp_path / "other", "--run_name", secret, check=False)
     assert refused.returncode == 2 and "run_name" in refused.stderr and secret not in refused.stderr + refused.stdout
 
 
-@pytest.mark.slow
 def test_training_ends_where_the_loss_is_no_number(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     with torch.no_grad():
