@@ -25,6 +25,30 @@ METRICS = {  # of a whole model, under the names that step 3 writes
     "length_ratio": MEASURES["length_ratio"],
     "mean_new_tokens": MEASURES["num_new_tokens"],
 }
+COUNTS = (
+    "samples",
+    "errors",
+    "judged",
+    "failed",
+    "coverage",
+    "seconds",
+    "cost",
+)  # columns of models that are no measure
+
+
+def criterion_column(criterion: str) -> str:
+    """The column of a criterion, which is no other column whatever the rubric calls it: names have no brackets."""
+    return f"judge[{criterion}]"
+
+
+def describe_measure(measure: str) -> tuple[str, int]:
+    """Title and decimals of a measure; a criterion of a judge is called as it is, unless another column is called so."""
+    named = {**JUDGED, **MEASURES}
+    if measure in named:
+        return named[measure]
+    title = measure.removeprefix("judge[").removesuffix("]").replace("_", " ")
+    is_taken = title in ("model", *COUNTS, *(title for title, _ in named.values()))
+    return f"{title} (criterion)" if is_taken else title, 2
 
 
 def format_metrics(infos: dict[str, dict]) -> pd.DataFrame:

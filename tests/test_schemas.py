@@ -14,7 +14,7 @@ from finetuning.errors import InputError
 from finetuning.report.__main__ import ScoreArguments, main
 from finetuning.report.opinions import load_opinions
 from finetuning.report.page import read_preflight
-from finetuning.report.tables import load_samples, load_training_log
+from finetuning.report.samples import load_samples, load_training_log
 from finetuning.report.verdict import decide
 from finetuning.results import RowFile, read_rows
 from finetuning.runs import find_run, read_run, to_json

@@ -28,7 +28,7 @@ import pandas as pd
 from finetuning.config.yaml_file import read_yaml
 from finetuning.errors import InputError, fail
 from finetuning.measures import print_table
-from finetuning.report.tables import load_predictions, load_training_log
+from finetuning.report.samples import load_predictions, load_training_log
 from finetuning.resampling import share_interval
 from finetuning.runs import PREFLIGHT_FILE, RUN_FILE, read_run, write_json
 

@@ -22,10 +22,13 @@ from finetuning.config.run_step import run_step
 from finetuning.errors import naming
 from finetuning.measures import print_table
 from finetuning.report.headline import build_headline
+from finetuning.report.opinion_sentences import say_opinions
 from finetuning.report.opinions import load_opinions
 from finetuning.report.page import write_report
-from finetuning.report.scores import choose_report_dir, find_baseline, find_runs, write_scores
-from finetuning.report.tables import format_table, load_runs, summarize
+from finetuning.report.samples import find_baseline, find_runs, load_runs
+from finetuning.report.scores import choose_report_dir, write_scores
+from finetuning.report.sentences import say_headline, say_verdict
+from finetuning.report.tables import format_table, summarize
 from finetuning.report.verdict import decide
 
 
@@ -55,9 +58,9 @@ def main(args: ScoreArguments) -> None:
     verdict = decide(samples, find_baseline(samples, args.baseline), args.holdout)
     opinions = load_opinions(runs, samples)
     headline = build_headline(verdict, summary, opinions.pairs)
-    print("\n".join(headline.say("en")))
+    print("\n".join(say_headline(headline)))
     print_table(format_table(summary))
-    print("\n".join([*verdict.sentences, *opinions.say("en", verdict)]))
+    print("\n".join([*say_verdict(verdict), *say_opinions(opinions, verdict)]))
     folder = choose_report_dir(runs, args.report_dir)
     with naming(folder):
         print(f"\nThe tables are in {write_scores(folder, samples, summary, headline, opinions)}")

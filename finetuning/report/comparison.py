@@ -1,7 +1,7 @@
 """
-Statistics of scores on the same samples: intervals, paired comparisons, what the samples cannot show. Imports without torch.
+Paired comparisons of scores on the same samples, and what the samples cannot show. Imports without torch.
 
-Nothing here knows what a score is of; tables of samples come from tables.py, sentences are in verdict.py.
+Nothing here knows what a score is of; tables of samples come from tables.py, sentences are in sentences.py.
 """
 
 import math
@@ -80,6 +80,11 @@ class Comparison:
     @property
     def is_clear(self) -> bool:
         return self.difference > 0 and self.is_shown
+
+    @property
+    def has_same_mean(self) -> bool:
+        """Whether the two have the same mean, but for the error of floats."""
+        return abs(self.difference) <= 1e-9
 
     def turned(self) -> "Comparison":
         """The same, seen from the other model."""

@@ -5,9 +5,8 @@ Colours are told apart in colour blindness (Okabe and Ito 2008), and lines and p
 Importing this registers a font with Korean glyphs, as a figure is drawn long after it was made.
 """
 
-import importlib.util
 import math
-from pathlib import Path
+from importlib.metadata import distribution
 
 import matplotlib
 import numpy as np
@@ -16,37 +15,22 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from finetuning.measures import JUDGED, MEASURES, ROUGE_COLUMNS
+from finetuning.measures import JUDGED, MEASURES, ROUGE_COLUMNS, describe_measure
 from finetuning.report.headline import Headline
-from finetuning.report.tables import describe_measure, measures_in
-from finetuning.report.verdict import WORDS as VERDICT_WORDS
-from finetuning.report.verdict import Verdict, say_samples
+from finetuning.report.tables import measures_in
+from finetuning.report.verdict import Verdict
+from finetuning.report.words import Words
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++", "oo"]
-MOST_POINTS = 3000  # of a scatter plot, which would only be darker with more
-MOST_COLORS = len(COLORS)  # models that can be told apart in one picture
-LONGEST_NAME = 32  # letters of a model's name beside an axis
-WORDS = {  # of the pictures that the page shows first
-    "en": {
-        "means": "{measure}: mean of {samples} with its 95 % interval",
-        "gains": "difference to {against}, hollow where not shown",
-        "better": "to the right: better",
-        "not ranked": "not ranked",
-    },
-    "ko": {
-        "means": "{measure}: {samples}의 평균과 95 % 구간",
-        "gains": "{against}과(와)의 차이 (빈 점: 차이가 있다고 할 수 없음)",
-        "better": "오른쪽: 더 나음",
-        "not ranked": "순위에 없음",
-    },
-}
-KOREAN_FONT = (
-    Path(*importlib.util.find_spec("koreanize_matplotlib").submodule_search_locations) / "fonts/NanumGothic.ttf"
-)
+MAX_POINTS = 3000  # of a scatter plot, which would only be darker with more
+MAX_COLORS = len(COLORS)  # models that can be told apart in one picture
+MAX_NAME = 32  # letters of a model's name beside an axis
+# the file is taken without importing the package, which would change the fonts of all figures
+KOREAN_FONT = distribution("koreanize-matplotlib").locate_file("koreanize_matplotlib/fonts/NanumGothic.ttf")
 
-font_manager.fontManager.addfont(KOREAN_FONT)
+font_manager.fontManager.addfont(str(KOREAN_FONT))
 matplotlib.rcParams["font.family"] = ["DejaVu Sans", "NanumGothic"]  # the second where the first lacks a glyph
 matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name is one
 
@@ -65,6 +49,11 @@ def _axes_in_a_row(number: int) -> tuple[Figure, list[Axes]]:
     return figure, list(np.atleast_1d(figure.subplots(1, number)))
 
 
+def _one_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
 def _errors(table: pd.DataFrame, measure: str) -> np.ndarray:
     """Lengths of error bars below and above the means; 0 where there is no interval."""
     mean = table[measure].to_numpy(dtype=float)
@@ -74,14 +63,13 @@ def _errors(table: pd.DataFrame, measure: str) -> np.ndarray:
 
 def _shorten(name: str) -> str:
     """A name that leaves room for the picture; its end is what tells checkpoints of a run apart."""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 3]}…{name[-2 * LONGEST_NAME // 3 :]}"
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 3]}…{name[-2 * MAX_NAME // 3 :]}"
 
 
 def _rows_of_models(names: list[str], title: str, x_label: str, use: str | None) -> tuple[Figure, Axes]:
     """An empty picture with one row a model from top to bottom, the one to use in a colour of its own."""
     height = 0.26 if len(names) < 15 else 0.2
-    figure = Figure(figsize=(5.2, 0.9 + height * max(3, len(names))), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _one_axes(5.2, 0.9 + height * max(3, len(names)))
     axes.set_yticks(range(len(names)), [_shorten(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     _style(axes, "", x_label)
@@ -92,25 +80,30 @@ def _rows_of_models(names: list[str], title: str, x_label: str, use: str | None)
     return figure, axes
 
 
+def _draw_interval(
+    axes: Axes, row: int, value: float, interval: tuple[float, float], is_used: bool, is_hollow: bool = False
+) -> None:
+    color = COLORS[1] if is_used else COLORS[0]
+    axes.plot(interval, [row, row], color=color, linewidth=1.6)
+    axes.plot(
+        value, row, "D" if is_used else "o", color=color, markersize=5, markerfacecolor="white" if is_hollow else color
+    )
+
+
 def plot_means(verdict: Verdict, headline: Headline, language: str = "en") -> Figure | None:
     """The mean of each model with its interval, by training step; None where nothing is ranked."""
     if not verdict.means:
         return None
     names = [*verdict.means, *verdict.unranked]
-    words = WORDS[language]
-    verdict_words = VERDICT_WORDS[language]
-    samples = say_samples(verdict.num_samples, verdict_words)
-    title = words["means"].format(measure=verdict_words[verdict.measure], samples=samples)
+    words = Words("plots", language)
+    title = words("means", measure=words(verdict.measure), samples=words.samples(verdict.num_samples))
     figure, axes = _rows_of_models(names, title, "", headline.use)
     for i in range(len(verdict.means), len(names)):
         axes.text(
-            0.01, i, words["not ranked"], transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="#57616b"
+            0.01, i, words("not ranked"), transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="#57616b"
         )
     for i, (name, mean) in enumerate(verdict.means.items()):
-        low, high = verdict.intervals[name]
-        color = COLORS[1] if name == headline.use else COLORS[0]
-        axes.plot([low, high], [i, i], color=color, linewidth=1.6)
-        axes.plot(mean, i, "D" if name == headline.use else "o", color=color, markersize=5)
+        _draw_interval(axes, i, mean, verdict.intervals[name], name == headline.use)
     return figure
 
 
@@ -122,20 +115,14 @@ def plot_gains(verdict: Verdict, headline: Headline, language: str = "en") -> Fi
     against = verdict.baseline or headline.use
     if against is None or len(verdict.means) < 2:
         return None
-    differences = {c.other: c.turned() for c in verdict.against(against)}
-    words = WORDS[language]
-    title = words["gains"].format(against=_shorten(against))
-    figure, axes = _rows_of_models(list(verdict.means), title, words["better"], headline.use)
+    words = Words("plots", language)
+    title = words("gains", against=_shorten(against))
+    figure, axes = _rows_of_models(list(verdict.means), title, words("better"), headline.use)
     axes.axvline(0, color="#444444", linewidth=1)
     for i, name in enumerate(verdict.means):
-        if name == against:
-            continue
-        c, color = differences[name], COLORS[1] if name == headline.use else COLORS[0]
-        axes.plot([c.low, c.high], [i, i], color=color, linewidth=1.6)
-        axes.plot(
-            c.difference, i, "D" if name == headline.use else "o", color=color, markersize=5,
-            markerfacecolor=color if c.is_shown else "white",
-        )  # fmt: skip
+        if name != against:
+            c = verdict.between(name, against)
+            _draw_interval(axes, i, c.difference, (c.low, c.high), name == headline.use, is_hollow=not c.is_shown)
     return figure
 
 
@@ -182,10 +169,9 @@ def plot_criteria(summary: pd.DataFrame) -> Figure | None:
     if not criteria:
         return None
     title, titles = "judge, mean score of each criterion (1 to 10)", [describe_measure(c)[0] for c in criteria]
-    if len(summary) > MOST_COLORS:
+    if len(summary) > MAX_COLORS:
         return _plot_criteria_as_table(summary, criteria, title, titles)
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _one_axes(10, 3.2)
     width = 0.8 / len(summary)
     for i, (name, row) in enumerate(summary.iterrows()):
         places = np.arange(len(criteria)) + (i - (len(summary) - 1) / 2) * width
@@ -205,8 +191,7 @@ def plot_criteria(summary: pd.DataFrame) -> Figure | None:
 
 
 def _plot_criteria_as_table(summary: pd.DataFrame, criteria: list[str], title: str, titles: list[str]) -> Figure:
-    figure = Figure(figsize=(2.4 + 1.1 * len(criteria), 1 + 0.26 * len(summary)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _one_axes(2.4 + 1.1 * len(criteria), 1 + 0.26 * len(summary))
     means = summary[criteria].to_numpy(dtype=float)
     axes.imshow(means, cmap="Blues", vmin=1, vmax=16, aspect="auto")  # light enough for black figures
     for (i, j), mean in np.ndenumerate(means):
@@ -246,18 +231,16 @@ def plot_training(logs: dict[str, pd.DataFrame]) -> Figure | None:
 
 def plot_differences(samples: pd.DataFrame, verdict: Verdict) -> Figure | None:
     """Differences of the best model to each other one, sample by sample; None where there is nothing to compare."""
-    others = [c.other for c in verdict.against(verdict.best)] if verdict.best is not None else []
-    if not others:
+    best = verdict.best
+    if best is None or not verdict.comparisons:
         return None
-    table = samples.pivot(index="id", columns="model", values=verdict.measure)[[verdict.best, *others]].dropna()
-    figure = Figure(
-        figsize=(8.4, 1.2 + (0.55 if len(others) < MOST_COLORS else 0.3) * len(others)), layout="constrained"
-    )
-    axes = figure.subplots()
+    others = [c.other for c in verdict.against(best)]
+    table = samples.pivot(index="id", columns="model", values=verdict.measure)[[best, *others]].dropna()
+    figure, axes = _one_axes(8.4, 1.2 + (0.55 if len(others) < MAX_COLORS else 0.3) * len(others))
     rng = np.random.default_rng(0)
     for i, other in enumerate(others):
-        differences = (table[verdict.best] - table[other]).to_numpy(dtype=float)
-        shown = differences if len(differences) <= MOST_POINTS else rng.choice(differences, MOST_POINTS, replace=False)
+        differences = (table[best] - table[other]).to_numpy(dtype=float)
+        shown = differences if len(differences) <= MAX_POINTS else rng.choice(differences, MAX_POINTS, replace=False)
         axes.plot(shown, i + rng.uniform(-0.28, 0.28, len(shown)), ".", color=COLORS[0], alpha=0.35, markersize=4)
         axes.boxplot(
             differences, positions=[i], orientation="horizontal", widths=0.6, showfliers=False,
@@ -266,10 +249,8 @@ def plot_differences(samples: pd.DataFrame, verdict: Verdict) -> Figure | None:
     axes.axvline(0, color="#444444", linewidth=1)
     axes.set_yticks(range(len(others)), [_shorten(name) for name in others])
     axes.invert_yaxis()
-    title, _ = describe_measure(verdict.measure)
-    _style(
-        axes, f"{_shorten(verdict.best)} minus another model, {title} of each sample", "to the right: the better answer"
-    )
+    title = f"{_shorten(best)} minus another model, {describe_measure(verdict.measure)[0]} of each sample"
+    _style(axes, title, "to the right: the better answer")
     return figure
 
 
@@ -283,12 +264,11 @@ def plot_lengths(samples: pd.DataFrame, headline: Headline) -> Figure | None:
     if known.empty:
         return None
     named = list(known["model"].unique())
-    if len(named) > MOST_COLORS:
+    if len(named) > MAX_COLORS:
         named = [name for name in named if name in (headline.use, headline.verdict.baseline)]
-    if len(known) > MOST_POINTS:
-        known = known.sample(MOST_POINTS, random_state=0)
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    axes = figure.subplots()
+    if len(known) > MAX_POINTS:
+        known = known.sample(MAX_POINTS, random_state=0)
+    figure, axes = _one_axes(8.4, 3.4)
     others = known[~known["model"].isin(named)]
     if len(others):
         axes.plot(

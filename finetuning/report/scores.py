@@ -3,28 +3,19 @@ The tables of step 5 as files: CSV and JSON, for other tools. Imports without to
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
-from finetuning.errors import InputError
 from finetuning.report.headline import Headline
+from finetuning.report.opinion_sentences import say_opinions
 from finetuning.report.opinions import Opinions
-from finetuning.report.tables import criteria_of
-from finetuning.runs import find_run, write_json, write_whole
+from finetuning.report.samples import criteria_of
+from finetuning.report.sentences import say_headline, say_verdict
+from finetuning.runs import write_json, write_whole
 
 SCORES = "scores"
-
-
-def find_runs(output_dirs: str | Sequence[str] | None) -> list[Path]:
-    """The folders of one or several runs; None is the newest one."""
-    if output_dirs is None or isinstance(output_dirs, str):
-        return [find_run(output_dirs)]
-    if not output_dirs:
-        raise InputError("output_dirs is empty; name a run, or None for the newest one")
-    return [find_run(output_dir) for output_dir in output_dirs]
 
 
 def choose_report_dir(runs: list[Path], report_dir: str | None = None) -> Path:
@@ -34,19 +25,6 @@ def choose_report_dir(runs: list[Path], report_dir: str | None = None) -> Path:
     if len(runs) == 1:
         return runs[0]
     return Path(os.path.commonpath([run.resolve().parent for run in runs]))
-
-
-def find_baseline(samples: pd.DataFrame, baseline: str) -> str:
-    """The baseline's name in a table of several runs, whose models have the run's name in front: the first that fits.
-
-    Raises:
-        InputError: There is no such model, and it is not the default one.
-    """
-    models = list(samples["model"].unique())
-    found = [name for name in models if name == baseline or name.endswith(f"/{baseline}")]
-    if not found and baseline != "base":
-        raise InputError(f"baseline: no answers of `{baseline}`; there are those of {', '.join(models)}")
-    return found[0] if found else baseline
 
 
 def write_scores(
@@ -68,8 +46,8 @@ def write_scores(
             (folder / f"{name}.csv").unlink(missing_ok=True)
     content = {
         "use": headline.use,
-        "headline": headline.say("en"),
-        "headline_ko": headline.say("ko"),
+        "headline": say_headline(headline, "en"),
+        "headline_ko": say_headline(headline, "ko"),
         "best": verdict.best,
         "measure": verdict.measure,
         "baseline": verdict.baseline,
@@ -77,10 +55,10 @@ def write_scores(
         "num_samples": verdict.num_samples,
         "means": verdict.means,
         "unranked": verdict.unranked,
-        "sentences": verdict.say("en"),
-        "sentences_ko": verdict.say("ko"),
-        "judges_and_people": opinions.say("en", verdict),
-        "judges_and_people_ko": opinions.say("ko", verdict),
+        "sentences": say_verdict(verdict, "en"),
+        "sentences_ko": say_verdict(verdict, "ko"),
+        "judges_and_people": say_opinions(opinions, verdict, "en"),
+        "judges_and_people_ko": say_opinions(opinions, verdict, "ko"),
     }
     write_json(folder / "verdict.json", content)
     return folder

@@ -25,7 +25,7 @@ from finetuning.judge.batch_files import (
     write_batches,
 )
 from finetuning.judge.form import Evaluation
-from finetuning.report.tables import load_samples
+from finetuning.report.samples import load_samples
 
 pytestmark = pytest.mark.slow
 STEP = "4_openai_test.py"

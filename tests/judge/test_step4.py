@@ -18,7 +18,7 @@ from judge_servers import StubJudge, evaluation, serve, start_llama_server
 
 from finetuning.interrupts import SoftStop
 from finetuning.judge.form import Evaluation
-from finetuning.report.tables import load_samples
+from finetuning.report.samples import load_samples
 from finetuning.results import iterate_rows, read_rows
 
 CRITERIA = list(Evaluation.model_fields)

@@ -12,7 +12,7 @@ from conftest import make_run
 from judge_runs import ANSWERS, evaluations, judge
 from judge_servers import StubJudge, completion, evaluation, serve, start_llama_server
 
-from finetuning.report.tables import load_samples
+from finetuning.report.samples import load_samples
 from finetuning.results import read_rows
 
 

@@ -16,20 +16,16 @@ from large_run import add_all_kinds_of_rows, write_run
 from finetuning.agreement import measure_jury
 from finetuning.errors import InputError
 from finetuning.judge.form import Evaluation
-from finetuning.report.__main__ import ScoreArguments, find_runs, main
+from finetuning.measures import criterion_column, describe_measure
+from finetuning.report.__main__ import ScoreArguments, main
 from finetuning.report.headline import build_headline
+from finetuning.report.opinion_sentences import say_opinions
 from finetuning.report.opinions import load_opinions
-from finetuning.report.page import build_rows
+from finetuning.report.page_tables import build_models
 from finetuning.report.plots import plot_criteria
-from finetuning.report.tables import (
-    criterion_column,
-    describe_measure,
-    format_comparisons,
-    format_table,
-    load_runs,
-    load_samples,
-    summarize,
-)
+from finetuning.report.samples import find_runs, load_runs, load_samples
+from finetuning.report.sentences import say_headline, say_verdict
+from finetuning.report.tables import format_comparisons, format_table, summarize
 from finetuning.report.verdict import choose_measure, decide, find_lacking, is_held_out
 from finetuning.results import RowFile, prediction_hash, read_rows
 from finetuning.wording import say_number, say_p, say_share
@@ -95,7 +91,7 @@ def verdict_of(run_dir, **settings):
 def test_without_a_judge_rouge_decides(run_dir):
     verdict = verdict_of(run_dir)
     assert (verdict.best, verdict.measure) == ("checkpoint-10", "rouge1")
-    assert "nothing was judged" in verdict.sentences[0] and "심사된 것이 없기" in verdict.say("ko")[0]
+    assert "nothing was judged" in say_verdict(verdict)[0] and "심사된 것이 없기" in say_verdict(verdict, "ko")[0]
 
 
 def test_a_model_with_few_judgements_is_shown_and_not_ranked(run_dir):
@@ -104,7 +100,7 @@ def test_a_model_with_few_judgements_is_shown_and_not_ranked(run_dir):
     verdict = verdict_of(run_dir)
     assert (verdict.best, verdict.measure, list(verdict.means)) == ("checkpoint-9", "overall", ["base", "checkpoint-9"])
     expected = "checkpoint-10 is shown but not ranked: only 90% of its answers have a judgement, under 95%."
-    assert expected in verdict.sentences
+    assert expected in say_verdict(verdict)
     table = format_table(summarize(load_samples(run_dir)))
     assert table.loc["checkpoint-10", "coverage"] == "90% (not ranked)" and table.loc["base", "coverage"] == "100%"
 
@@ -120,18 +116,18 @@ def test_the_judge_decides_where_all_are_judged(run_dir):
     for name, mean in (("base", 2), ("checkpoint-9", 8), ("checkpoint-10", 8)):
         add_evaluations(run_dir, name, [int(s) for s in np.clip(rng.normal(mean, 1, 20).round(), 1, 10)])
     verdict = verdict_of(run_dir)
-    text = " ".join(verdict.sentences)
+    text = " ".join(say_verdict(verdict))
     assert verdict.measure == "overall" and f"{verdict.best} is better than base by" in text and "points of 10" in text
     assert "these samples do not show that it is better than checkpoint-" in text
     assert re.search(r"With 20 samples, nothing under about \d\.\d\d points of 10 could be seen", text)
     assert "adjusted for all 3 comparisons" in text and "chosen on the same 20 samples" in text
-    assert all(re.search("[가-힣]", sentence) for sentence in verdict.say("ko"))
+    assert all(re.search("[가-힣]", sentence) for sentence in say_verdict(verdict, "ko"))
 
 
 def test_models_are_ranked_on_the_samples_that_all_have(tmp_path):
     run_dir = make_run(tmp_path / "run", {"checkpoint-9": FAIR, "checkpoint-10": GOOD[:5]})
     expected = "Compared on the 5 samples that every ranked model has a score of; left out: 15 samples."
-    assert expected in verdict_of(run_dir).sentences
+    assert expected in say_verdict(verdict_of(run_dir))
 
 
 def test_prompts_without_an_answer_do_not_lower_the_coverage(tmp_path):
@@ -143,7 +139,7 @@ def test_prompts_without_an_answer_do_not_lower_the_coverage(tmp_path):
 def test_every_model_is_compared_with_the_baseline(run_dir):
     verdict = verdict_of(run_dir, baseline="checkpoint-9")
     assert {(c.better, c.other) for c in verdict.against("checkpoint-9")} == {("checkpoint-9", "base"), ("checkpoint-9", "checkpoint-10")}  # fmt: skip
-    assert any(s.startswith("Against checkpoint-9: base is worse (difference -0.") for s in verdict.sentences)
+    assert any(s.startswith("Against checkpoint-9: base is worse (difference -0.") for s in say_verdict(verdict))
     table = format_comparisons(verdict)
     assert len(table) == 3 and table["shown"].tolist() == ["yes", "yes", "yes"]
 
@@ -155,21 +151,21 @@ def test_with_a_holdout_the_best_is_chosen_on_other_samples_than_it_is_reported_
     assert 0 < len(ids) < 20 and (verdict.num_samples, verdict.num_chosen_on) == (len(ids), 20 - len(ids))
     reported = samples[(samples["model"] == "checkpoint-9") & samples["id"].isin(ids)]
     assert verdict.means["checkpoint-9"] == pytest.approx(reported["rouge1"].mean())
-    assert any("had no part in it" in sentence for sentence in verdict.sentences)
-    assert not any("same 20 samples" in sentence for sentence in verdict.sentences)
+    assert any("had no part in it" in sentence for sentence in say_verdict(verdict))
+    assert not any("same 20 samples" in sentence for sentence in say_verdict(verdict))
 
 
 def test_many_models_are_summed_up(tmp_path):
     models = {"base": POOR, **{f"checkpoint-{i}": FAIR for i in range(1, 8)}, "checkpoint-9": GOOD}
     verdict = verdict_of(make_run(tmp_path / "run", models))
-    assert any(re.search(r"worse in 0 of 20\) and 5 others\.$", sentence) for sentence in verdict.sentences)
-    assert any("of the 7 other models: 7 better, 0 worse, 0 not" in sentence for sentence in verdict.sentences)
-    assert max(map(len, verdict.sentences)) < 600
+    assert any(re.search(r"worse in 0 of 20\) and 5 others\.$", sentence) for sentence in say_verdict(verdict))
+    assert any("of the 7 other models: 7 better, 0 worse, 0 not" in sentence for sentence in say_verdict(verdict))
+    assert max(map(len, say_verdict(verdict))) < 600
 
 
 def test_equal_answers_are_said_to_be_equal(tmp_path):
     verdict = verdict_of(make_run(tmp_path / "run", {"base": GOOD, "checkpoint-9": GOOD}))
-    assert any("have the same score on every sample" in sentence for sentence in verdict.sentences)
+    assert any("have the same score on every sample" in sentence for sentence in say_verdict(verdict))
 
 
 def test_rouge_and_the_judge_are_correlated_within_models(run_dir):
@@ -180,7 +176,7 @@ def test_rouge_and_the_judge_are_correlated_within_models(run_dir):
     its = samples[samples["model"] == "checkpoint-9"]  # all answers of the others have the same score
     expected = scipy.stats.spearmanr(its["rouge1"], its["overall"]).statistic
     assert verdict.agreement.value == pytest.approx(expected)
-    found = next(sentence for sentence in verdict.sentences if "Within each model" in sentence)
+    found = next(sentence for sentence in say_verdict(verdict) if "Within each model" in sentence)
     assert f"a rank correlation of {expected:.2f}" in found and "20 answers" in found
 
 
@@ -200,14 +196,15 @@ def sentences(models, baseline="base", holdout=0.0, **columns):
     ]  # fmt: skip
     samples = pd.DataFrame(rows).astype({"rouge1": float, "chrf": float, "overall": float})
     verdict = decide(samples, baseline, holdout)
-    assert len(verdict.say("ko")) == len(verdict.say("en"))
+    assert len(say_verdict(verdict, "ko")) == len(say_verdict(verdict, "en"))
     stopped = pd.DataFrame({"stopped": 1.0}, index=list(models))
-    headlines = [build_headline(verdict, stopped, []).say(language) for language in ("en", "ko")]
-    for sentence in (*verdict.say("en"), *verdict.say("ko"), *headlines[0], *headlines[1]):
+    headline = build_headline(verdict, stopped, [])
+    headlines = [say_headline(headline, language) for language in ("en", "ko")]
+    for sentence in (*say_verdict(verdict, "en"), *say_verdict(verdict, "ko"), *headlines[0], *headlines[1]):
         assert "nan" not in sentence and "{" not in sentence and "-0.000" not in sentence
         assert not re.search(r"\b1 (samples|others|answers|of the other models are)|\b0\.000 (more|less)", sentence)
     verdict.headline = headlines[0][0]
-    return verdict, " ".join(verdict.sentences)
+    return verdict, " ".join(say_verdict(verdict))
 
 
 def test_a_chosen_model_that_is_worse_on_the_held_out_samples_is_said_to_be():
@@ -401,15 +398,15 @@ def test_the_first_line_says_which_model_to_use(run_dir, scores, english, korean
     for name, its_scores in zip(("base", "checkpoint-9", "checkpoint-10"), scores, strict=True):
         add_evaluations(run_dir, name, its_scores)
     headline = headline_of(run_dir)
-    first, reason, *_ = headline.say("en")
-    assert first == english and f" {headline.use}" in first and korean in headline.say("ko")[0]
+    first, reason, *_ = say_headline(headline)
+    assert first == english and f" {headline.use}" in first and korean in say_headline(headline, "ko")[0]
     other = "checkpoint-9" if headline.use == "base" else "base"
     expected = rf"The judge's overall score: {headline.use} has a mean of \d\.\d\d points of 10 \(95 % .* on 20 samples; .*{other}"
     assert re.match(expected, reason) or headline.use == "base"
 
 
 def test_the_reason_says_how_sure_the_difference_is(run_dir):
-    first, reason = headline_of(run_dir).say("en")
+    first, reason = say_headline(headline_of(run_dir))
     assert first == "Use checkpoint-10: better than every other model"
     assert reason.startswith(
         "ROUGE-1, as nothing was judged: checkpoint-10 has a mean of 1.000 (95 % 1.000 to 1.000) on 20 samples; that is"
@@ -422,7 +419,7 @@ def test_the_reason_says_how_sure_the_difference_is(run_dir):
     [({"checkpoint-9": GOOD}, "Use checkpoint-9: the only model with answers"), ({"base": [None] * 3}, "No model can be named")],
 )  # fmt: skip
 def test_the_first_line_where_there_is_nothing_to_compare(tmp_path, models, expected):
-    lines = headline_of(make_run(tmp_path / "run", models)).say("en")
+    lines = say_headline(headline_of(make_run(tmp_path / "run", models)))
     assert lines[0] == expected and len(lines) == 2 and lines[1].endswith(".")
 
 
@@ -434,17 +431,19 @@ def test_a_choice_that_the_held_out_samples_contradict_is_not_used(run_dir):
     num = sum(held_out)
     headline = headline_of(run_dir, holdout=0.5)
     assert (
-        headline.say("en")[0]
+        say_headline(headline)[0]
         == f"Use checkpoint-9: base, chosen on {20 - num} samples, is worse than it on the other {num} samples"
     )
-    lines = headline_of(run_dir, holdout=0.5, baseline="checkpoint-9").say("en")
+    lines = say_headline(headline_of(run_dir, holdout=0.5, baseline="checkpoint-9"))
     assert lines[0] == f"Keep checkpoint-9: base, chosen on {20 - num} samples, is worse on the other {num} samples"
 
 
 def test_a_model_that_does_not_stop_is_used_with_a_warning(run_dir):
     path = run_dir / "predictions" / "checkpoint-10.jsonl"
     path.write_text(path.read_text().replace('"stop"', '"length"', 5))
-    assert headline_of(run_dir).say("en")[2].startswith("Only 75% of the answers of checkpoint-10 ended by themselves")
+    assert say_headline(headline_of(run_dir))[2].startswith(
+        "Only 75% of the answers of checkpoint-10 ended by themselves"
+    )
 
 
 # --- Judges and people ------------------------------------------------------------------------------------------------
@@ -511,7 +510,7 @@ def test_what_was_said_of_answers_that_have_changed_does_not_count(full_run):
     opinions = load_opinions([full_run], samples)
     assert opinions.pairs[0].counts.num_pairs == 0 and set(opinions.jury["model"]) == {"base", "checkpoint-2"}
     assert len(opinions.scores) == 12 and opinions.num_changed == 12
-    said = opinions.say("en", decide(samples))
+    said = say_opinions(opinions, decide(samples))
     assert "No pair of answers of checkpoint-1 and checkpoint-2 was judged in both orders." in said
     assert "Scores of people of answers that have changed since, which are left out: 12." in said
 
@@ -540,7 +539,7 @@ def test_a_preference_side_by_side_decides_where_the_scores_do_not(full_run):
     ].tolist()
     pairs = load_opinions([full_run], samples).pairs
     pairs[0].first, pairs[0].second = "checkpoint-2", "checkpoint-1"
-    lines = build_headline(decide(samples), summarize(samples), pairs).say("en")
+    lines = say_headline(build_headline(decide(samples), summarize(samples), pairs))
     assert lines[0] == "Use checkpoint-2: the scores cannot tell it from checkpoint-1, and side by side it is preferred"
     assert "Side by side, strict prefers checkpoint-2 to checkpoint-1" in lines[1]
 
@@ -578,12 +577,12 @@ def test_a_criterion_can_have_the_name_of_any_column(run_dir):
     summary = summarize(load_samples(run_dir))
     table = format_table(summary)
     assert table.columns.is_unique and table.loc["base", "tokens"].startswith("5.0")
-    titles, rows = build_rows(summary)
-    assert titles == list(table) and len(titles) == len(rows[0]["cells"])
-    found = dict(zip(titles, rows[0]["cells"], strict=True))
+    _, titles, rows = build_models(summary, use=None)
+    assert titles == ["model", *table] and len(titles) == len(rows[0].cells)
+    found = dict(zip(titles, rows[0].cells, strict=True))
     for i, criterion in enumerate(criteria):
         title = describe_measure(criterion_column(criterion))[0]
-        assert title.startswith(criterion.replace("_", " ")) and found[title]["number"] == 1 + i % 10
+        assert title.startswith(criterion.replace("_", " ")) and found[title].number == 1 + i % 10
     assert plot_criteria(summary) is not None
 
 
@@ -687,7 +686,7 @@ def test_tables_are_printed_and_written_for_other_tools(run_dir):
     assert len(pd.read_csv(run_dir / "scores" / "comparisons.csv")) == 3
     assert len(pd.read_csv(run_dir / "scores" / "samples.csv")) == 60
     verdict = json.loads((run_dir / "scores" / "verdict.json").read_text())
-    assert verdict["best"] == decide(samples).best and verdict["sentences"] == decide(samples).sentences
+    assert verdict["best"] == decide(samples).best and verdict["sentences"] == say_verdict(decide(samples))
 
 
 @pytest.mark.slow
