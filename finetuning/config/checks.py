@@ -107,17 +107,14 @@ def limits_of(kind: type) -> dict[str, Limits]:
     return own | dict(getattr(kind, "LIMITS", {}))
 
 
-def find_faults(kinds: Iterable[type], values: Mapping[str, Any]) -> list[Fault]:
+def find_faults(kinds: Sequence[type], values: Mapping[str, Any]) -> list[Fault]:
     """What is out of its limits or contradicts something else in the arguments of a step.
 
     Args:
         kinds: The classes of these arguments.
-        values: Any of their values by key; keys that are missing are not looked at.
-
-    Returns:
-        All faults. A key that is out of its limits has no part in the rules.
+        values: Any of their values by key. Rules about missing keys are left out, as are those about keys that are out
+            of their limits.
     """
-    kinds = list(kinds)
     limits = {key: limit for kind in kinds for key, limit in limits_of(kind).items()}
     numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     faulty = {k: text for k, v in numbers.items() if (text := limits.get(k, Limits()).find_fault(v)) is not None}

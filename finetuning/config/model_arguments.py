@@ -27,8 +27,8 @@ class ModelArguments(ModelConfig, Checked):
 
     dtype: str | None = argument(
         None,
-        "dtype of the weights while training. Unset: float32 for full fine-tuning (bf16 or fp16 mixed precision computes "
-        "in the lower one), the compute dtype for the frozen base of LoRA.",
+        "dtype of the weights while training. Unset: float32 for full fine-tuning (bf16 or fp16 mixed precision "
+        "computes in the lower one), the compute dtype for the frozen base of LoRA.",
         ["auto", "bfloat16", "float16", "float32"],
     )
 

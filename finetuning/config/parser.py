@@ -1,8 +1,8 @@
 """
-Reads the arguments of a step from YAML files and the command line, and finds everything that is wrong with them at once.
+Reads the arguments of a step from YAML files and the command line, and finds all that is wrong with them at once.
 
-The command line goes over the files. Keys that older versions of trl and transformers used are understood, and the new name
-is printed. Imports without torch.
+The command line goes over the files. Keys that older versions of trl and transformers used are understood, and the new
+name is printed. Imports without torch.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from finetuning.ranks import print_main
 COMMAND_LINE = "command line"
 # variables that Python, its libraries or the launcher read when they start, which is before any YAML is read
 READ_AT_START = re.compile(
-    r"(HF|HUGGINGFACE|TRANSFORMERS|XDG|OMP|GOMP|KMP|MKL|OPENBLAS|NUMEXPR|PYTHON|LD|MPL|TORCHELASTIC|TORCHINDUCTOR|TRITON)[A-Z_]*"
-    r"|TORCH_LOGS|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|PATH|TMPDIR"
+    r"(HF|HUGGINGFACE|TRANSFORMERS|XDG|OMP|GOMP|KMP|MKL|OPENBLAS|NUMEXPR|PYTHON|LD|MPL|TORCHELASTIC|TORCHINDUCTOR"
+    r"|TRITON)[A-Z_]*|TORCH_LOGS|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|PATH|TMPDIR"
 )
 NO_SECRETS = "a token or key does not belong in a file; delete it, and export HF_TOKEN, WANDB_API_KEY or OPENAI_API_KEY"
 
@@ -86,7 +86,7 @@ class Parser(TrlParser):
         self.problems.append(Problem(source, key, text, meant))
 
     def parse_args_and_config(self, args: list[str] | None = None) -> tuple:
-        """The arguments, an object of each dataclass. Ends the process with status 2 where anything is wrong with them."""
+        """An object of each dataclass; ends the process with status 2 where anything is wrong with the arguments."""
         given = sys.argv[1:] if args is None else args
         words = [part for arg in given for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         config = _find_config(words)

@@ -1,5 +1,5 @@
 """
-Arguments of dataclasses on a command line without trl, for a machine that only judges and scores (requirements-judge.txt).
+A command line of dataclasses without trl, for a machine that only judges and scores (requirements-judge.txt).
 
 It takes what TrlParser takes of the dataclasses of steps 4 and 5; a test holds their arguments against each other.
 """
@@ -14,7 +14,7 @@ TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 
 
 class PlainParser(argparse.ArgumentParser):
-    """A parser with an argument for each field: texts, numbers, switches, and lists of them, each None where it may be."""
+    """A parser with an argument for each field: texts, numbers, switches and lists, each None where it may be."""
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)

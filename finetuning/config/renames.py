@@ -125,8 +125,9 @@ def is_old_fsdp_config(value) -> bool:
 
 RENAMED = {
     "model_name": "model_name_or_path", "model_id": "model_name_or_path", "torch_dtype": "dtype",
-    "dataset_path": "dataset_name", "dataset_train_name": "dataset_train_split", "dataset_test_name": "dataset_test_split",
-    "max_seq_length": "max_length", "max_seq_len": "max_length", "evaluation_strategy": "eval_strategy",
+    "dataset_path": "dataset_name", "dataset_train_name": "dataset_train_split",
+    "dataset_test_name": "dataset_test_split", "max_seq_length": "max_length", "max_seq_len": "max_length",
+    "evaluation_strategy": "eval_strategy",
     "per_gpu_train_batch_size": "per_device_train_batch_size", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "no_cuda": "use_cpu", "use_liger": "use_liger_kernel", "torchdynamo": "torch_compile_backend",
     "push_to_hub_model_id": "hub_model_id",
@@ -159,7 +160,9 @@ RENAMES = {
     **{old: renamed(new) for old, new in RENAMED.items()},
     **{key: gone(reason) for reason, keys in GONE.items() for key in keys},
     **{key: gone(FSDP1, "fsdp_config") for key in FSDP1_KEYS},
-    "gradient_checkpointing": renamed("activation_checkpointing", "; auto, its default, turns it on where memory needs it"),
+    "gradient_checkpointing": renamed(
+        "activation_checkpointing", "; auto, its default, turns it on where memory needs it"
+    ),
     "use_flash_attention_2": switch("attn_implementation", "flash_attention_2"),
     "use_flash_attn": switch("attn_implementation", "flash_attention_2"),
     "group_by_length": switch("train_sampling_strategy", "group_by_length"),

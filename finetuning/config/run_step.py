@@ -42,8 +42,8 @@ def run_step(
         if error.errno not in UNWRITABLE:
             raise
         fail(
-            f"{error.filename or 'a file that this step writes'}: {error.strerror}. What stood there still does: make room, or give permission or another place, and start "
-            "the same command again"
+            f"{error.filename or 'a file that this step writes'}: {error.strerror}. What stood there still does: make "
+            "room, or give permission or another place, and start the same command again"
         )
     except KeyboardInterrupt as stop:
         if is_main_process():

@@ -25,7 +25,8 @@ class TrainingKeys(Checked):
     }  # fmt: skip
     RULES = (
         *OUTPUT_DIR,
-        refuse(lambda learning_rate: learning_rate > 1, "learning_rate: {learning_rate} cannot learn; write it as 2e-5"),
+        refuse(lambda learning_rate: learning_rate > 1,
+               "learning_rate: {learning_rate} cannot learn; write it as 2e-5"),
         refuse(lambda max_steps: max_steps < 1 and max_steps != -1,
                "max_steps: must be at least 1, or -1 for epochs, got {max_steps}"),
         refuse(lambda num_train_epochs, max_steps: max_steps == -1 and num_train_epochs > 100_000,
@@ -55,7 +56,8 @@ class TrainingKeys(Checked):
         refuse(lambda load_best_model_at_end: load_best_model_at_end,
                "load_best_model_at_end has no use here, step 5 chooses the checkpoint; remove it"),
         refuse(lambda model_init_kwargs: model_init_kwargs is not None,
-               "model_init_kwargs is not used here; dtype, attn_implementation and model_revision are keys of their own"),
+               "model_init_kwargs is not used here; dtype, attn_implementation and model_revision are keys of their "
+               "own"),
         refuse(lambda deepspeed: deepspeed is not None,
                "deepspeed is not used here, FSDP2 shards; write fsdp: true instead"),
         refuse(lambda dataset_kwargs: dataset_kwargs is not None,

@@ -18,7 +18,8 @@ UNWRITABLE = re.compile("[\x00\ud800-\udfff]")  # no file and no tokenizer takes
 # what YAML 1.1 reads as another number than the one that stands there: 010 is 8, and 1:30 is 90
 TRAP = re.compile(r"[-+]?0[0-7_]+|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 NAMES = {
-    bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list of texts", dict: "a mapping",
+    bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list of texts",
+    dict: "a mapping",
 }  # fmt: skip
 _UNFIT = object()  # stands for a value that is not of a type
 
@@ -26,8 +27,8 @@ _UNFIT = object()  # stands for a value that is not of a type
 def convert(setting: Setting, field: dataclasses.Field, hint) -> object:
     """The value as the type of its key.
 
-    A number or a date under a text key is the text that stands in the file (`model_revision: 1.0`), a text under a key of
-    a list is a list of it, and `1e3` is an integer; everything else must have the type already.
+    A number or a date under a text key is the text that stands in the file (`model_revision: 1.0`), a text under a key
+    of lists is a list of one, and `1e3` is an integer; everything else must have the type already.
 
     Raises:
         ValueError: It has not; the text says what is needed.
