@@ -88,7 +88,7 @@ def _estimate_within_models(statistic: Callable, first: np.ndarray, second: np.n
 
 
 def _mean_within_models(statistic: Callable, first: np.ndarray, second: np.ndarray) -> tuple[float, int]:
-    """The mean over the models, and the number of scores that it is from; a model of few or of equal scores has none."""
+    """The mean over the models, and the number of scores that it is of; a model of few or of equal scores has none."""
     total, num_scores = 0.0, 0
     for model in range(first.shape[1]):
         x, y = first[:, model], second[:, model]
@@ -166,8 +166,8 @@ def measure_against_people(pairs: list[tuple[str, str, float, float]]) -> dict[s
     """Agreement of the judge with people within each model.
 
     Args:
-        pairs: (model, id of the sample, the judge's score, a person's) for each answer that has both; several people may
-            have scored an answer.
+        pairs: (model, id of the sample, the judge's score, a person's) for each answer that has both; several people
+            may have scored an answer.
 
     Returns:
         spearman, kendall (tau-b) and kappa (quadratic weights).

@@ -1,5 +1,7 @@
 """
-What is measured of answers: its title and decimals in every table, and the tables of steps 3 and 5 in print. Imports without torch.
+What is measured of answers: its title and decimals in every table, and the tables of steps 3 and 5 in print.
+
+Imports without torch.
 """
 
 import pandas as pd
@@ -42,7 +44,7 @@ def criterion_column(criterion: str) -> str:
 
 
 def describe_measure(measure: str) -> tuple[str, int]:
-    """Title and decimals of a measure; a criterion of a judge is called as it is, unless another column is called so."""
+    """Title and decimals of a measure; a criterion is called as it is, unless another column is called so."""
     named = {**JUDGED, **MEASURES}
     if measure in named:
         return named[measure]

@@ -10,7 +10,7 @@ LEVEL = 0.05  # a difference is shown where its p is under it
 
 
 def say_number(value: float, decimals: int, sign: str = "") -> str:
-    """A number with these decimals, or with as many more as show that it is not 0; one that is 0 but for the error of floats is.
+    """A number with these decimals, or with as many more as show that it is not 0, but for the error of floats.
 
     >>> say_number(0.1234, 3), say_number(0.00012, 3), say_number(-1e-17, 3)
     ('0.123', '0.0001', '0.000')

@@ -10,7 +10,7 @@ Writes <report_dir>/report.html              the page
        <report_dir>/scores/comparisons.csv   one row a pair of models, with adjusted p-values
        <report_dir>/scores/samples.csv       one row a model and sample, without texts
        <report_dir>/scores/verdict.json      which model to use, and why
-       <report_dir>/scores/pairs.csv, jury.csv, people.csv    answers side by side, each judge of a jury, people; if there are any
+       <report_dir>/scores/pairs.csv, jury.csv, people.csv    side by side, each judge of a jury, people, if any
 
 Imports without torch.
 """

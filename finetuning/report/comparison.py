@@ -30,8 +30,8 @@ def holm(p_values: list[float]) -> list[float]:
 def fewest_samples(num_comparisons: int = 1) -> int:
     """The fewest samples with which any difference can be shown, however large it is.
 
-    If all n differences have the same sign, flipping signs gives p = 2 ** (1 - n), and Holm multiplies the smallest p by
-    the number of comparisons: 6 samples are needed for one comparison, 7 for three.
+    If all n differences have the same sign, flipping signs gives p = 2 ** (1 - n), and Holm multiplies the smallest p
+    by the number of comparisons: 6 samples are needed for one comparison, 7 for three.
     """
     return math.floor(1 + math.log2(num_comparisons / LEVEL)) + 1
 
@@ -57,7 +57,7 @@ class Comparison:
         difference: Mean of better - other, with its 95 % interval.
         p: Of approximate randomisation, adjusted for the number of all comparisons that were made (Holm).
         wins, ties, losses: Samples on which `better` has the higher, the same or the lower score.
-        detectable: The smallest difference that so many samples show with a probability of 80 %; NaN where that is unknown.
+        detectable: The smallest difference that so many samples show with a probability of 80 %; NaN where unknown.
     """
 
     better: str

@@ -1,10 +1,11 @@
 """
 Which model to use. Imports without torch.
 
-The rule (docs/scoring.md has its reasons): a baseline stays unless another model is shown to be better than it. Among the
-models that are shown to be (among all, without a baseline), the one with the highest mean is used, or one of the same run
-with less training that is within a standard error of it (Breiman et al. 1984). Where the scores cannot tell it from a model
-that the judge prefers side by side, that one is. With a hold-out the choice was made before, so it only stands or falls.
+The rule (docs/scoring.md has its reasons): a baseline stays unless another model is shown to be better than it. Among
+the models that are shown to be (among all, without a baseline), the one with the highest mean is used, or one of the
+same run with less training that is within a standard error of it (Breiman et al. 1984). Where the scores cannot tell
+it from a model that the judge prefers side by side, that one is. With a hold-out the choice was made before, so it
+only stands or falls.
 """
 
 from dataclasses import dataclass, field

@@ -51,8 +51,8 @@ def say_pair(pair: PairResult, verdict: Verdict, language: str) -> str:
         )  # fmt: skip
     else:
         text = words(
-            "pair unclear", judge=pair.judge, first=pair.first, second=pair.second, wins=counts.wins, losses=counts.losses,
-            ties=counts.ties, p=words("p", p=say_p(pair.p)) if num_decided else "",
+            "pair unclear", judge=pair.judge, first=pair.first, second=pair.second, wins=counts.wins,
+            losses=counts.losses, ties=counts.ties, p=words("p", p=say_p(pair.p)) if num_decided else "",
         )  # fmt: skip
     scores = next((c for c in verdict.against(pair.winner) if c.other == pair.loser), None)
     if scores is None:

@@ -84,8 +84,8 @@ class Opinions:
 
     Args:
         pairs: One for each pair of models and judge.
-        jury: One row a model and judge: answers (that all judges have scored), mean with its interval, and, of the model,
-            disagreement (standard deviation between the judges) and alpha (Krippendorff's).
+        jury: One row a model and judge: answers (that all judges have scored), mean with its interval, and, of the
+            model, disagreement (standard deviation between the judges) and alpha (Krippendorff's).
         people: One row a measure, and one a model for the overall score: scores, mean with its interval, judged (scores
             beside which the judge has one), judge_mean on the same answers, spearman and kappa with their intervals.
         scores: Of people: model, id, measure, score.
@@ -106,7 +106,8 @@ class Opinions:
             {
                 "first": pair.first, "second": pair.second, "judge": pair.judge, "wins": pair.counts.wins,
                 "ties": pair.counts.ties, "losses": pair.counts.losses, "share": pair.share, "share_low": pair.low,
-                "share_high": pair.high, "p": pair.p, "flips": pair.counts.flips, "first_place": pair.counts.first_place,
+                "share_high": pair.high, "p": pair.p, "flips": pair.counts.flips,
+                "first_place": pair.counts.first_place,
             }
             for pair in self.pairs
         ]  # fmt: skip
@@ -205,8 +206,9 @@ def _load_jury(folder: Path, prefix: str, hashes: Hashes) -> list[dict]:
             low, high = bootstrap_interval([statistics.fmean(its[i].values()) for i in common])
             rows.append(
                 {
-                    "model": prefix + model, "judge": judge, "answers": agreement.num_samples, "mean": agreement.means[judge],
-                    "mean_low": low, "mean_high": high, "disagreement": agreement.disagreement, "alpha": agreement.alpha,
+                    "model": prefix + model, "judge": judge, "answers": agreement.num_samples,
+                    "mean": agreement.means[judge], "mean_low": low, "mean_high": high,
+                    "disagreement": agreement.disagreement, "alpha": agreement.alpha,
                 }
             )  # fmt: skip
     return rows

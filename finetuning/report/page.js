@@ -58,12 +58,14 @@ document.querySelectorAll("th button").forEach(button => button.addEventListener
   const body = head.closest("table").tBodies[0];
   const value = row => {
     const cell = row.cells[column];
-    return "value" in cell.dataset ? (cell.dataset.value === "" ? -Infinity : Number(cell.dataset.value)) : cell.textContent;
+    if (!("value" in cell.dataset)) return cell.textContent;
+    return cell.dataset.value === "" ? -Infinity : Number(cell.dataset.value);
   };
   [...body.rows]
     .sort((a, b) => {
       const [left, right] = [value(a), value(b)];
-      return direction * (typeof left === "number" ? left - right || 0 : left.localeCompare(right, undefined, { numeric: true }));
+      if (typeof left === "number") return direction * (left - right || 0);
+      return direction * left.localeCompare(right, undefined, { numeric: true });
     })
     .forEach(row => body.append(row));
 }));
@@ -137,7 +139,8 @@ const TESTS = {  // whether answer i of a sample is what is looked for
   against: (sample, i) => sample.preferences.some(({ pair, outcome }) => {
     const { first, second } = data.pairs[pair];
     const difference = differenceOf(sample.answers[first], sample.answers[second]);
-    return (i === first || i === second) && (outcome === "first" ? difference < 0 : outcome === "second" && difference > 0);
+    const isAgainst = outcome === "first" ? difference < 0 : outcome === "second" && difference > 0;
+    return (i === first || i === second) && isAgainst;
   }),
   missing: (sample, i) => !sample.answers[i] || sample.answers[i].finish_reason === "error",
 };
@@ -202,9 +205,9 @@ function answerCard(sample, answer, i) {
     return card;
   }
   if (answer.overall !== null) head.append(element("span", "score", answer.overall.toFixed(1) + " / 10"));
-  const text = element("div", "text");
+  const text = element("div", "text"), [reference] = sample.references;
   if (!answer.prediction) text.append(words.empty);
-  else if (differences && sample.references.length) text.append(...differenceNodes(sample.references[0], answer.prediction));
+  else if (differences && reference !== undefined) text.append(...differenceNodes(reference, answer.prediction));
   else text.textContent = answer.prediction;
   card.append(text);
   const facts = element("div", "small soft");
@@ -214,7 +217,9 @@ function answerCard(sample, answer, i) {
   if (answer.num_new_tokens !== null) facts.append(` ${words.after} ${answer.num_new_tokens} ${words.tokens}`);
   if (answer.seq_rep_4 > 0) facts.append(` · ${words.repeats} ${Math.round(100 * answer.seq_rep_4)} %`);
   card.append(facts);
-  if (![null, "ok"].includes(answer.status)) card.append(element("div", "bad small", `${words.noJudgement} ${answer.status}`));
+  if (![null, "ok"].includes(answer.status)) {
+    card.append(element("div", "bad small", `${words.noJudgement} ${answer.status}`));
+  }
   if (answer.judgements.length) {
     const details = element("details"), list = element("dl");
     details.append(element("summary", "", words.judge), list);

@@ -1,9 +1,9 @@
 """
 The page of step 5: one file that needs no server and no network. Imports without torch.
 
-Everything that a model, a judge or a dataset wrote is data in it: escaped by the template, or JSON that the page's script
-puts into the document as text. A content security policy with the hash of that script keeps anything else from running
-and any request from leaving.
+Everything that a model, a judge or a dataset wrote is data in it: escaped by the template, or JSON that the page's
+script puts into the document as text. A content security policy with the hash of that script keeps anything else from
+running and any request from leaving.
 """
 
 import base64
@@ -73,8 +73,8 @@ def write_report(
     """
     named, verdict = name_runs(runs), headline.verdict
     plots = [
-        plot_measures(summary), plot_differences(samples, verdict), plot_criteria(summary), plot_lengths(samples, headline),
-        plot_training(load_training_logs(runs)),
+        plot_measures(summary), plot_differences(samples, verdict), plot_criteria(summary),
+        plot_lengths(samples, headline), plot_training(load_training_logs(runs)),
     ]  # fmt: skip
     script = (HERE / "page.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

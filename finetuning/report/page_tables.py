@@ -56,33 +56,31 @@ def build_comparisons(verdict: Verdict) -> Table:
     return Table("comparisons-table", titles, rows)
 
 
-# of each table of opinions, the titles and the columns under them; a column with an interval has it in `_low` and `_high`
+# Of each table of opinions, the titles and the columns under them. An interval is in the columns `_low` and `_high`.
 OPINION_COLUMNS = {
     "pairs": {
-        "model": "first", "against": "second", "judge": "judge", "preferred": "wins", "tie": "ties", "not preferred": "losses",
-        "share": "share", "p (Holm)": "p", "flips": "flips", "first place": "first_place",
+        "model": "first", "against": "second", "judge": "judge", "preferred": "wins", "tie": "ties",
+        "not preferred": "losses", "share": "share", "p (Holm)": "p", "flips": "flips", "first place": "first_place",
     },
     "jury": {
-        "model": "model", "judge": "judge", "answers": "answers", "mean": "mean", "spread of the judges": "disagreement",
-        "alpha": "alpha",
+        "model": "model", "judge": "judge", "answers": "answers", "mean": "mean",
+        "spread of the judges": "disagreement", "alpha": "alpha",
     },
     "people": {
-        "model": "model", "measure": "measure", "scores": "scores", "mean of people": "mean", "mean of the judge": "judge_mean",
-        "Spearman": "spearman", "kappa": "kappa",
+        "model": "model", "measure": "measure", "scores": "scores", "mean of people": "mean",
+        "mean of the judge": "judge_mean", "Spearman": "spearman", "kappa": "kappa",
     },
 }  # fmt: skip
 
 
 def build_opinions(opinions: Opinions) -> list[Table]:
     """The tables of what there is besides scores."""
-    return [
-        Table(
-            f"{name}-table",
-            list(OPINION_COLUMNS[name]),
-            [Row([_opinion_cell(row, column) for column in OPINION_COLUMNS[name].values()]) for row in table.to_dict("records")],
-        )
-        for name, table in opinions.tables().items()
-    ]  # fmt: skip
+    found = []
+    for name, table in opinions.tables().items():
+        columns = OPINION_COLUMNS[name]
+        rows = [Row([_opinion_cell(row, column) for column in columns.values()]) for row in table.to_dict("records")]
+        found.append(Table(f"{name}-table", list(columns), rows))
+    return found
 
 
 def _opinion_cell(row: dict, column: str) -> Cell | str:

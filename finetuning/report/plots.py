@@ -1,7 +1,7 @@
 """
 Plots of step 5, for the notebook and the page. Imports without torch.
 
-Colours are told apart in colour blindness (Okabe and Ito 2008), and lines and points by their markers as well, in print.
+Colours are told apart in colour blindness (Okabe and Ito 2008), lines and points in print by their markers as well.
 Importing this registers a font with Korean glyphs, as a figure is drawn long after it was made.
 """
 
@@ -164,7 +164,7 @@ def plot_measures(summary: pd.DataFrame) -> Figure | None:
 
 
 def plot_criteria(summary: pd.DataFrame) -> Figure | None:
-    """The judge's criteria side by side for each model, many models as a table of colours; None where nothing was judged."""
+    """The judge's criteria side by side for each model, of many models as a table of colours; None without a judge."""
     criteria = [c for c in measures_in(summary) if c not in JUDGED and c not in MEASURES]
     if not criteria:
         return None
@@ -278,8 +278,8 @@ def plot_lengths(samples: pd.DataFrame, headline: Headline) -> Figure | None:
     for i, name in enumerate(named):
         group = known[known["model"] == name]
         axes.plot(
-            group["num_new_tokens"], group[measure], MARKERS[i], color=COLORS[i], alpha=0.55, markersize=4, markeredgewidth=0,
-            label=_shorten(name),
+            group["num_new_tokens"], group[measure], MARKERS[i], color=COLORS[i], alpha=0.55, markersize=4,
+            markeredgewidth=0, label=_shorten(name),
         )  # fmt: skip
     if known["num_new_tokens"].max() > 20 * max(1.0, known["num_new_tokens"].median()):
         axes.set_xscale("log")

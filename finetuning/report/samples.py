@@ -1,5 +1,7 @@
 """
-The predictions and evaluations of one or several runs as one table, with a row for each model and sample. Imports without torch.
+The predictions and evaluations of one or several runs as one table, with a row for each model and sample.
+
+Imports without torch.
 """
 
 import math
@@ -92,9 +94,9 @@ def load_samples(run: Path) -> pd.DataFrame:
     """Every prediction of a run with its evaluation, if it has one.
 
     Returns:
-        The columns of `load_predictions`, and run, status (ok, or why there is no score; None where it was not judged), the
-        cost (US dollars), judge[<criterion>] of the rubric (the score), overall (their mean), expected_overall (that of the expected scores, if
-        they were asked for), evaluation (the scores with their explanations).
+        The columns of `load_predictions`, and run, status (ok, or why there is no score; None where it was not judged),
+        the cost (US dollars), judge[<criterion>] of the rubric (the score), overall (their mean), expected_overall (that
+        of the expected scores, if they were asked for), evaluation (the scores with their explanations).
 
     Raises:
         InputError: Models were judged by different judges, prompts or rubrics.
@@ -133,7 +135,7 @@ def load_samples(run: Path) -> pd.DataFrame:
 
 
 def _check_judges(identities: dict[str, dict]) -> None:
-    """Refuse scores of different judges, prompts or rubrics beside each other; by the name of the model that they are of."""
+    """Refuse scores of different judges, prompts or rubrics beside each other; identities by model."""
     names = list(identities)
     for name in names[1:]:
         first, other = identities[names[0]], identities[name]
@@ -155,9 +157,9 @@ def load_predictions(run: Path) -> pd.DataFrame:
     """Every prediction of a run.
 
     Returns:
-        One row a model and sample: model, step, id, messages, references, prediction, finish_reason, error, num_new_tokens,
-        stopped (1 or 0), rouge1, rouge2, rougeL, chrf, seq_rep_4, length_ratio, seconds (of the whole model). NaN where there is no answer or
-        nothing defines it.
+        One row a model and sample: model, step, id, messages, references, prediction, finish_reason, error,
+        num_new_tokens, stopped (1 or 0), rouge1, rouge2, rougeL, chrf, seq_rep_4, length_ratio, seconds (of the whole
+        model). NaN where there is no answer or nothing defines it.
 
     Raises:
         InputError: There are no predictions, or a model's answers were not scored because step 3 was stopped; or a
@@ -167,8 +169,8 @@ def load_predictions(run: Path) -> pd.DataFrame:
     for info_path in sorted((run / PREDICTIONS).glob("*.json")):
         if info_path.stem not in names:
             raise InputError(
-                f"{info_path} has no {info_path.stem}.jsonl beside it, which holds the answers: start 3_test.py for this model "
-                "again, or delete the file"
+                f"{info_path} has no {info_path.stem}.jsonl beside it, which holds the answers: "
+                "start 3_test.py for this model again, or delete the file"
             )
     records, tokenizers = [], set()
     first: dict[str, tuple[Path, dict]] = {}  # row of each sample
@@ -176,26 +178,16 @@ def load_predictions(run: Path) -> pd.DataFrame:
         path = run / PREDICTIONS / f"{name}.jsonl"
         rows, info = list(iterate_rows(path, PREDICTION)), read_info(path, PREDICTION_INFO)
         metrics = info.get("metrics") or {"per_sample": {"id": []}}
-        per_sample = {
-            sample_id: {column: values[i] for column, values in metrics["per_sample"].items()}
-            for i, sample_id in enumerate(metrics["per_sample"]["id"])
-        }
-        answered = {row["id"] for row in rows if row["finish_reason"] != "error"}
-        if not rows or answered != per_sample.keys():
-            raise InputError(f"{path}: step 3 has not finished; start it again and it goes on")
+        per_sample = _measures_of_samples(path, rows, metrics)
         tokenizers.add(metrics.get("rouge_tokenizer"))
         if len(tokenizers) > 1:
+            ways = " and ".join(map(str, sorted(tokenizers, key=str)))
             raise InputError(
-                f"{run / PREDICTIONS}: ROUGE was measured in {' and '.join(map(str, sorted(tokenizers, key=str)))}, which cannot be "
-                "compared; 3_test.py --rescore true measures all in one way"
+                f"{run / PREDICTIONS}: ROUGE was measured in {ways}, which cannot be compared; "
+                "3_test.py --rescore true measures all in one way"
             )
         for row in rows:
-            other_path, other = first.setdefault(row["id"], (path, row))
-            if row["messages"] != other["messages"] or set(row["references"]) != set(other["references"]):
-                raise InputError(
-                    f"{path}: sample {row['id']} has not the question and references that it has in {other_path}; "
-                    "answer again: 3_test.py --overwrite true"
-                )
+            _check_same_sample(path, row, *first.setdefault(row["id"], (path, row)))
             measured = per_sample.get(row["id"], {})
             records.append(
                 {
@@ -212,6 +204,25 @@ def load_predictions(run: Path) -> pd.DataFrame:
     if not records:
         raise InputError(f"no predictions in {run / PREDICTIONS}; run 3_test.py first")
     return _to_table(records).sort_values(["step", "model", "id"], ignore_index=True)
+
+
+def _measures_of_samples(path: Path, rows: list[dict], metrics: dict) -> dict[str, dict]:
+    """What step 3 measured of each answered sample, by its id."""
+    columns = metrics["per_sample"]
+    found = {
+        i: dict(zip(columns, values, strict=True)) for i, *values in zip(columns["id"], *columns.values(), strict=True)
+    }
+    if not rows or found.keys() != {row["id"] for row in rows if row["finish_reason"] != "error"}:
+        raise InputError(f"{path}: step 3 has not finished; start it again and it goes on")
+    return found
+
+
+def _check_same_sample(path: Path, row: dict, other_path: Path, other: dict) -> None:
+    if row["messages"] != other["messages"] or set(row["references"]) != set(other["references"]):
+        raise InputError(
+            f"{path}: sample {row['id']} has not the question and references that it has in {other_path}; "
+            "answer again: 3_test.py --overwrite true"
+        )
 
 
 def _to_table(records: list[dict]) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """
-What step 5 says of a verdict: which model to use, in two lines, and all that the samples show or cannot show. Imports without torch.
+What step 5 says of a verdict: which model to use, in two lines, and all that the samples show or cannot show.
+
+Imports without torch.
 """
 
 import math
@@ -82,9 +84,8 @@ class _VerdictSpeaker(_Speaker):
         for name, share in self.verdict.unranked.items():
             lacks_samples = name in self.verdict.lacking
             needed = SAMPLES_NEEDED if lacks_samples else COVERAGE_NEEDED
-            yield self.words(
-                "lacking" if lacks_samples else "unranked", model=name, share=say_share(share, needed), needed=f"{needed:.0%}"
-            )  # fmt: skip
+            key = "lacking" if lacks_samples else "unranked"
+            yield self.words(key, model=name, share=say_share(share, needed), needed=f"{needed:.0%}")
 
     def _comparisons(self, best: str) -> Iterator[str]:
         """The best model against the others, what so many samples can show, and where the figures are from."""
@@ -149,7 +150,7 @@ class _VerdictSpeaker(_Speaker):
             yield words("baseline", baseline=baseline, list="; ".join(texts))
 
     def _list(self, comparisons: list[Comparison], form: str) -> str:
-        """Each comparison in this form; of many only those with the smallest differences, and the number of the others."""
+        """Each comparison in this form; of many those with the smallest differences, and the number of the others."""
         if len(comparisons) <= MAX_NAMED:
             return ", ".join(self._one(c, form) for c in comparisons)
         closest = sorted(comparisons, key=lambda c: c.difference)[: MAX_NAMED - 1]
@@ -158,11 +159,13 @@ class _VerdictSpeaker(_Speaker):
 
     def _one(self, c: Comparison, form: str) -> str:
         details = self.words(
-            "details", interval=self.interval(c.low, c.high), p=f"p {say_p(c.p)}", wins=c.wins, losses=c.losses, num=c.num_samples
+            "details", interval=self.interval(c.low, c.high), p=f"p {say_p(c.p)}", wins=c.wins, losses=c.losses,
+            num=c.num_samples,
         )  # fmt: skip
+        difference = self.number(c.difference)
         return self.words(
-            form, model=c.better, other=c.other, difference=self.number(c.difference), points=self.points, details=details
-        )  # fmt: skip
+            form, model=c.better, other=c.other, difference=difference, points=self.points, details=details
+        )
 
 
 class _HeadlineSpeaker(_Speaker):
@@ -192,8 +195,9 @@ class _HeadlineSpeaker(_Speaker):
         ending = " one" if len(others) == 1 else " ranked" if verdict.unranked else ""
         return words(
             headline.key + ending if headline.key + ending in words else headline.key,
-            use=self.use, top=headline.top, close=", ".join(close), best=verdict.best, kind=words(kind), other=", ".join(others),
-            chosen=words.samples(verdict.num_chosen_on or 0), baseline=verdict.baseline, samples=words.samples(verdict.num_samples),
+            use=self.use, top=headline.top, best=verdict.best, baseline=verdict.baseline, kind=words(kind),
+            close=", ".join(close), other=", ".join(others), chosen=words.samples(verdict.num_chosen_on or 0),
+            samples=words.samples(verdict.num_samples),
         )  # fmt: skip
 
     def _reason(self) -> str:
@@ -203,9 +207,9 @@ class _HeadlineSpeaker(_Speaker):
         if verdict.measure != "overall":
             why = words("not judged" if verdict.reason[0] == "not judged" else "few judged")
         mean = words(
-            "mean", measure=words(verdict.measure).replace("the judge", "The judge"), why=why, use=self.use, points=self.points,
-            mean=self.number(verdict.means[self.use]), interval=self.interval(*verdict.intervals[self.use]),
-            samples=words.samples(verdict.num_samples),
+            "mean", measure=words(verdict.measure).replace("the judge", "The judge"), why=why, use=self.use,
+            points=self.points, mean=self.number(verdict.means[self.use]),
+            interval=self.interval(*verdict.intervals[self.use]), samples=words.samples(verdict.num_samples),
         )  # fmt: skip
         if len(verdict.means) == 1:
             return mean + "."

@@ -30,9 +30,9 @@ def summarize(samples: pd.DataFrame) -> pd.DataFrame:
     """Means with intervals.
 
     Returns:
-        Indexed by model, in the order of steps: run, step, samples, errors (no answer), judged, failed (no score though it
-        was asked for), coverage (judged share of the answers), cost (US dollars), seconds, and for each measure that was
-        taken `<measure>`, `<measure>_low`, `<measure>_high`.
+        Indexed by model, in the order of steps: run, step, samples, errors (no answer), judged, failed (no score though
+        it was asked for), coverage (judged share of the answers), cost (US dollars), seconds, and for each measure that
+        was taken `<measure>`, `<measure>_low`, `<measure>_high`.
     """
     wanted = measures_of(samples)
     rows = {}
@@ -63,7 +63,7 @@ def measures_in(summary: pd.DataFrame) -> list[str]:
 
 
 class Cell(NamedTuple):
-    """A number in a table: as text, the number that it sorts by (None where there is none), and the ends of its interval."""
+    """A number in a table: as text, what it sorts by (None where there is no number), and the ends of its interval."""
 
     text: str
     number: float | None = None

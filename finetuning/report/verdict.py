@@ -52,7 +52,7 @@ class Verdict:
     num_chosen_on: int | None = None
     holdout: float = 0.0
     stop_rate: float = math.nan
-    agreement: Estimate = field(default_factory=lambda: Estimate(math.nan, math.nan, math.nan, 0))
+    agreement: Estimate = field(default_factory=Estimate)
 
     def against(self, model: str) -> list[Comparison]:
         """A model against each other ranked one, in their order; nothing where it is not ranked."""
@@ -90,8 +90,8 @@ def find_lacking(scores: pd.DataFrame) -> dict[str, float]:
     """The models that would shrink the comparison of the others too much: their share of the samples that are compared.
 
     That many samples are compared for which the number of models that have so many, without the one that they are
-    compared with, times the samples is the largest: of three models with 50 samples and one with 2 it is 50, of two with
-    20 and two with 10 it is 10.
+    compared with, times the samples is the largest: of three models with 50 samples and one with 2 it is 50, of two
+    with 20 and two with 10 it is 10.
 
     Args:
         scores: One row a sample, one column a model; NaN where there is no score.
@@ -111,7 +111,7 @@ def decide(samples: pd.DataFrame, baseline: str = "base", holdout: float = 0.0) 
     """Name the best model and say what the samples can and cannot show.
 
     Args:
-        samples: As scores.load_samples gives them.
+        samples: As samples.load_samples gives them.
         baseline: The model that all are compared with, if it is there.
         holdout: Share of the samples that have no part in choosing the best, and are reported on. 0 chooses and
             reports on all of them.

@@ -1,5 +1,7 @@
 """
-What step 5 says in English and Korean: the words stand in words.yaml, and the code says which of them. Imports without torch.
+What step 5 says in English and Korean: the words stand in words.yaml, and the code says which of them.
+
+Imports without torch.
 """
 
 import functools
