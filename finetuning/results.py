@@ -53,6 +53,11 @@ def read_rows(path: Path) -> list[dict]:
     return list(iterate_rows(path))
 
 
+def has_rows(path: Path) -> bool:
+    """Whether there is a finished row."""
+    return next(iterate_rows(path), None) is not None
+
+
 def read_info(path: Path, schema: TypeAdapter = INFO) -> dict:
     """What stands beside rows: their identity, and what is known of all of them.
 
@@ -74,7 +79,7 @@ def check_identity(path: Path, identity: dict, why: str = "") -> None:
     Raises:
         InputError: There are such rows; says which field differs.
     """
-    if next(iterate_rows(path), None) is None:
+    if not has_rows(path):
         return
     old, new = read_info(path)["identity"], json.loads(json.dumps(identity))
     differences = describe_differences(old, new)
@@ -147,7 +152,7 @@ class RowFile:
                 if path.exists():
                     os.replace(path, _aside(path))
         self.info = {}
-        if next(iterate_rows(self.path), None) is not None:
+        if has_rows(self.path):
             check_identity(self.path, identity)
             self.info = read_info(self.path)
         self._open_rows()
@@ -174,9 +179,9 @@ class RowFile:
         self._overwriting = False
         aside = [_aside(self.path), _aside(self.info_path), *self.parts(".jsonl.previous")]
         aside = [path for path in aside if path.exists()]
-        has_rows = bool(aside) and next(iterate_rows(self.path), None) is not None
+        has_new_rows = bool(aside) and has_rows(self.path)
         for path in aside:
-            path.unlink() if has_rows else os.replace(path, path.with_suffix(""))
+            path.unlink() if has_new_rows else os.replace(path, path.with_suffix(""))
 
     def _cut_torn_line(self) -> None:
         with self.path.open("rb+") as file:
@@ -214,10 +219,8 @@ class RowFile:
                         self.append(row)
                         known.add(row["id"])
             else:
-                num_rows = sum(1 for _ in iterate_rows(part))
-                print(
-                    f"{part}: its {num_rows} rows were made under other conditions than {self.path.name}, and are deleted"
-                )
+                lost = f"its {sum(1 for _ in iterate_rows(part))} rows were made under other conditions than {self.path.name}"
+                print(f"{part}: {lost}, and are deleted")
             part.unlink()
             info_path.unlink(missing_ok=True)
             _lock_of(part).unlink(missing_ok=True)
@@ -255,11 +258,8 @@ class RowFile:
         if self._file.closed:
             return
         try:
-            with naming(self.path):
-                try:
-                    os.fsync(self._file)
-                finally:
-                    self._file.close()
+            with naming(self.path), self._file:  # it is closed whatever happens
+                os.fsync(self._file)
             if self._overwriting:
                 self._end_overwriting()
         finally:
