@@ -64,7 +64,8 @@ def test_a_seventh_criterion_needs_one_field(project, run_dir):
     cells = json.loads(notebook.read_text())["cells"]
     assert any("tone" in json.dumps(cell.get("outputs", "")) for cell in cells)
     report = (run_dir / "report.html").read_text()
-    assert '"tone","completion quality"]' in report and '[7,"tone is so"]' in report and ">tone</button>" in report
+    assert '"tone","completion quality"]' in report and ">tone</button>" in report
+    assert '{"score":7,"explanation":"tone is so"}' in report
 
 
 @pytest.mark.slow
