@@ -1,8 +1,8 @@
 """
 What is a secret, and how it is kept out of files, pages and the terminal. Imports without torch.
 
-A secret is known by the name that it stands under (`hub_token`, `OPENAI_API_KEY`), by its form (`hf_...`, `sk-...`), or because
-this process was given it: in its environment, on its command line, or in the address of a server.
+A secret is known by the name that it stands under (`hub_token`, `OPENAI_API_KEY`), by its form (`hf_...`, `sk-...`),
+or because this process was given it: in its environment, on its command line, or in the address of a server.
 """
 
 import functools

@@ -22,8 +22,8 @@ class InputError(ValueError):
     """A fault in what the user gave (a path, a file, a setting). Its text says what is wrong and what to do."""
 
 
-# of an operating system that lets nothing be written: no space, no quota, a read-only file system, a limit, no permission,
-# or a file where a folder has to be and the reverse
+# Errors of an operating system that lets nothing be written: no space, no quota, a read-only file system, a limit, no
+# permission, or a file where a folder has to be and the reverse
 UNWRITABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,

@@ -1,6 +1,7 @@
 """
-Stopping a step with what is open closed; what was asked of an endpoint is waited for, as it may be paid for. Imports without
-torch.
+Stopping a step with what is open closed; what was asked of an endpoint is waited for, as it may be paid for.
+
+Imports without torch.
 """
 
 import asyncio

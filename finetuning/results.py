@@ -106,8 +106,8 @@ def item_key(row: dict) -> str:
 class RowFile:
     """The rows of one model, opened to be appended to. They are in the file only, however many there are.
 
-    It is a context manager, which closes the file at its end. Other ranks write files of their own, `parts/<name>.<rank>.jsonl`
-    in the same folder, which `absorb` takes over.
+    It is a context manager, which closes the file at its end. Other ranks write files of their own,
+    `parts/<name>.<rank>.jsonl` in the same folder, which `absorb` takes over.
 
     With `overwrite`, the rows there are stand aside, as `<name>.jsonl.previous`, until the first new one is written:
 
@@ -219,8 +219,8 @@ class RowFile:
                         self.append(row)
                         known.add(row["id"])
             else:
-                lost = f"its {sum(1 for _ in iterate_rows(part))} rows were made under other conditions than {self.path.name}"
-                print(f"{part}: {lost}, and are deleted")
+                lost = f"its {sum(1 for _ in iterate_rows(part))} rows"
+                print(f"{part}: {lost} were made under other conditions than {self.path.name}, and are deleted")
             part.unlink()
             info_path.unlink(missing_ok=True)
             _lock_of(part).unlink(missing_ok=True)
@@ -231,7 +231,7 @@ class RowFile:
             self._rewrite(row for row in iterate_rows(self.path) if not unwanted(row))
 
     def keep_latest(self, key: Callable[[dict], str]) -> None:
-        """Of rows with the same key, remove all but the one that was appended last; a kill leaves all of them or none."""
+        """Of rows with the same key, remove all but the one appended last; a kill leaves all of them or none."""
         latest, num_rows = {}, 0
         for row in iterate_rows(self.path):
             latest[key(row)] = num_rows

@@ -222,7 +222,8 @@ def find_models(run: Path, model_name: str) -> dict[str, str]:
     elif HUB_ID.fullmatch(model_name) and checkpoint_step(Path(model_name).name) < 1 and not os.path.exists(model_name):
         return {model_name.replace("/", "--"): model_name}
     raise InputError(
-        f"no model `{name_of(model_name)}`; {run} has {', '.join(models)}. Others are named by their path, or as owner/name on the Hub"
+        f"no model `{name_of(model_name)}`; {run} has {', '.join(models)}. Others are named by their path, or as "
+        "owner/name on the Hub"
     )
 
 

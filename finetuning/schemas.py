@@ -1,7 +1,8 @@
 """
 What the files of a run hold. They are checked as they are read, so that a fault is named by its file and line.
 
-Keys that a schema does not name are let through, as a step may record more than another one reads. Imports without torch.
+Keys that a schema does not name are let through, as a step may record more than another one reads.
+Imports without torch.
 """
 
 from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar

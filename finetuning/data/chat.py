@@ -15,8 +15,10 @@ from finetuning.models.files import check_model_files
 # For base models without a chat template: plain words, and the end token that every tokenizer has.
 PLAIN_TEMPLATE = (Path(__file__).parent / "plain_chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
 
-# a chat template is code, which may raise these beside jinja's own; OverflowError for a range that would take for ever
-TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)  # fmt: skip
+# A chat template is code, which may raise these beside jinja's own; OverflowError for a range that would take for ever.
+TEMPLATE_ERRORS = (
+    TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError,
+)  # fmt: skip
 
 
 def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
@@ -67,8 +69,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[in
 def fit_to_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs) -> list[dict]:
     """Messages in the form in which the chat template can write their tool calls.
 
-    Templates differ in what they expect of a message that calls tools: that its content is empty, or that it has none, and
-    that the arguments are an object, or JSON. What they do not expect they leave out, write as Python shows it, or refuse.
+    Templates differ in what they expect of a message that calls tools: that its content is empty, or that it has none,
+    and that the arguments are an object, or JSON. What they do not expect they leave out, write as Python shows it, or
+    refuse.
 
     Args:
         kwargs: Of apply_chat_template.
@@ -155,7 +158,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Generat
 
 
 def control_token_ids(tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> set[int]:
-    """Tokens that steer generation and are no text: ends, padding, beginning, and what the template puts around messages.
+    """Tokens that steer generation and are no text: ends, padding, beginning, and what stands around messages.
 
     Every other special token, such as a speaker tag that was added for the task, is part of the answer.
     """

@@ -50,7 +50,7 @@ def read_messages(messages, key: str) -> tuple[list[dict], list[bool]]:
 
 
 def _from_sharegpt(message: dict, key: str) -> dict:
-    """ShareGPT's form of a message; a `function_call` holds the name and the arguments of one or several calls as JSON."""
+    """A message from ShareGPT's form, where a `function_call` holds one or several calls, name and arguments, as JSON."""
     role, value = message["from"], message["value"]
     if role not in SHAREGPT_ROLES:
         raise InputError(f"a message of `{key}` is from {role!r}, which is none of {', '.join(SHAREGPT_ROLES)}")
@@ -91,7 +91,7 @@ def _read_tool_call(call, key: str) -> dict:
 
 
 def read_tools(tools) -> list[dict] | None:
-    """The functions that a conversation may call, in OpenAI's form, from a list of them or its JSON; None without any."""
+    """The functions that a conversation may call, in OpenAI's form, from a list or its JSON; None if there are none."""
     if not tools:
         return None
     tools = _as_list(tools, "tools")

@@ -1,7 +1,7 @@
 """
 Personal data in texts, Korean and international, and its masking by tokens such as #PhoneNumber#.
 
-    python -m finetuning.data.pii tests/data/pii_samples.jsonl    # precision and recall of the masking on labelled samples
+    python -m finetuning.data.pii tests/data/pii_samples.jsonl    # precision and recall on labelled samples
 
 Rules find what has a form (a phone number, a check digit, a date after "born"), so masking is a help and no guarantee:
 docs/cleaning.md says what it misses. The words that the rules look for are in pii_words.yaml. Imports without torch.
@@ -59,7 +59,7 @@ CONTEXT = {name: _context(**words) for name, words in WORDS["context"].items()}
 
 
 def _gap_before(context: str, found: Found, window: int) -> str | None:
-    """What stands between the last word of a context and what was found; None where there is no such word in the window.
+    """What stands between the last word of a context and what was found; None if no such word is in the window.
 
     The window is in characters, and ends at a token: what was masked has used up the words before it.
     """

@@ -116,8 +116,9 @@ def format_of(dataset: Dataset, where: str, given: dict) -> RowFormat:
         for column in {row_format.question_key, *row_format.reference_keys}:
             feature = dataset.features[column]
             if isinstance(feature, Json) or str(getattr(feature, "dtype", "")).startswith(("float", "timestamp")):
+                kind = getattr(feature, "dtype", "JSON")
                 raise InputError(
-                    f"{where}: `datasets` has read the column `{column}` of JSON files as {getattr(feature, 'dtype', 'JSON')}, "
+                    f"{where}: `datasets` has read the column `{column}` of JSON files as {kind}, "
                     "and what is written there may be something else; download the files, and name their folder"
                 )
     return row_format

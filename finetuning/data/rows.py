@@ -101,9 +101,9 @@ def to_sample(row: dict, row_format: RowFormat) -> dict:
     """Phrase one data row.
 
     Returns:
-        {"prompt": [{"role", "content", ...}, ...], "references": [str, ...]}, and "tools" if the row has some. The prompt
-        ends with the user's message, or a tool's; of several turns the last answer is the reference, as text, and the
-        earlier ones are part of the prompt. There are no references where the split has no answers.
+        {"prompt": [{"role", "content", ...}, ...], "references": [str, ...]}, and "tools" if the row has some. The
+        prompt ends with the user's message, or a tool's; of several turns the last answer is the reference, as text,
+        and the earlier ones are part of the prompt. There are no references where the split has no answers.
 
     Raises:
         InputError: The row has no question or no answer.
@@ -118,9 +118,9 @@ def to_training_row(row: dict, row_format: RowFormat) -> dict:
     """One data row as RowPreparation takes it.
 
     Returns:
-        Prompt and completion as texts; in `learned` the places, in both together, of the messages that the loss is on; in
-        `conversation` messages and tools with all that they hold, as JSON, where that is more than texts: in a column of
-        objects Arrow gives all of them the same keys.
+        Prompt and completion as texts; in `learned` the places, in both together, of the messages that the loss is on;
+        in `conversation` messages and tools with all that they hold, as JSON, where that is more than texts: in a
+        column of objects Arrow gives all of them the same keys.
     """
     messages, learned, _ = _read_row(row, row_format)
     tools, texts = _tools_of(row, row_format), as_texts(messages)

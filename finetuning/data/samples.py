@@ -19,7 +19,7 @@ ASKING = ("user", "human", "tool", "observation", "function_response")  # roles 
 
 
 class TestSamples(Sequence[dict]):
-    """Samples of a test split, {"id", "prompt", "references"}, ordered by `id` and read from the data when asked for."""
+    """Samples of a test split, {"id", "prompt", "references"}, ordered by `id`; each is read when it is asked for."""
 
     __test__ = False  # no test of pytest's
 
@@ -96,7 +96,7 @@ def load_test_samples(config: dict) -> TestSamples:
 
 
 def _format_of_test(dataset: Dataset, where: str, given: dict) -> RowFormat:
-    """How the rows of a test split are read, which may have no answers; whether conversations end in one, the first shows."""
+    """How the rows of a test split are read. It may have no answers: of conversations, the first one shows it."""
     row_format = format_of(dataset, where, {**given, "needs_answer": False})
     if row_format.kind == "messages" and len(dataset) and _ends_in_a_question(dataset[0][row_format.question_key]):
         return replace(row_format, reference_keys=())

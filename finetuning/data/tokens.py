@@ -38,8 +38,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, text: str, until_turn: str) ->
     """Where in the text of a conversation a turn ends, in characters.
 
     Args:
-        until_turn: What the chat template makes of the conversation up to this turn. It may close it with control tokens
-            that do not stand behind an earlier turn, as Phi-3's does after the one that ends each turn.
+        until_turn: What the chat template makes of the conversation up to this turn. It may close it with control
+            tokens that do not stand behind an earlier turn, as Phi-3's does after the one that ends each turn.
 
     Returns:
         None if the template writes the turn in another way when more follows.
@@ -99,10 +99,10 @@ def tokenize_row(
 ) -> dict:
     """Tokens of a row, uncut, and the labels of what is learned of them.
 
-    What is learned of a turn is what the template adds to the conversation before it, from the end of the prompt on which
-    the model would write it. The last turn is learned to the end of the row, as in trl. An earlier one whose text in the
-    row is not how the template writes it as the last turn, as where it strips the thinking from it, is not learned: the
-    model would be taught to answer in a way in which nobody asks it to.
+    What is learned of a turn is what the template adds to the conversation before it, from the end of the prompt on
+    which the model would write it. The last turn is learned to the end of the row, as in trl. An earlier one whose text
+    in the row is not how the template writes it as the last turn, as where it strips the thinking from it, is not
+    learned: the model would be taught to answer in a way in which nobody asks it to.
 
     Args:
         row: With prompt, completion and, as data.to_training_row makes them, learned and conversation.
@@ -110,8 +110,8 @@ def tokenize_row(
         marked_only: Whether to learn of them only what the template marks with {% generation %}.
 
     Returns:
-        input_ids, labels; left_out, the number of turns that the template writes in another way; begins_alike, whether the
-        row begins with the tokens of its prompt; hidden, what the template does not show, separated by spaces.
+        input_ids, labels; left_out, the number of turns that the template writes in another way; begins_alike, whether
+        the row begins with the tokens of its prompt; hidden, what the template does not show, separated by spaces.
     """
     whole = json.loads(row["conversation"]) if row.get("conversation") else {}
     messages, tools = whole.get("messages") or [*row["prompt"], *row["completion"]], whole.get("tools")
