@@ -12,6 +12,7 @@ from finetuning.config import arguments as configs
 SCRIPTS = ["1_train_full_fine_tuning.py", "2_merge_lora.py", "3_test.py", "4_openai_test.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_printed(script):
     assert "--output_dir" in run(command(script, "--help")).stdout
