@@ -23,7 +23,7 @@ from pathlib import Path
 
 from finetuning.config.arguments import ScriptArguments
 from finetuning.config.model_arguments import ModelArguments
-from finetuning.config.run_step import run_step
+from finetuning.config.run_step import run_step, same_command
 from finetuning.quiet import quiet_libraries, quiet_weight_bars
 from finetuning.ranks import is_main_process, print_main
 
@@ -104,7 +104,8 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     step = trainer.state.global_step
     last = run / f"checkpoint-{step}"
     if termination.stopped:
-        print_main(f"stopped by SIGTERM at step {step}; {last} is saved, and the same command goes on from it")
+        again = same_command(script_args.overwrite)
+        print_main(f"stopped by SIGTERM at step {step}; {last} is saved, and {again} goes on from it")
         sys.exit(128 + 15)
     if is_main_process():
         save_record(run, record, finished=now(), memory={"estimate": estimate, "measured_peak": memory.bytes()})

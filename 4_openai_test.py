@@ -24,11 +24,10 @@ Without a key it says so and ends with status 0, since all other steps work with
 
 import asyncio
 import contextlib
-import sys
 from pathlib import Path
 
 from finetuning.config.arguments import JudgeArguments
-from finetuning.config.run_step import run_step
+from finetuning.config.run_step import run_step, same_command
 from finetuning.endpoint import find_endpoint
 from finetuning.judge.batch_api import BatchApi
 from finetuning.judge.batch_files import check_pending, pending_items
@@ -80,7 +79,7 @@ def main(args: JudgeArguments) -> None:
     from finetuning.judge.live import LiveJudging
     from finetuning.judge.summary import describe_rest, report
 
-    stopped_by, finished = None, set[Path]()
+    again, finished = same_command(args.overwrite), set[Path]()
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(RowFile(job.path, job.identity, args.overwrite)) for job in jobs]
         for file in files:
@@ -89,7 +88,7 @@ def main(args: JudgeArguments) -> None:
             work.write_known(files)
         budget = Budget(args.max_cost, sum(cost_of(iterate_rows(file.path)) for file in files))
         settings = RequestSettings(args.max_tokens, args.temperature, args.expected_scores, args.max_retries)
-        api = BatchApi(endpoint, args.max_retries, args.poll_seconds)
+        api = BatchApi(endpoint, args.max_retries, args.poll_seconds, again)
         clear_batches(jobs, api, args.overwrite)
         try:
             if not live:
@@ -98,14 +97,10 @@ def main(args: JudgeArguments) -> None:
             elif num_missing:
                 limits = RateLimits(args.concurrency or CONCURRENCY, args.requests_per_minute, args.tokens_per_minute)
                 judging = LiveJudging(work, files, plans, budget, finished)
-                stopped_by = asyncio.run(judging.run(endpoint, settings, limits))
+                asyncio.run(judging.run(endpoint, settings, limits)).pass_on()
         finally:
             report(jobs, files, finished, labels, run / EVALUATIONS)
 
-    again = "the same command without --overwrite" if args.overwrite else "the same command"
-    if stopped_by is not None:
-        print(f"stopped; {again} goes on from here", file=sys.stderr)
-        sys.exit(128 + stopped_by)
     if budget.exhausted:
         print(f"--max_cost {args.max_cost}: nothing more was sent, as the next request could have passed it")
     print(describe_rest(files, sum(len(pending_items(job.path)) for job in jobs), again), end="")

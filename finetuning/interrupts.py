@@ -79,6 +79,15 @@ class SoftStop:
             await asyncio.wait_for(self.event.wait(), seconds)
         return self.signal is not None
 
+    def pass_on(self) -> None:
+        """Stop the step as the first signal would have without this, once all is done that was waited for.
+
+        Raises:
+            KeyboardInterrupt: There was a signal.
+        """
+        if self.signal is not None:
+            raise Terminated if self.signal == signal.SIGTERM else KeyboardInterrupt
+
     def _on_signal(self, number: int, frame) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt

@@ -3,7 +3,7 @@ Runs a step with its arguments, and ends it with a line and an exit code that sa
 
     0    the step is done
     2    a fault in what the user gave, or a place where nothing can be written
-    130  Ctrl-C, and 143 SIGTERM: the same command goes on from there
+    130  Ctrl-C, and 143 SIGTERM; it says which command goes on from there
 
 Imports without torch.
 """
@@ -16,6 +16,11 @@ from finetuning.config.parser import Parser
 from finetuning.errors import UNWRITABLE, InputError, PlainOutput, fail, to_line
 from finetuning.interrupts import Terminated, terminable
 from finetuning.ranks import is_main_process, print_main
+
+
+def same_command(overwrite: bool) -> str:
+    """The command that goes on with what a start has done; to `overwrite` it again would lose that."""
+    return "the same command without --overwrite" if overwrite else "the same command"
 
 
 def run_step(
@@ -47,5 +52,6 @@ def run_step(
         )
     except KeyboardInterrupt as stop:
         if is_main_process():
-            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            overwrite = any(vars(its_arguments).get("overwrite", False) for its_arguments in arguments)
+            print(f"\nstopped; {same_command(overwrite)} goes on from here", file=sys.stderr)
         sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))

@@ -66,7 +66,9 @@ def keep_rows(file: RowFile, model: ModelUnderTest, ids: set[str], all_ids: set[
     broadcast(None)  # until all ranks are here
     file.absorb()
     if lost := find_missing(file, ids, all_ids):
-        raise InputError(f"{model.name}: {len(lost)} samples have no row; start the same command again")
+        raise InputError(
+            f"{model.name}: {len(lost)} samples have no row; start the same command again, but without --overwrite"
+        )
 
 
 def write_part(folder: Path, model: ModelUnderTest, answer: AnswerShare) -> None:

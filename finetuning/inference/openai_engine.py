@@ -9,7 +9,6 @@ Every setting of generation is sent with each request, so that no default of the
 
 import asyncio
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +106,10 @@ class OpenAIEngine:
     def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
         """Answer prompts, `concurrency` at once, and yield each answer as it arrives.
 
-        A request that the server refuses is an error of that sample. The first SIGINT or SIGTERM ends the process, with
-        what the signal asks for as its status, once all that is in flight has been yielded.
+        A request that the server refuses is an error of that sample.
 
         Raises:
+            KeyboardInterrupt: A first SIGINT or SIGTERM has come, and all that was in flight has been yielded.
             InputError: The server cannot be reached any more, or refuses the key.
         """
         waiting = iter(prompts)
@@ -136,9 +135,7 @@ class OpenAIEngine:
                             yield answer
             finally:
                 runner.run(_drop(running, client))
-        if stop.signal is not None:
-            print("stopped; the same command goes on from here", file=sys.stderr)
-            sys.exit(128 + stop.signal)
+        stop.pass_on()
         self._warn(len(prompts))
 
     def close(self) -> None:
@@ -167,7 +164,7 @@ class OpenAIEngine:
         if isinstance(error, (*KEY_REFUSED, NotFoundError, APIConnectionError)):
             raise InputError(
                 f"{self.endpoint} stopped the test: {self.endpoint.describe(error)}. What was answered is kept; the "
-                "same command goes on"
+                "same command, but without --overwrite, goes on"
             ) from error
         return Answer.failed(prompt, self.endpoint.describe(error))
 

@@ -17,6 +17,7 @@ from openai import APIConnectionError, APIStatusError, InternalServerError, Open
 from openai.types import Batch
 from tqdm import tqdm
 
+from finetuning.config.run_step import same_command
 from finetuning.credentials import hide
 from finetuning.endpoint import MIN_BYTES_PER_SECOND, Endpoint, check_key, seconds_to_wait, show_url
 from finetuning.errors import InputError
@@ -37,10 +38,18 @@ class BatchApi:
     Args:
         max_retries: Further attempts at each request.
         poll_seconds: Between two looks at a batch.
+        again: The command that goes on with the batches, in words.
     """
 
-    def __init__(self, endpoint: Endpoint, max_retries: int, poll_seconds: float | None = None):
-        self.endpoint, self.max_retries, self.poll_seconds = endpoint, max_retries, poll_seconds or POLL_SECONDS
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        max_retries: int,
+        poll_seconds: float | None = None,
+        again: str = same_command(overwrite=False),
+    ):
+        self.endpoint, self.max_retries, self.again = endpoint, max_retries, again
+        self.poll_seconds = poll_seconds or POLL_SECONDS
 
     def __enter__(self) -> "BatchApi":
         self.client = self.endpoint.open_client()
@@ -218,7 +227,7 @@ class BatchApi:
             yield
         except httpx2.HTTPError as error:  # in the middle of a download
             raise InputError(
-                f"the connection to {self.address} broke: {error}. Nothing is lost; the same command goes on"
+                f"the connection to {self.address} broke: {error}. Nothing is lost; {self.again} goes on"
             ) from error
         except InputError:
             raise
@@ -227,7 +236,7 @@ class BatchApi:
             is_unsent, why = batch.state["status"] in UNSENT, self.endpoint.describe(error)
             if not isinstance(error, APIStatusError) or error.status_code not in ABSENT:
                 text = (
-                    f"the Batch API at {self.address} cannot be used now: {why}. Nothing is lost; the same command "
+                    f"the Batch API at {self.address} cannot be used now: {why}. Nothing is lost; {self.again} "
                     f"goes on{', and --mode live needs no Batch API' if is_unsent else ''}"
                 )
             elif is_unsent:

@@ -6,6 +6,8 @@ before: one that was only written, or that the endpoint refused, is dropped by t
 file at the endpoint is deleted where that can be done. Imports without torch.
 """
 
+import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 from openai.types.chat import ChatCompletion
 
 from finetuning.judge.batch_api import ENDED, BatchApi
-from finetuning.judge.batch_files import UNSENT, PendingBatch, list_batches, pending_items, spent_on, write_batches
+from finetuning.judge.batch_files import UNSENT, PendingBatch, list_batches, spent_on, write_batches
 from finetuning.judge.form import Form, RequestSettings
 from finetuning.judge.jobs import Item, Job
 from finetuning.judge.money import Budget, Price
@@ -42,7 +44,7 @@ class BatchJudging:
     Args:
         files: Where the rows of each job go.
         plans: By the name of their judge.
-        budget: Whose limit holds for all starts; it is exhausted where that was not enough for all.
+        budget: Begins anew with each round of batches, from what rows and open batches may have cost.
     """
 
     api: BatchApi
@@ -62,7 +64,8 @@ class BatchJudging:
             if not collect:
                 opened = [batch for job in self.work.jobs for batch in list_batches(job.path)]
                 doubtful = [batch for batch in opened if batch.state["status"] == "uploaded"]
-                for batch in doubtful + self._write(attempt, unread):
+                work = self.work if attempt == 1 else Work(self.work.jobs, retry_failed=True, only=unread)
+                for batch in doubtful + self._write(work, attempt):
                     self.api.submit(batch)
             unread = set()
             for job, file in zip(self.work.jobs, self.files, strict=True):
@@ -77,29 +80,23 @@ class BatchJudging:
         # what batches have judged for one of several models
         Work(self.work.jobs, self.work.retry_failed).write_known(self.files)
 
-    def _write(self, attempt: int, unread: set[tuple[Path, str]]) -> list[PendingBatch]:
-        """Write batches of what is missing, or of what cannot be read, as far as the money goes."""
-        budget = Budget(self.budget.limit, sum(spent_on(job.path) for job in self.work.jobs))
+    def _write(self, work: Work, attempt: int) -> list[PendingBatch]:
+        """Write batches of what is to be asked, as far as the money goes."""
+        self.budget.start_from(sum(spent_on(job.path) for job in work.jobs))
         written = []
-        for job in self.work.jobs:
-            requests = self._requests(job, budget, attempt, {key for path, key in unread if path == job.path})
-            for batch in write_batches(job, requests, attempt):
+        for job, items in itertools.groupby(work.requests(), key=operator.itemgetter(0)):
+            for batch in write_batches(job, self._requests(job, (item for _, item in items), attempt), attempt):
                 print(f"batch {batch.key}: {batch.state['num_requests']:,} requests about {job.name} written")
                 written.append(batch)
-        self.budget.exhausted |= budget.exhausted
         return written
 
-    def _requests(self, job: Job, budget: Budget, attempt: int, unread: set[str]) -> Iterator[tuple[Item, dict, float]]:
-        max_tokens, waiting = attempt * self.settings.max_tokens, pending_items(job.path)
-        for item in job.missing(self.work.retry_failed or attempt > 1):
-            if (item.key, item.row["prediction_hash"]) in waiting or (attempt > 1 and item.key not in unread):
-                continue
-            if not self.work.is_asked(job, item):
-                continue
+    def _requests(self, job: Job, items: Iterator[Item], attempt: int) -> Iterator[tuple[Item, dict, float]]:
+        max_tokens = attempt * self.settings.max_tokens
+        for item in items:
             num_bytes = job.form.count_bytes(item.data)
             max_cost = self.plans[job.judge_model].max_cost(num_bytes, max_tokens, batch=True)
-            if not budget.set_aside(max_cost):
-                budget.exhausted = True
+            if not self.budget.set_aside(max_cost):
+                self.budget.exhausted = True
                 return
             yield item, self.settings.build_request(job.judge_model, job.form, item.data, max_tokens), max_cost
 

@@ -49,8 +49,8 @@ class LiveJudging:
         self._workers: set[asyncio.Task] = set()
         self._fault: BaseException | None = None  # after which nothing more is sent
 
-    async def run(self, endpoint: Endpoint, settings: RequestSettings, limits: RateLimits) -> int | None:
-        """Judge until all is judged, the budget is used up or a signal asks to stop; returns that signal.
+    async def run(self, endpoint: Endpoint, settings: RequestSettings, limits: RateLimits) -> SoftStop:
+        """Judge until all is judged, the budget is used up or a signal asks to stop; returns what knows that signal.
 
         Raises:
             InputError: Nothing more can be judged; what was in flight has been written before.
@@ -74,7 +74,7 @@ class LiveJudging:
                     for job in self.work.jobs:
                         self._finish_if_complete(job)
                     await self._ask_all(self.work.requests())
-            return stop.signal
+            return stop
 
     def _look_at_jobs(self) -> int:
         """Take note of what is missing and what was paid for it; returns the number of all items."""

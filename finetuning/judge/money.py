@@ -80,6 +80,10 @@ class Budget:
         self.limit, self.spent, self._set_aside = limit, spent, 0.0
         self.exhausted = False  # something was not sent for want of money
 
+    def start_from(self, spent: float) -> None:
+        """Count anew, with nothing set aside."""
+        self.spent, self._set_aside = spent, 0.0
+
     def set_aside(self, max_cost: float) -> bool:
         """Whether a request that costs at most this much may be sent."""
         if self.limit is not None and self.spent + self._set_aside + max_cost > self.limit:

@@ -26,6 +26,7 @@ class Work:
         retry_failed: What failed on an earlier start is missing.
         fresh: The rows there are will be deleted.
         pending: (item key, prediction hash) of what batches are judging, by the file of their rows.
+        only: (file of rows, item key) of what alone is looked at; None means all.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class Work:
         retry_failed: bool,
         fresh: bool = False,
         pending: dict[Path, set[tuple[str, str]]] | None = None,
+        only: set[tuple[Path, str]] | None = None,
     ):
-        self.jobs, self.retry_failed, self.fresh = jobs, retry_failed, fresh
+        self.jobs, self.retry_failed, self.fresh, self._only = jobs, retry_failed, fresh, only
         self._pending = {(job.judge_model, *named) for job in jobs for named in (pending or {}).get(job.path, ())}
         self.num_certain = 0  # missing items that need no judge
         wanting: dict[Key, list[Job]] = defaultdict(list)
@@ -51,7 +53,12 @@ class Work:
         self.num_shared = sum(map(len, wanting.values())) - num_asked - num_waiting  # missing, and another model's too
 
     def _missing(self) -> Iterator[tuple[Job, Item]]:
-        return ((job, item) for job in self.jobs for item in job.missing(self.retry_failed, self.fresh))
+        return (
+            (job, item)
+            for job in self.jobs
+            for item in job.missing(self.retry_failed, self.fresh)
+            if self._only is None or (job.path, item.key) in self._only
+        )
 
     def is_asked(self, job: Job, item: Item) -> bool:
         """Whether a missing item is to be sent, and not only to be written."""

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from finetuning.config.arguments import JudgeArguments
 from finetuning.config.run_step import run_step
+from finetuning.interrupts import Terminated
 from finetuning.report.__main__ import ScoreArguments
 
 
@@ -29,3 +31,21 @@ def test_a_folder_that_cannot_be_made_is_named(monkeypatch, capsys, tmp_path, ki
         run_step(lambda args: (Path(args.report_dir) / "scores").mkdir(parents=True), ScoreArguments)
     printed = capsys.readouterr().err
     assert exit.value.code == 2 and str(folder) in printed and "another place" in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stop", "status", "said"),
+    [
+        ([], KeyboardInterrupt, 130, "stopped; the same command goes on from here"),
+        (["--overwrite", "true"], Terminated, 143, "stopped; the same command without --overwrite goes on from here"),
+    ],
+)
+def test_a_stop_says_which_command_goes_on(monkeypatch, capsys, arguments, stop, status, said):
+    def main(args):
+        raise stop
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "argv", ["step", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        run_step(main, JudgeArguments)
+    assert exit.value.code == status and said in capsys.readouterr().err

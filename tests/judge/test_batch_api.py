@@ -105,10 +105,7 @@ def test_the_same_answer_is_in_one_batch_only(tmp_path):
 
 
 def test_what_a_batch_cannot_read_goes_into_a_second_one_with_a_larger_limit(run_dir):
-    def reply(request):
-        return evaluation(6) if request["max_completion_tokens"] == 200 else CUT_OFF
-
-    with serve(stub := StubBatches(reply)) as url:
+    with serve(stub := StubBatches(cut_off_at_first)) as url:
         judge(run_dir, url, "--max_tokens", "100", "--model_name", "checkpoint-10")
     assert len(stub.batches) == 2 and len(stub.requests) == 12
     rows = evaluations(run_dir)
@@ -174,6 +171,35 @@ def test_a_batch_can_be_collected_later(run_dir, by):
         stub.looks = 0
         assert "judged 6 of 6" in judge(run_dir, url, "--collect", "true").printed
     assert len(stub.batches) == 2 and len(evaluations(run_dir)) == 6
+
+
+def test_what_overwrites_in_a_batch_goes_on_without_overwriting_again(run_dir):
+    stub = StubBatches(evaluation(6), looks=10_000)
+    with serve(stub) as url:
+        start_and_leave(run_dir, stub, url, "--overwrite", "true")
+        assert "the same command without --overwrite goes on" in run_dir.with_name("printed").read_text()
+        stub.looks = 0
+        assert "judged 6 of 6" in judge(run_dir, url).printed
+    assert len(stub.batches) == 2 and len(stub.requests) == 9
+
+
+def cut_off_at_first(request):
+    return evaluation(6) if request["max_completion_tokens"] == 200 else CUT_OFF
+
+
+def test_what_a_batch_of_an_earlier_start_cannot_read_goes_into_a_second_one_too(tmp_path):
+    """Also where another model gave the same answer, which waits for the first one's batch."""
+    write_prices(tmp_path)
+    run_dir = make_run(tmp_path / "run", {"base": [*ANSWERS[:3], "a", "b", "c"], "checkpoint-10": ANSWERS})
+    arguments = ["--max_tokens", "100"]
+    with serve(stub := StubBatches(cut_off_at_first, looks=10_000)) as url:
+        start_and_leave(run_dir, stub, url, *arguments, "--model_name", "checkpoint-10", by=signal.SIGKILL)
+        stub.looks = 0
+        printed = judge(run_dir, url, *arguments).printed
+    assert "checkpoint-10: judged 6 of 6" in printed and "base: judged 6 of 6" in printed
+    sent = Counter((answer_of(request), request["max_completion_tokens"]) for request in stub.requests)
+    assert sent == {(answer, limit): 1 for answer in (*ANSWERS, "a", "b", "c") for limit in (100, 200)}
+    assert {row["shared_with"] for row in evaluations(run_dir, "base") if "shared_with" in row} == {"checkpoint-10"}
 
 
 @pytest.mark.parametrize("moment", ["files", "batches", "look", "content"])
