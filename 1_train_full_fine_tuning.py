@@ -34,7 +34,6 @@ from finetuning.runs import EDA, RUN_FILE
 from finetuning.training.arguments import TrainingArguments, fit_to_hardware
 from finetuning.training.callbacks import RecordShares, SaveOnTermination, prepare_wandb, show_lines
 from finetuning.training.checkpoints import check_resumable
-from finetuning.training.collective import on_main_process
 from finetuning.training.memory import MemoryPeak
 from finetuning.training.model import (
     ModelPlan,
@@ -47,7 +46,7 @@ from finetuning.training.model import (
 )
 from finetuning.training.preflight import prepare_rows, run_preflight
 from finetuning.training.records import build_record, delete_run, now, open_run, save_record
-from finetuning.training.trainer import ResumableSFTTrainer
+from finetuning.training.trainer import ResumableSFTTrainer, on_main_process
 
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:

@@ -31,7 +31,7 @@ from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.callbacks import RecordShares
 from finetuning.training.preflight import inspect, prepare_rows
-from finetuning.training.records import build_record, now, open_run, save_record
+from finetuning.training.records import build_record, delete_run, now, open_run, save_record
 from finetuning.training.report import render, use_colour
 from finetuning.training.trainer import ResumableSFTTrainer
 
@@ -86,6 +86,8 @@ def main(script_args: OldScriptArguments, training_args: TrainingArguments, mode
         processing_class=tokenizer,
         callbacks=[RecordShares(run, record)],
     )
+    if script_args.overwrite:
+        delete_run(run)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     save_record(run, record, finished=now())
     print(f"finished: {run / f'checkpoint-{trainer.state.global_step}'}")

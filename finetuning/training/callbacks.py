@@ -14,8 +14,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from finetuning.ranks import print_main
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.collective import gather
 from finetuning.training.records import save_record
+from finetuning.training.trainer import gather
 
 
 class SaveOnTermination(TrainerCallback):

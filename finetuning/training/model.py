@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
@@ -177,3 +183,40 @@ def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) 
                 weight = embeddings.weight
                 weight[new_ids] = weight[old_ids].mean(dim=0, dtype=torch.float32).to(weight.dtype)
     return model
+
+
+def build_model(plan: ModelPlan, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights, with embeddings for the tokens that are added."""
+    # FlashAttention's own kernels do not run without data; sdpa without a mask keeps the same tensors
+    attention = "eager" if plan.settings["attn_implementation"] == "eager" else "sdpa"
+    code = {"trust_remote_code": plan.settings["trust_remote_code"], **own_code(config, plan.settings["revision"])}
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, **code)
+    except ValueError as error:  # loading it would end in the same words
+        raise InputError(f"{config.name_or_path} cannot be built with attention {attention}: {error}") from error
+    if plan.new_ids:
+        size = model.get_input_embeddings().num_embeddings + len(plan.new_ids)
+        model.resize_token_embeddings(size, mean_resizing=False)
+    return model
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    check_adapter_names(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+    except ValueError as error:  # a module of a kind that peft cannot adapt
+        raise InputError(f"lora_target_modules: {error}") from error
+
+
+def check_adapter_names(model: torch.nn.Module, peft_config: PeftConfig) -> None:
+    """Refuse a name that no module or parameter of the model has: peft leaves it out where others are found."""
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for key, names in (("target_modules", modules), ("modules_to_save", modules), ("target_parameters", parameters)):
+        wanted = getattr(peft_config, key) or []
+        for name in [] if isinstance(wanted, str) else sorted(wanted):  # a text is `all-linear`, or an expression
+            if not any(known == name or known.endswith(f".{name}") for known in names):
+                ends = sorted({known.rpartition(".")[2] for known in names} - {""})
+                ends = [end for end in ends if not end.isdigit() and key != "target_parameters"]
+                known_names = f", which has {', '.join(ends)}" if ends else ""
+                raise InputError(f"lora_{key}: {name} is nowhere in the model{known_names}")

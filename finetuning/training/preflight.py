@@ -35,13 +35,19 @@ from finetuning.errors import InputError
 from finetuning.models.config import load_generation_config, load_model_config
 from finetuning.runs import EDA, RUN_FILE
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.eda import plot_lengths
 from finetuning.training.labels import check_labels, count_labels
-from finetuning.training.lengths import check_lengths, check_positions, conversations_of, learned_texts, measure_lengths
+from finetuning.training.lengths import (
+    check_lengths,
+    check_positions,
+    check_schedule,
+    conversations_of,
+    learned_texts,
+    measure_lengths,
+    plan_training,
+)
 from finetuning.training.memory import check_memory
 from finetuning.training.model import ModelPlan
-from finetuning.training.plan import check_schedule, plan_training
-from finetuning.training.report import Report, preview_row, render, use_colour
+from finetuning.training.report import Report, plot_lengths, preview_row, render, use_colour
 
 
 def check_conversations(tokenized: Dataset, tokens: list[str], where: str = "") -> list[Finding]:

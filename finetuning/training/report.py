@@ -1,5 +1,5 @@
 """
-What preflight found: as preflight.json, and as one screen.
+What preflight found: as preflight.json, as one screen, and as plots of the lengths (eda/).
 """
 
 import os
@@ -7,6 +7,8 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from finetuning.data.checks import Finding
@@ -14,9 +16,10 @@ from finetuning.data.tokens import IGNORED
 from finetuning.errors import make_folder, to_line, to_plain
 from finetuning.runs import PREFLIGHT_FILE, write_json
 from finetuning.training.lengths import PERCENTILES
-from finetuning.training.plan import describe_plan
 
 LEVELS = {"refused": "1;31", "allowed": "33", "warning": "33", "note": "36", "ok": "32"}  # in their order, with colours
+# Okabe and Ito's colours, which stay apart in colour blindness; hatches, in print
+STYLES = (("#0072B2", ""), ("#E69F00", "//"), ("#009E73", "xx"))
 
 
 @dataclass
@@ -108,5 +111,35 @@ def render(report: Report, colour: bool) -> str:
         rows = ", ".join(str(row) for row in finding.rows[:8]) + (", ..." if len(finding.rows) > 8 else "")
         level = f"\033[{LEVELS[finding.level]}m{finding.level:<8}\033[0m" if colour else f"{finding.level:<8}"
         lines.append(f"  {level} {finding.check}: {to_line(finding.text)}" + (f" (rows {rows})" if rows else ""))
-    lines.append(f"plan: {to_line(describe_plan(report.plan))}")
+    plan = report.plan
+    packing = f", sequences {plan['packing_efficiency']:.0%} full" if plan["packing_efficiency"] else ""
+    lines.append(
+        f"plan: {plan['steps']} steps ({plan['epochs']} epochs) of {plan['rows_per_step']:g} rows in "
+        f"{plan['sequences_per_step']} sequences{packing}; {plan['tokens']:,} tokens; {plan['checkpoints']} checkpoints"
+    )
     return "\n".join(lines)
+
+
+def plot_lengths(per_row: dict[str, np.ndarray], max_length: int | None, folder: Path) -> None:
+    """Histograms of questions, answers and rows, in tokens (with the line of max_length) and in characters.
+
+    Args:
+        per_row: Lengths by `question tokens`, `answer characters` and so on, one number a row.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for unit, names in (("tokens", ("question", "answer", "row")), ("characters", ("question", "answer"))):
+        figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
+        axes = figure.subplots(1, len(names))
+        for axis, name, (colour, hatch) in zip(axes, names, STYLES, strict=False):
+            values = per_row[f"{name} {unit}"]
+            num_bins, high = min(40, int(np.ptp(values)) + 1), np.percentile(values, 99)
+            axis.hist(values, bins=num_bins, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
+            axis.axvline(high, color="black", linestyle=":", label=f"99 %: {high:.0f}")
+            if max_length is not None and name == "row":
+                axis.axvline(max_length, color="#D55E00", linewidth=2, label=f"max_length: {max_length}")
+            axis.set_title(f"{name} ({len(values):,} rows)")
+            axis.set_xlabel(unit)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(framealpha=0.9, edgecolor="none", fontsize=8)
+        axes[0].set_ylabel("rows")
+        figure.savefig(folder / f"{unit}.png", dpi=110)

@@ -2,42 +2,100 @@
 trl's SFTTrainer with checkpoints that are complete, stand once, and can be resumed on any number of devices.
 """
 
+import contextlib
 import math
 import shutil
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import trl.trainer.utils
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from trl import SFTTrainer
 
 from finetuning.data.chat import end_token_ids
 from finetuning.errors import InputError
 from finetuning.models.loading import record_base
+from finetuning.ranks import is_main_process
 from finetuning.runs import INCOMPLETE, list_checkpoints
 from finetuning.training.checkpoints import (
     OPTIMIZER_FOLDER,
     SCHEDULER_FILE,
     SafePlanner,
     SafeReader,
+    cause_of,
     check_weights,
     delete_older_checkpoints,
     named_file,
     saved_shapes,
     without_tied_copies,
 )
-from finetuning.training.collective import failing_together, on_main_process
+
+Value = TypeVar("Value")
 
 assert hasattr(trl.trainer.utils, "_use_triton"), "trl has renamed _use_triton, which is replaced here"
 # trl projects only the positions that have a label onto the vocabulary where it has Triton, and all positions where it
 # has not, so that compilers see constant shapes. Nothing is compiled on a CPU, and most positions are of the question.
 trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
+
+
+def on_main_process(function: Callable[[], Value]) -> Value:
+    """Call a function on the first rank only; every rank gets its result, or its InputError."""
+    outcome: list = [None, None]  # the result, and what is wrong
+    if is_main_process():
+        try:
+            outcome[0] = function()
+        except InputError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    result, problem = outcome
+    if problem is not None:
+        raise InputError(problem)
+    return result
+
+
+def gather(value: Value) -> list[Value]:
+    """The value of each rank, on all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def failing_together(folder: Path) -> Iterator[None]:
+    """End all ranks in one line where one of them cannot write (a full disk, mostly), so that none waits for it.
+
+    Raises:
+        InputError: A rank could not write into the folder.
+    """
+    problem = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        cause = cause_of(error)
+        # torch's writer has no error of its own
+        if not isinstance(cause, (OSError, SafetensorError)) and "inline_container" not in str(cause):
+            raise
+        problem = str(cause).strip().splitlines()[0]
+    problems = [text for text in gather(problem) if text]
+    if problems:
+        raise InputError(
+            f"{folder} could not be saved ({problems[0]}); make room on the disk, or keep fewer "
+            "checkpoints with save_total_limit: the same command goes on from the checkpoint before it"
+        )
 
 
 class ResumableSFTTrainer(SFTTrainer):

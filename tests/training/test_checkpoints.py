@@ -35,9 +35,8 @@ from finetuning.training.checkpoints import (
     delete_older_checkpoints,
     saved_shapes,
 )
-from finetuning.training.collective import failing_together
 from finetuning.training.records import open_run
-from finetuning.training.trainer import ResumableSFTTrainer
+from finetuning.training.trainer import ResumableSFTTrainer, failing_together
 
 OVERRIDDEN = {  # private methods of the libraries, and the parameters that ours take
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],

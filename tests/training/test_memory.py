@@ -10,9 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finetuning.data.chat import load_tokenizer
 from finetuning.training import memory
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.memory import plan_memory
+from finetuning.training.memory import Batch, Shapes, plan_memory
 from finetuning.training.model import ModelPlan
-from finetuning.training.shapes import Batch, Shapes
 
 MODEL = str(ROOT / "demo/model")
 

@@ -8,8 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.errors import InputError
-from finetuning.training.model import build_adapter_config
-from finetuning.training.shapes import check_adapter_names
+from finetuning.training.model import build_adapter_config, check_adapter_names
 
 MODEL = str(ROOT / "demo/model")
 

@@ -1,11 +1,11 @@
-"""The plan of a run."""
+"""How many steps the rows of a run make."""
 
 import pytest
 from datasets import Dataset
 
 from finetuning.errors import InputError
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.plan import check_schedule, plan_training
+from finetuning.training.lengths import check_schedule, plan_training
 
 
 @pytest.mark.parametrize(
