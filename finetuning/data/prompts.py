@@ -1,8 +1,9 @@
 """
-Prompts: the token ids of a test sample, up to where the model's answer begins.
+Prompts: the token ids of a test sample, up to where the model's answer begins; and the seed of that answer.
 """
 
 import array
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,3 +36,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, samples: Iterable[dict]) 
             prompt.error = f"the chat template cannot phrase this sample: {error}"
         prompts.append(prompt)
     return prompts
+
+
+def seed_of(seed: int, sample_id: str) -> int:
+    """The seed of a sampled answer, which depends on nothing but the run's seed and the sample."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {sample_id}".encode()).digest()[:8]) >> 1

@@ -7,22 +7,22 @@ the first, so that a step takes the front of every tensor and gathers nothing. O
     slot            0     1     2     3     4     5
                   [ A ] [ B ] [ C ] [ D ] [   ] [   ]    each step gives every active sequence one token
     B ends        [ A ] [ D ] [ C ] [   ] [   ] [   ]    B is yielded, and the last one is copied into its slot
-    E, F, G wait  [ A ] [ D ] [ C ] [ E ] [ F ] [ G ]    they are read together, once enough slots are free
+    E, F, G wait  [ A ] [ D ] [ C ] [ E ] [ F ] [ G ]    they are prefilled together, once enough slots are free
 
 Along the length of the cache, one slot holds the keys and values of its sequence, of all tokens but the last:
 
     position      0 ............... p-1 | p ............... n-1 | n .................. length
                   of p prompt tokens    | of new tokens         | old values, which the mask hides
 
-A step takes in that last token, writes its key and value at position n, and gives the logits of the next token. So a
-prompt is read without its last token: in a chunk of prompts of like length, padded on the right, where causal attention
-does not look, and without the language model's head. A slot is free as soon as its sequence has ended; memory is freed
-when all have.
+A step takes in that last token, writes its key and value at position n, and gives the logits of the next token. So the
+prefill of a prompt leaves out its last token: it takes a chunk of prompts of like length, padded on the right, where
+causal attention does not look, and without the language model's head. A slot is free as soon as its sequence has ended;
+memory is freed when all have.
 
 Greedy tokens are those of `model.generate` for each prompt alone (docs/generation.md).
 """
 
-import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -43,11 +43,15 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+Prompts = Sequence[Sequence[int]]  # token ids of each
 SLOT_ATTENTION = "slots"
-# Prompt tokens that are read at once, unless one prompt is longer. What a layer makes of 1024 stays in a CPU's cache.
+# Prompt tokens of one prefill, unless one prompt is longer. What a layer makes of 1024 stays in a CPU's L2 cache.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
-SLOTS_PER_GROUP = 8  # on a CPU, so many slots look no further than the longest of them; they are sorted, roughly
-REFILL = 4  # waiting prompts are read when 1 / REFILL of the slots is free
+PREFILL_TOKENS_ELSEWHERE = 4096  # on other devices
+# On a CPU attention runs per group of 8 slots, up to the longest sequence of the group; slots are filled longest first,
+# so neighbours are of like length.
+SLOTS_PER_GROUP = 8
+REFILL = 0.25  # share of the slots that has to be free before waiting prompts are prefilled
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, slot_groups=None, **kwargs):
@@ -56,9 +60,11 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
     Shapes: query (slots, heads, 1, dim), key and value (slots, key heads, length, dim), mask (slots, 1, 1, length).
 
     Args:
-        slot_groups: [(first slot, last slot + 1, length), ...]; no slot of a group has more keys than its length.
+        slot_groups: [(first slot, last slot + 1, length), ...]; no slot of a group has more keys than its length. The
+            model hands on keywords that it does not know, so `Decoder._step` gives it. None in a prefill, which is the
+            library's own way: causal attention needs no other mask.
     """
-    if query.shape[2] > 1 or attention_mask is None:
+    if slot_groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     slots, heads, _, dim = query.shape
     grouped = query.view(slots, key.shape[1], heads // key.shape[1], dim)
@@ -70,7 +76,7 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
             attn_mask=attention_mask[first:last, ..., :length],
             scale=scaling,
         )
-        for first, last, length in slot_groups or [(0, slots, key.shape[2])]
+        for first, last, length in slot_groups
     ]
     return torch.cat(outputs).reshape(slots, 1, heads, dim), None
 
@@ -86,7 +92,7 @@ class LayerCache:
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Keys that were there before those of this call of the model."""
+        """Keys before those of this call of the model: none of a prompt, which starts from nothing; see SlotCache."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -97,7 +103,7 @@ class LayerCache:
 
 
 class PromptCache(LayerCache):
-    """Keys and values of a chunk of prompts while they are read."""
+    """Keys and values of a chunk of prompts, as the prefill gives them."""
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
         assert layer_idx == len(self.layers)
@@ -118,31 +124,29 @@ class SlotCache(LayerCache):
         self.longest = 0  # keys of the longest sequence, with that of this step's token
         self.positions = torch.empty(0, dtype=torch.long)  # where each active slot's key of this step goes
 
-    def write(self, prompts: PromptCache, lengths: list[int]) -> None:
+    def write(self, prompts: PromptCache) -> None:
         """Put prompts into the next free slots."""
         if not self.layers:
-            for key, value in prompts.layers:
-                self.layers.append((self._allocate(key), self._allocate(value)))
-        last = self.active + len(lengths)
-        for (keys, values), (new_keys, new_values) in zip(self.layers, prompts.layers, strict=True):
-            keys[self.active : last, :, : new_keys.shape[2]] = new_keys
-            values[self.active : last, :, : new_values.shape[2]] = new_values
-        self.active = last
+            self.layers = [(self._allocate(key), self._allocate(value)) for key, value in prompts.layers]
+        first, self.active = self.active, self.active + len(prompts.layers[0][0])
+        for tensors, new_tensors in zip(self.layers, prompts.layers, strict=True):
+            for tensor, new in zip(tensors, new_tensors, strict=True):
+                tensor[first : self.active, :, : new.shape[2]] = new
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         # zeros, as what is masked must be a number
         return like.new_zeros(self.num_slots, like.shape[1], self.length, like.shape[3])
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` keys and values of one slot into another."""
-        for tensors in self.layers:
-            for tensor in tensors:
-                tensor[target, :, :length] = tensor[source, :, :length]
+    def free(self, slot: int, last_length: int) -> None:
+        """Free a slot, and copy into it the last active one, which has `last_length` keys, so that no gap is left."""
+        self.active -= 1
+        if slot != self.active:
+            for tensor in itertools.chain(*self.layers):
+                tensor[slot, :, :last_length] = tensor[self.active, :, :last_length]
 
-    def begin_step(self, positions: torch.Tensor) -> None:
-        """Say where the token of each active slot goes in this step."""
-        self.positions = positions[:, None, None, None]
-        self.longest = int(positions.max()) + 1
+    def begin_step(self, positions: torch.Tensor, longest: int) -> None:
+        """Say where the token of each active slot goes in this step, and how many keys the longest then has."""
+        self.positions, self.longest = positions[:, None, None, None], longest
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
         positions = self.positions.to(key.device)
@@ -163,17 +167,11 @@ class Running:
     prompt: list[int]
     generator: torch.Generator | None
     new_ids: list[int] = field(default_factory=list)
-    failed: bool = False  # its logits were no numbers
 
     @property
     def cached(self) -> int:
         """The number of tokens whose keys are in the cache before the next step: all but the last one."""
         return len(self.prompt) + len(self.new_ids) - 1
-
-
-def seed_of(seed: int, name: str) -> int:
-    """The seed of one sample's generator, which depends on nothing but the run's seed and the sample."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1
 
 
 def unsupported_reason(model: PreTrainedModel, config: GenerationConfig, longest: int) -> str | None:
@@ -182,21 +180,21 @@ def unsupported_reason(model: PreTrainedModel, config: GenerationConfig, longest
     Args:
         longest: Tokens of the prompt and its longest answer.
     """
-    text_config = model.config.get_text_config()
-    other_layers = set(getattr(text_config, "layer_types", None) or []) - {"full_attention"}
-    window = getattr(text_config, "sliding_window", None)
     if (config.num_beams or 1) > 1:
         return "beam search"
     peft_config = getattr(model, "active_peft_config", None)
     if peft_config is not None and peft_config.is_prompt_learning:
         return "an adapter of virtual tokens"
+    text_config = model.config.get_text_config()
     rope = getattr(text_config, "rope_parameters", None) or {}
-    longest_trained = getattr(text_config, "max_position_embeddings", longest)
-    trained = rope.get("original_max_position_embeddings") or longest_trained
-    if rope.get("rope_type") in ("dynamic", "longrope") and longest > trained:
-        return f"rotary embeddings that change beyond {trained} tokens"
+    max_positions = getattr(text_config, "max_position_embeddings", longest)
+    original_positions = rope.get("original_max_position_embeddings") or max_positions
+    if rope.get("rope_type") in ("dynamic", "longrope") and longest > original_positions:
+        return f"rotary embeddings that change beyond {original_positions} tokens"
+    other_layers = set(getattr(text_config, "layer_types", None) or []) - {"full_attention"}
     if other_layers:
         return f"layers of {', '.join(sorted(other_layers))}"
+    window = getattr(text_config, "sliding_window", None)
     if window is not None and getattr(text_config, "use_sliding_window", True) and window < longest:
         return f"a sliding window of {window} tokens"
     if getattr(text_config, "attn_logit_softcapping", None) is not None:
@@ -230,30 +228,24 @@ class Decoder:
         model: A causal language model in evaluation mode for which `unsupported_reason` gives None.
         config: Settings of generation; `eos_token_id` is a list.
         num_slots: Sequences that are decoded at once.
-        tokenizer: Needed where the config has `stop_strings`.
+        tokenizer: Makes the text in which stop strings are looked for.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        config: GenerationConfig,
-        num_slots: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        self, model: PreTrainedModel, config: GenerationConfig, num_slots: int, tokenizer: PreTrainedTokenizerBase
     ):
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config, self.num_slots, self.tokenizer = config, num_slots, tokenizer
         self.processors = build_processors(config)
 
     @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] = ()
-    ) -> Iterator[tuple[int, list[int] | None]]:
+    def generate(self, prompts: Prompts, seeds: Sequence[int]) -> Iterator[tuple[int, list[int] | None]]:
         """Yield (index of the prompt, new token ids with the end token if there is one), as sequences finish.
 
-        None stands in place of the ids where the model's logits are no numbers.
+        None stands in place of the ids where the model's logits are NaN or infinite.
 
         Args:
-            seeds: One for each prompt; needed for sampling only.
+            seeds: One for each prompt, for sampling.
         """
         implementation = self.model.config._attn_implementation
         self.model.set_attn_implementation(SLOT_ATTENTION)
@@ -262,9 +254,7 @@ class Decoder:
         finally:
             self.model.set_attn_implementation(implementation)
 
-    def _generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
-    ) -> Iterator[tuple[int, list[int] | None]]:
+    def _generate(self, prompts: Prompts, seeds: Sequence[int]) -> Iterator[tuple[int, list[int] | None]]:
         # the longest first, so that memory runs out at once or not at all; pop() takes from the end
         waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         num_slots = min(self.num_slots, len(prompts))
@@ -272,36 +262,32 @@ class Decoder:
         active: list[Running] = []  # in the order of their slots
         ends = set(self.config.eos_token_id)
         while waiting or active:
-            # 1. Read waiting prompts into the free slots, where enough of them are free.
-            free = num_slots - len(active)
-            if waiting and (free >= min(len(waiting), max(1, num_slots // REFILL)) or not active):
+            # 1. Prefill: put waiting prompts into the free slots, where enough of them are free.
+            if waiting and num_slots - len(active) >= min(len(waiting), max(1, int(num_slots * REFILL))):
                 while waiting and len(active) < num_slots:
-                    active += self._read(cache, self._take(waiting, prompts, seeds, num_slots - len(active)))
+                    taken = self._take(waiting, prompts, seeds, num_slots - len(active))
+                    self._prefill(cache, taken)
+                    active += taken
             # 2. One step: every active slot takes in its last token, and gives the logits of the next one.
             logits = self._step(cache, active)
             # 3. Choose the tokens, and see which sequences end with theirs.
-            finished = []
+            finished: dict[int, list[int] | None] = {}  # by slot
             for slot, token in enumerate(self._choose(logits, active)):
-                sequence = active[slot]
+                new_ids = active[slot].new_ids
                 if token is None:
-                    sequence.failed = True
-                    finished.append(slot)
+                    finished[slot] = None
                     continue
-                sequence.new_ids.append(token)
-                full = len(sequence.new_ids) == self.config.max_new_tokens
-                if token in ends or full or self._stops(sequence.new_ids):
-                    finished.append(slot)
+                new_ids.append(token)
+                if token in ends or len(new_ids) == self.config.max_new_tokens or self._stops(new_ids):
+                    finished[slot] = new_ids
             # 4. Yield what has ended, and move the last sequence to its slot; backwards, as that may have ended too.
-            for slot in reversed(finished):
-                sequence, last = active[slot], active.pop()
-                if last is not sequence:
-                    cache.move(len(active), slot, last.cached)
-                    active[slot] = last
-                cache.active = len(active)
-                yield sequence.index, None if sequence.failed else sequence.new_ids
+            for slot, result in reversed(finished.items()):
+                cache.free(slot, active[-1].cached)
+                active[slot], active[-1] = active[-1], active[slot]
+                yield active.pop().index, result
 
     def _choose(self, logits: torch.Tensor, active: list[Running]) -> list[int | None]:
-        """The next token of each sequence; a sampled one by its own generator. None where the logits are no numbers.
+        """The next token of each sequence; a sampled one by its own generator. None where logits are NaN or infinite.
 
         Args:
             logits: (sequences, vocabulary), float32.
@@ -311,43 +297,41 @@ class Decoder:
             ids = (torch.tensor([s.prompt + s.new_ids], device=logits.device) for s in active)
             logits = torch.cat([by_sequence(own, row[None]) for own, row in zip(ids, logits, strict=True)])
         if self.config.do_sample:
+            # inverse of the cumulative distribution, drawn on the CPU, so independent of batch and device
             cumulated = alike(None, logits).double().softmax(dim=-1).cumsum(dim=-1)
             drawn = torch.stack([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in active])
-            tokens = torch.searchsorted(cumulated, drawn.to(logits.device) * cumulated[:, -1:])[:, 0]
-            evidence = cumulated[:, -1]
+            score = cumulated[:, -1]
+            tokens = torch.searchsorted(cumulated, drawn.to(logits.device) * score[:, None])[:, 0]
         else:
-            evidence, tokens = logits.max(dim=-1)
-        pairs = zip(tokens.tolist(), evidence.isfinite().tolist(), strict=True)
+            score, tokens = logits.max(dim=-1)
+        pairs = zip(tokens.tolist(), score.isfinite().tolist(), strict=True)
         return [token if finite else None for token, finite in pairs]
 
     def _stops(self, new_ids: list[int]) -> bool:
         """Whether the text so far has a stop string; a token may end one that others began."""
         if not self.config.stop_strings:
             return False
-        if self.tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer")
         # a token is at least a byte, so no more tokens are part of a stop string that the last one completes
         longest = max(len(stop.encode()) for stop in self.config.stop_strings)
         tail = self.tokenizer.decode(new_ids[-longest - 1 :])
         return any(stop in tail for stop in self.config.stop_strings)
 
-    def _take(
-        self, waiting: list[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int], free: int
-    ) -> list[Running]:
-        """The longest prompts that wait, as many as are read at once, out of the list `waiting`."""
+    def _take(self, waiting: list[int], prompts: Prompts, seeds: Sequence[int], free: int) -> list[Running]:
+        """The longest prompts that wait, as many as one prefill takes, out of the list `waiting`."""
+        limit = PREFILL_TOKENS.get(self.model.device.type, PREFILL_TOKENS_ELSEWHERE)
         taken: list[Running] = []
         while waiting and len(taken) < free:
-            longest = len(taken[0].prompt) if taken else 0
-            if taken and longest * (len(taken) + 1) > PREFILL_TOKENS.get(self.model.device.type, 4096):
+            if taken and len(taken[0].prompt) * (len(taken) + 1) > limit:
                 break
             index = waiting.pop()
             generator = torch.Generator().manual_seed(seeds[index]) if self.config.do_sample else None
             taken.append(Running(index, list(prompts[index]), generator))
         return taken
 
-    def _read(self, cache: SlotCache, sequences: list[Running]) -> list[Running]:
+    def _prefill(self, cache: SlotCache, sequences: list[Running]) -> None:
         """Fill the cache with prompts, all but the last token of each, which the first step takes in."""
         lengths = [sequence.cached for sequence in sequences]
+        # a one-token prompt has nothing to read, but the model wants a column; its key is overwritten
         width = max(1, *lengths)
         ids = torch.zeros(len(sequences), width, dtype=torch.long)
         for row, sequence in enumerate(sequences):
@@ -357,25 +341,25 @@ class Decoder:
         self.model.base_model(
             input_ids=ids.to(self.model.device), position_ids=positions, past_key_values=prompts, use_cache=True
         )
-        cache.write(prompts, lengths)
-        return sequences
+        cache.write(prompts)
 
     def _step(self, cache: SlotCache, active: list[Running]) -> torch.Tensor:
         """Logits (sequences, vocabulary) of the next token of each sequence."""
         device = self.model.device
+        cached = [sequence.cached for sequence in active]
         tokens = torch.tensor([[(s.new_ids or s.prompt)[-1]] for s in active], device=device)
-        positions = torch.tensor([s.cached for s in active], device=device)
-        cache.begin_step(positions)
+        positions = torch.tensor(cached, device=device)
+        cache.begin_step(positions, longest=max(cached) + 1)
         mask = torch.arange(cache.longest, device=device) <= positions[:, None]
         size = SLOTS_PER_GROUP if device.type == "cpu" else len(active)
         groups = [
-            (first, min(first + size, len(active)), 1 + max(s.cached for s in active[first : first + size]))
+            (first, min(first + size, len(active)), 1 + max(cached[first : first + size]))
             for first in range(0, len(active), size)
         ]
         output = self.model(
             input_ids=tokens,
             attention_mask=mask[:, None, None],
-            slot_groups=groups,
+            slot_groups=groups,  # for slot_attention
             position_ids=positions[:, None],
             past_key_values=cache,
             use_cache=True,

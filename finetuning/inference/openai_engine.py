@@ -18,12 +18,11 @@ from openai.types.chat import ChatCompletion
 
 from finetuning.credentials import hide
 from finetuning.data.conversations import with_json_arguments
-from finetuning.data.prompts import Prompt
+from finetuning.data.prompts import Prompt, seed_of
 from finetuning.data.samples import TestSamples
 from finetuning.endpoint import KEY_REFUSED, MAX_TOKEN_COUNT, Endpoint, seconds_to_wait
 from finetuning.errors import InputError, to_line
 from finetuning.inference.answers import Answer, AnswerReader
-from finetuning.inference.decoding import seed_of
 from finetuning.interrupts import SoftStop
 
 NUM_RETRIES = 2  # of a request, where the server is busy or the connection breaks

@@ -16,11 +16,11 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from finetuning.data.prompts import Prompt
+from finetuning.data.prompts import Prompt, seed_of
 from finetuning.errors import InputError
 from finetuning.hardware import available_memory, choose_attention
 from finetuning.inference.answers import Answer, AnswerReader
-from finetuning.inference.decoding import Decoder, seed_of, unsupported_reason
+from finetuning.inference.decoding import Decoder, unsupported_reason
 from finetuning.models.config import base_of, describe_failure, load_model_config
 from finetuning.models.files import is_adapter, list_weight_files
 from finetuning.models.loading import load_adapter
@@ -30,7 +30,7 @@ MAX_SLOTS = 128
 SLOTS_WITHOUT_HEADS = 16  # of models whose memory cannot be told from their heads
 READ_AT_ONCE = 1 << 24  # bytes
 
-# Takes prompts, and how many are answered at once; gives each with its new tokens, or None where logits are no numbers.
+# Takes prompts, and how many are answered at once; gives each with its new tokens, or None where logits are NaN or infinite.
 Generate = Callable[[list[Prompt], int], Iterator[tuple[Prompt, list[int] | None]]]
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 
-from finetuning.data.prompts import Prompt
+from finetuning.data.prompts import Prompt, seed_of
 from finetuning.errors import InputError
 from finetuning.inference.answers import Answer, AnswerReader
-from finetuning.inference.decoding import seed_of
 from finetuning.models.config import base_of
 from finetuning.models.files import is_adapter
 

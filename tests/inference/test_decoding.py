@@ -21,7 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from finetuning.inference.decoding import Decoder, SlotCache, seed_of, unsupported_reason
+from finetuning.data.prompts import seed_of
+from finetuning.inference.decoding import Decoder, SlotCache, unsupported_reason
 
 VOCABULARY = 997
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -69,13 +70,19 @@ def alone(model, prompt: list[int], config: GenerationConfig = GREEDY) -> list[i
     return output[0, len(prompt) :].tolist()
 
 
+def decode(model, prompts: list[list[int]], num_slots: int, config: GenerationConfig = GREEDY) -> dict[int, list[int]]:
+    """The new tokens of each prompt, by its place; without stop strings no tokenizer is needed."""
+    seeds = [seed_of(0, str(i)) for i in range(len(prompts))]
+    return dict(Decoder(model, config, num_slots, tokenizer=None).generate(prompts, seeds))
+
+
 @pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
     model, prompts = build(*MODELS[name]), make_prompts()
     expected = [alone(model, prompt) for prompt in prompts]
     assert len({token for tokens in expected for token in tokens}) > 30  # answers that are worth comparing
     for num_slots in (1, 4, 64):
-        assert dict(Decoder(model, GREEDY, num_slots).generate(prompts)) == dict(enumerate(expected)), num_slots
+        assert decode(model, prompts, num_slots) == dict(enumerate(expected)), num_slots
 
 
 @pytest.mark.slow
@@ -84,7 +91,7 @@ def test_an_adapter_answers_as_it_does_alone():
     adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
     prompts = make_prompts(8)
     expected = [alone(adapter, prompt) for prompt in prompts]
-    assert dict(Decoder(adapter, GREEDY, 3).generate(prompts)) == dict(enumerate(expected))
+    assert decode(adapter, prompts, 3) == dict(enumerate(expected))
     with adapter.disable_adapter():
         assert [alone(adapter, prompt) for prompt in prompts] != expected
 
@@ -94,9 +101,7 @@ def test_an_adapter_answers_as_it_does_alone():
 def test_penalties_are_those_of_the_library(settings):
     model, prompts = build(*MODELS["llama, tied"]), make_prompts(6)
     config = GenerationConfig(**{**GREEDY.to_dict(), **settings})
-    assert dict(Decoder(model, config, 4).generate(prompts)) == dict(
-        enumerate(alone(model, p, config) for p in prompts)
-    )
+    assert decode(model, prompts, 4, config) == dict(enumerate(alone(model, p, config) for p in prompts))
 
 
 @pytest.mark.slow
@@ -107,8 +112,8 @@ def test_sampled_tokens_follow_the_distribution():
         max_new_tokens=1, eos_token_id=[3], pad_token_id=0, do_sample=True, temperature=2.0, top_k=5
     )
     number = 2000
-    drawn = Decoder(model, config, 500).generate([prompt] * number, [seed_of(0, str(i)) for i in range(number)])
-    counts = torch.bincount(torch.tensor([tokens[0] for _, tokens in drawn]), minlength=VOCABULARY)
+    drawn = decode(model, [prompt] * number, 500, config).values()
+    counts = torch.bincount(torch.tensor([tokens[0] for tokens in drawn]), minlength=VOCABULARY)
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, -1] / 2.0
     top = logits.topk(5)
@@ -136,7 +141,7 @@ def test_memory_of_the_cache_is_given_back_to_waiting_prompts():
 
     SlotCache.__init__ = remember
     try:
-        assert len(dict(Decoder(model, GREEDY, 8).generate(prompts))) == 200
+        assert len(decode(model, prompts, 8)) == 200
     finally:
         SlotCache.__init__ = original
     (cache,) = caches

@@ -122,14 +122,14 @@ def test_beams_go_through_the_library_and_give_its_answers():
 @pytest.mark.slow
 def test_a_prompt_that_does_not_fit_alone_is_an_error_of_that_sample(monkeypatch):
     engine = load_demo(max_new_tokens=12)
-    read = Decoder._read
+    prefill = Decoder._prefill
 
-    def read_if_short(decoder, cache, sequences):
+    def prefill_if_short(decoder, cache, sequences):
         if max(sequence.cached for sequence in sequences) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return read(decoder, cache, sequences)
+        prefill(decoder, cache, sequences)
 
-    monkeypatch.setattr(Decoder, "_read", read_if_short)
+    monkeypatch.setattr(Decoder, "_prefill", prefill_if_short)
     answers = answers_to(TEXTS, engine, 4)
     failed = [text for text, answer in zip(TEXTS, answers, strict=True) if answer.finish_reason == "error"]
     assert failed == [TEXTS[1]] and "out of memory" in answers[1].error
@@ -158,11 +158,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch):
     tried = []
     write = SlotCache.write
 
-    def write_if_small(cache, prompts, lengths):
+    def write_if_small(cache, prompts):
         tried.append(cache.num_slots)
         if cache.num_slots > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        write(cache, prompts, lengths)
+        write(cache, prompts)
 
     monkeypatch.setattr(SlotCache, "write", write_if_small)
     assert [a.prediction for a in answers_to(TEXTS, engine, 12)] == expected
