@@ -129,6 +129,7 @@ def test_a_sliding_window_is_left_to_the_library_where_it_matters():
     assert unsupported_reason(build(*MODELS["llama, tied"]), GREEDY, 400) is None
 
 
+@pytest.mark.slow
 def test_memory_of_the_cache_is_given_back_to_waiting_prompts():
     """As many slots as there are sequences at once, whatever the number of prompts."""
     model, prompts = build(*MODELS["llama, tied"]), [[11, 12, 13]] * 200

@@ -155,6 +155,7 @@ def test_the_tokenizer_is_named_and_says_what_it_cannot_read():
     assert compute_rouge(["हिन्दी में"], [["हिन्दी में"]])["discarded_characters"] == 0  # vowel signs belong to their letters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer, tokens", [("words", ["#person1#", "cat이", "왔다"]), ("characters", ["#person1#", "c", "a", "t", "이", "왔", "다"])])  # fmt: skip
 def test_words_and_characters_are_counted_on_request(tokenizer, tokens):
     assert RougeTokenizer(tokenizer).tokenize("#Person1#: cat이 왔다!") == tokens

@@ -123,6 +123,7 @@ def test_a_rubric_that_is_none_says_what_to_write(run_dir, tmp_path, name):
 INJECTIONS = [json.loads(line) for line in (ROOT / "tests" / "judge" / "injections.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_injection_is_delivered_as_data(tmp_path):
     attacks = [injection["attack"] for injection in INJECTIONS]
     assert len(attacks) >= 20 and {injection["language"] for injection in INJECTIONS} == {"en", "ko"}

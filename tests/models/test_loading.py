@@ -101,6 +101,7 @@ DAMAGE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage, said", DAMAGE, ids=[case[1][:40] for case in DAMAGE])
 def test_an_adapter_that_does_not_fit_is_refused(adapter, damage, said):
     assert load_adapter(str(adapter), dtype=torch.float32).peft_config["default"].r == 2
