@@ -53,7 +53,9 @@ def main(args: JudgeArguments) -> None:
     run, live = find_run(args.output_dir), args.mode == "live"
     mask: Mask | None = None
     if args.mask_pii:
-        from finetuning.data.pii import mask_pii as mask  # reads a file of words, for 0.05 s
+        from finetuning.data.pii import mask_pii  # reads a file of words, for 0.05 s
+
+        mask = mask_pii
     jobs = build_jobs(run, args, mask)
     check_identities(run, jobs, args.overwrite)
     if not args.overwrite:
@@ -62,16 +64,16 @@ def main(args: JudgeArguments) -> None:
 
     # The plan: each answer is asked about once, and what that costs is known before anything is sent
     pending = {} if args.overwrite else {job.path: pending_items(job.path) for job in jobs}
-    work = Work(jobs, args.retry_failed, args.overwrite, {} if live else pending)
+    work = Work(jobs, args.retry_failed, args.overwrite, pending)
     plans = make_plans(work, args.prices, args.max_tokens, args.max_cost)
     endpoint = find_endpoint(args.base_url, args.timeout)
-    num_missing, num_pending = sum(plan.num_requests for plan in plans.values()), sum(map(len, pending.values()))
+    num_pending = sum(map(len, pending.values()))
     print(f"judge: {', '.join(plans)} at {endpoint}")
     print(describe_plans(plans, work, num_pending, args.collect), end="")
     if args.dry_run:
         print(describe_first_request(work))
         return
-    if (num_missing or num_pending) and not endpoint.has_key:
+    if (work.num_requests or num_pending) and not endpoint.has_key:
         print(NO_KEY)
         return
 
@@ -79,12 +81,12 @@ def main(args: JudgeArguments) -> None:
     from finetuning.judge.live import LiveJudging
     from finetuning.judge.summary import describe_rest, report
 
-    again, finished = same_command(args.overwrite), set[Path]()
+    again, finished = same_command(args.overwrite), set[Path]()  # files that have been summed up
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(RowFile(job.path, job.identity, args.overwrite)) for job in jobs]
         for file in files:
             file.keep_latest(item_key)  # a kill may have left a failed row beside its success
-        if num_missing == 0 or not args.overwrite:  # else once there is a reply
+        if not work.waits_for_reply:
             work.write_known(files)
         budget = Budget(args.max_cost, sum(cost_of(iterate_rows(file.path)) for file in files))
         settings = RequestSettings(args.max_tokens, args.temperature, args.expected_scores, args.max_retries)
@@ -94,10 +96,11 @@ def main(args: JudgeArguments) -> None:
             if not live:
                 with api:
                     BatchJudging(api, work, files, plans, settings, budget).run(args.collect)
-            elif num_missing:
+            elif work.num_requests:
                 limits = RateLimits(args.concurrency or CONCURRENCY, args.requests_per_minute, args.tokens_per_minute)
-                judging = LiveJudging(work, files, plans, budget, finished)
-                asyncio.run(judging.run(endpoint, settings, limits)).pass_on()
+                judging = LiveJudging(work, files, plans, budget, limits)
+                finished = judging.finished
+                asyncio.run(judging.run(endpoint, settings)).pass_on()
         finally:
             report(jobs, files, finished, labels, run / EVALUATIONS)
 

@@ -54,10 +54,13 @@ class SoftStop:
     Args:
         loop: What runs the requests.
         describe: What is waited for, in words; called when the first signal comes.
+        event: It is set soon after the first signal.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, describe: Callable[[], str]):
-        self.event = asyncio.Event()  # set soon after the first signal
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, describe: Callable[[], str], event: asyncio.Event | None = None
+    ):
+        self.event = event or asyncio.Event()
         self.signal: int | None = None  # the first one
         self._loop, self._describe = loop, describe
         self._before: dict[int, Handler] = {}

@@ -61,7 +61,7 @@ class BatchApi:
         self._runner.run(self.client.close())
         self._runner.close()
 
-    def _ask(
+    def _call(
         self, request: Callable[[], Awaitable[Reply]], max_retries: int | None = None, num_bytes: int = 0
     ) -> Reply:
         """The reply to a request, over as many attempts as it takes, each of which has a deadline.
@@ -95,7 +95,7 @@ class BatchApi:
             else:
                 with batch.requests.open("rb") as file:  # from whose beginning each attempt sends it
                     upload = partial(self.client.files.create, file=(f"{batch.key}.jsonl", file), purpose="batch")
-                    uploaded = self._ask(upload, num_bytes=batch.requests.stat().st_size)
+                    uploaded = self._call(upload, num_bytes=batch.requests.stat().st_size)
                 batch.record(status="uploaded", input_file_id=uploaded.id, endpoint=self.address)
             found = found or self._create(batch)
             batch.record(status="submitted", batch_id=found)
@@ -114,7 +114,7 @@ class BatchApi:
                 return found
             num_tries += 1
             try:
-                return self._ask(create, max_retries=0).id  # with retries there could be two of them
+                return self._call(create, max_retries=0).id  # with retries there could be two of them
             except (OpenAIError, TimeoutError, AttributeError) as error:  # a proxy's page has no id
                 if not _may_have_arrived(error):
                     self.delete_files(batch)
@@ -135,7 +135,7 @@ class BatchApi:
                     return None
             return None
 
-        return self._ask(look_through)
+        return self._call(look_through)
 
     def _check_endpoint(self, batch: PendingBatch) -> None:
         if batch.state["endpoint"] != self.address:
@@ -147,7 +147,7 @@ class BatchApi:
     def look(self, batch: PendingBatch) -> Batch:
         self._check_endpoint(batch)
         with self._explained(batch):
-            found = self._ask(partial(self.client.batches.retrieve, batch.state["batch_id"]))
+            found = self._call(partial(self.client.batches.retrieve, batch.state["batch_id"]))
             if not isinstance(found.status, str):  # the client checks no types
                 raise ValueError("the reply is no batch")
             return found
@@ -206,7 +206,7 @@ class BatchApi:
         for file_id in (batch.state.get("input_file_id"), *batch.state.get("files", [])):
             if file_id is not None:
                 with contextlib.suppress(OpenAIError, TimeoutError, ValueError):  # they expire by themselves, too
-                    self._ask(partial(self.client.files.delete, file_id), max_retries=0)
+                    self._call(partial(self.client.files.delete, file_id), max_retries=0)
 
     def give_up(self, batch: PendingBatch) -> None:
         """Cancel a batch whose rows nobody wants any more, or drop one that was never submitted."""
@@ -216,7 +216,7 @@ class BatchApi:
         else:
             if "batch_id" in batch.state:
                 with contextlib.suppress(OpenAIError, TimeoutError, ValueError):  # it may have ended
-                    self._ask(partial(self.client.batches.cancel, batch.state["batch_id"]))
+                    self._call(partial(self.client.batches.cancel, batch.state["batch_id"]))
             print(f"batch {batch.state.get('batch_id', batch.key)}: given up; what it has done until now is paid for")
         batch.finish("given up")
 

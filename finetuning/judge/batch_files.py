@@ -140,7 +140,7 @@ def write_batches(job: Job, requests: Iterable[tuple[Item, dict, float]], attemp
     request = next(waiting, None)
     while request is not None:
         batch = PendingBatch(folder / f"{job.path.stem}.{uuid.uuid4().hex[:12]}.json", {})
-        num_requests, num_bytes, max_cost = 0, 0, 0.0
+        num_requests, num_bytes, worst_cost = 0, 0, 0.0
         with batch.requests.open("w", encoding="utf-8") as file, batch.items.open("w", encoding="utf-8") as items:
             while request is not None:
                 item, body, cost = request
@@ -152,11 +152,11 @@ def write_batches(job: Job, requests: Iterable[tuple[Item, dict, float]], attemp
                     break
                 file.write(text)
                 items.write(json.dumps({"custom_id": custom_id, "row": item.row}, ensure_ascii=False) + "\n")
-                num_requests, num_bytes, max_cost = num_requests + 1, num_bytes + size, max_cost + cost
+                num_requests, num_bytes, worst_cost = num_requests + 1, num_bytes + size, worst_cost + cost
                 request = next(waiting, None)
         # only now is it a batch: what a kill leaves before this is never sent
         batch.record(
-            status="written", identity=job.identity, attempt=attempt, num_requests=num_requests, most_cost=max_cost,
+            status="written", identity=job.identity, attempt=attempt, num_requests=num_requests, most_cost=worst_cost,
             created=time.time(),
         )  # fmt: skip
         yield batch

@@ -77,7 +77,7 @@ class BatchJudging:
                         batch.finish("collected")
             if collect or not unread:
                 break
-        # what batches have judged for one of several models
+        # what batches have judged for one of several models, and what has waited for their replies
         Work(self.work.jobs, self.work.retry_failed).write_known(self.files)
 
     def _write(self, work: Work, attempt: int) -> list[PendingBatch]:
@@ -94,11 +94,11 @@ class BatchJudging:
         max_tokens = attempt * self.settings.max_tokens
         for item in items:
             num_bytes = job.form.count_bytes(item.data)
-            max_cost = self.plans[job.judge_model].max_cost(num_bytes, max_tokens, batch=True)
-            if not self.budget.set_aside(max_cost):
+            worst_cost = self.plans[job.judge_model].worst_cost(num_bytes, max_tokens, batch=True)
+            if not self.budget.set_aside(worst_cost):
                 self.budget.exhausted = True
                 return
-            yield item, self.settings.build_request(job.judge_model, job.form, item.data, max_tokens), max_cost
+            yield item, self.settings.build_request(job.judge_model, job.form, item.data, max_tokens), worst_cost
 
     def _fetch(self, batch: PendingBatch, collect: bool) -> bool:
         """Have the replies of a batch on this machine; False means that it has not ended."""

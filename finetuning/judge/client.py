@@ -9,6 +9,7 @@ import itertools
 import re
 import sys
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from openai import (
     APIStatusError,
@@ -33,6 +34,15 @@ from finetuning.judge.rows import add_usage, failure, read_completion
 RATE_LIMIT_ROUNDS = 3  # times --max_retries, before a rate limit is an error of the sample
 RETRIES_UNREACHED = 2  # while nothing has ever answered at the address
 FAILURES_IN_A_ROW = 10  # from the start on: then nothing is set up as it should be
+GIVEN_UP = "given up before its reply came"
+
+
+class Attempt(NamedTuple):
+    """What came of sending a request once."""
+
+    reply: dict  # what a row holds of it
+    is_lost: bool = False  # it may have been billed, with nobody knows how much
+    wait: float | None = None  # seconds until another attempt is worth while; None means that none is
 
 
 @dataclass
@@ -45,26 +55,22 @@ class Judge:
     settings: RequestSettings
     rate: RateControl
     budget: Budget
-    has_replied: bool = False  # it has judged something, on an earlier start too
+    has_judged: bool = False  # something, on this start or an earlier one
     fault: InputError | None = None  # why nothing more can be judged
-    is_trying: bool = False  # its first request has left and not come back, and no other is to be sent
+    first_in_flight: bool = False  # its first request, which goes alone
     num_in_flight: int = 0
     num_rows: int = 0  # that it has given; the first shows what the endpoint can do
+    _has_answered: bool = False  # the endpoint, whatever it said
     _structured: bool = True  # until the endpoint refuses a schema
-    _reached: bool = False  # something has answered
-    _num_failed: int = 0  # before anything was judged
     _warnings: set[str] = field(default_factory=set)
 
     async def judge(self, item: Item, form: Form) -> dict | None:
         """The evaluation row of one item, for whose first attempt money has been set aside.
 
-        A reply that was cut off or does not fit is asked for once more, with twice the limit. None means that all was
-        stopped before anything was sent that may have been billed.
-
-        Raises:
-            InputError: No request can succeed: the key is refused, or there is no such model.
+        A reply that was cut off or does not fit is asked for once more, with twice the limit. None means that nothing
+        was sent that may have been billed: all was stopped before, or `fault` says why no request can succeed.
         """
-        reply = await self._ask(item, form, self.settings.max_tokens)
+        reply = await self._get_reply(item, form, self.settings.max_tokens)
         if reply is not None and reply["status"] in ("truncated", "invalid"):
             reply = await self._ask_again(item, form, reply)
         if reply is None:
@@ -75,109 +81,113 @@ class Judge:
     async def _ask_again(self, item: Item, form: Form, first: dict) -> dict:
         """The second reply, or the first where there is none: it was paid for, whatever becomes of this."""
         max_tokens = 2 * self.settings.max_tokens
-        if not self.budget.set_aside(self.max_cost(item, form, max_tokens)):
+        if not self.budget.set_aside(self.worst_cost(item, form, max_tokens)):
             self.budget.exhausted = True
             return first
-        again = None
-        try:
-            again = await self._ask(item, form, max_tokens)
-        except InputError as error:
-            self.fault = error
+        again = await self._get_reply(item, form, max_tokens)
         if again is None:
             return first
         return add_usage(first, again) if again["status"] == "error" else add_usage(again, first)
 
-    def max_cost(self, item: Item, form: Form, max_tokens: int | None = None) -> float:
-        """US dollars that one attempt can cost."""
-        return self.plan.max_cost(form.count_bytes(item.data), max_tokens or self.settings.max_tokens)
+    def worst_cost(self, item: Item, form: Form, max_tokens: int | None = None) -> float:
+        """US dollars that one attempt can cost at most."""
+        return self.plan.worst_cost(form.count_bytes(item.data), max_tokens or self.settings.max_tokens)
 
-    async def _ask(self, item: Item, form: Form, max_tokens: int) -> dict | None:
-        """One reply, over as many attempts as it takes: each sets money aside, is sent, and is settled.
+    async def _get_reply(self, item: Item, form: Form, max_tokens: int) -> dict | None:
+        """One reply, over as many attempts as it takes; money has been set aside for the first one.
 
-        None means that nothing was sent that may have been billed. The first attempt's money has been set aside.
+        None means that there is none, and that nothing was sent that may have been billed.
         """
-        max_cost = self.max_cost(item, form, max_tokens)
-        expected = form.count_bytes(item.data) * self.plan.tokens_per_byte + self.plan.completion_tokens
-        reply = failure("not sent")
-        wait, num_lost, possible_cost = 0.0, 0, 0.0
+        worst_cost = self.worst_cost(item, form, max_tokens)
+        reply, wait, num_lost = dict[str, Any](), 0.0, 0
         for num_attempts in itertools.count(1):
-            if num_attempts > 1 and not self.budget.set_aside(max_cost):
+            if num_attempts > 1 and not self.budget.set_aside(worst_cost):
                 self.budget.exhausted = True
                 reply["error"] += "; --max_cost allows no other request"
                 break
-            cost, is_lost = 0.0, False
-            next_wait: float | None = None  # means that there is no other attempt
             try:
-                left = await self.rate.leave(expected, wait)
-                self.num_in_flight += 1
-                is_lost = True  # until a reply says what it used, or a refusal comes
-                try:
-                    reply, next_wait, is_lost = await self._attempt(item, form, max_tokens, num_attempts, left)
-                finally:
-                    self.num_in_flight -= 1
-                if reply["usage"] is not None:
-                    cost = reply["cost"] or 0.0
-                    self.rate.settle(expected, reply["usage"]["prompt_tokens"] + reply["usage"]["completion_tokens"])
+                attempt = await self._attempt(item, form, max_tokens, num_attempts, wait)
             except Stopped:
                 if num_lost == 0:
                     return None
                 reply["error"] += "; stopped before it was asked again"
-            except InputError as error:  # a refusal, which is not billed
-                is_lost = False
+                break
+            except InputError as error:
+                self.fault = error
+                if num_lost == 0:
+                    return None
+                reply = failure(str(error))
+                break
+            except asyncio.CancelledError:  # while it waited; nothing of this attempt has left
                 if num_lost == 0:
                     raise
-                self.fault, reply = error, failure(str(error))
-            except asyncio.CancelledError:
-                if not is_lost and num_lost == 0:
-                    raise
-                reply = failure("given up before its reply came")
-            finally:
-                self.budget.settle(max_cost, cost + is_lost * max_cost)
-                num_lost += is_lost
-                possible_cost += is_lost * max_cost
-            if next_wait is None:
+                reply = failure(GIVEN_UP)
                 break
-            wait = next_wait
-        return {**reply, "possible_cost": possible_cost}
+            reply = attempt.reply
+            num_lost += attempt.is_lost
+            if attempt.wait is None:
+                break
+            wait = attempt.wait
+        return {**reply, "possible_cost": num_lost * worst_cost}
 
-    async def _attempt(
-        self, item: Item, form: Form, max_tokens: int, num_attempts: int, left: float
-    ) -> tuple[dict, float | None, bool]:
-        """Send a request once.
+    async def _attempt(self, item: Item, form: Form, max_tokens: int, num_attempts: int, wait: float) -> Attempt:
+        """Wait until a request may leave, send it, and settle the money that was set aside for it.
 
-        Returns:
-            What a row holds of it; seconds until another attempt is worth while, or None; and whether it is lost.
+        Args:
+            num_attempts: With this one.
+            wait: Seconds, at least.
 
         Raises:
-            InputError: No request can succeed.
+            Stopped: It may not leave any more.
+            InputError: No request can succeed. Such a refusal is not billed.
         """
+        tokens = form.count_bytes(item.data) * self.plan.tokens_per_byte + self.plan.completion_tokens
+        worst_cost, cost = self.worst_cost(item, form, max_tokens), 0.0
+        try:
+            sent_at = await self.rate.leave(tokens, wait)
+            attempt = await self._send(item, form, max_tokens, num_attempts, sent_at)
+            cost = worst_cost if attempt.is_lost else attempt.reply["cost"] or 0.0
+        finally:
+            self.budget.settle(worst_cost, cost)
+        if (usage := attempt.reply["usage"]) is not None:
+            self.rate.correct_tokens(tokens, usage["prompt_tokens"] + usage["completion_tokens"])
+        return attempt
+
+    async def _send(self, item: Item, form: Form, max_tokens: int, num_attempts: int, sent_at: float) -> Attempt:
         structured = self._structured  # as sent: another request may find out meanwhile that no schema is taken
         body = self.settings.build_request(self.plan.model, form, item.data, max_tokens, structured)
+        self.num_in_flight += 1
         try:
             # not `completions.create`, which walks through the body for types to convert, a quarter of a request's work
             request = self.client.post("/chat/completions", body=body, cast_to=ChatCompletion)
             completion = await self.endpoint.attempt(request)
         except APIStatusError as error:
-            wait = self._after_refusal(error, num_attempts, left, structured)
-            return failure(self.endpoint.describe(error)), wait, False
+            wait = self._wait_after_refusal(error, num_attempts, sent_at, structured)
+            return Attempt(failure(self.endpoint.describe(error)), wait=wait)
         except (TimeoutError, OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON, or no text
-            wait = self._after_loss(error, num_attempts)
-            return failure(self.endpoint.describe(error)), wait, not never_arrived(error)
-        self._reached = True
+            wait = self._wait_after_loss(error, num_attempts)
+            return Attempt(failure(self.endpoint.describe(error)), not never_arrived(error), wait)
+        except asyncio.CancelledError:
+            return Attempt(failure(GIVEN_UP), is_lost=True)
+        finally:
+            self.num_in_flight -= 1
+        self._has_answered = True
         self.rate.succeeded()
         reply = read_completion(completion, form, self.plan.price, self.settings.expected_scores)
         if reply["usage"] is None and reply["status"] != "error" and self.plan.price is not None:
             self._warn("does not say how many tokens a reply used; it counts at its most against --max_cost")
-        return reply, None, reply["usage"] is None
+        return Attempt(reply, is_lost=reply["usage"] is None)
 
-    def _after_refusal(self, error: APIStatusError, num_attempts: int, left: float, structured: bool) -> float | None:
+    def _wait_after_refusal(
+        self, error: APIStatusError, num_attempts: int, sent_at: float, structured: bool
+    ) -> float | None:
         """Seconds until another attempt is worth while; None means that none is.
 
         Raises:
             InputError: Every other request would be refused, too.
         """
-        self._reached = True
-        self.rate.refused(error, left)
+        self._has_answered = True
+        self.rate.refused(error, sent_at)
         is_about_body, message = isinstance(error, (BadRequestError, UnprocessableEntityError)), str(error.message)
         if structured and is_about_body and re.search("response_format|json_schema|structured", message):
             self._structured = False
@@ -193,14 +203,14 @@ class Judge:
         rounds = RATE_LIMIT_ROUNDS if isinstance(error, RateLimitError) else 1
         return seconds_to_wait(error, num_attempts) if num_attempts <= rounds * self.settings.max_retries else None
 
-    def _after_loss(self, error: Exception, num_attempts: int) -> float | None:
+    def _wait_after_loss(self, error: Exception, num_attempts: int) -> float | None:
         """Seconds until another attempt is worth while; None means that none is.
 
         Raises:
             InputError: There is no server.
         """
         max_retries = self.settings.max_retries
-        if never_arrived(error) and not self._reached:  # fails soon if there is no server at all
+        if never_arrived(error) and not self._has_answered:  # fails soon if there is no server at all
             max_retries = min(RETRIES_UNREACHED, max_retries)
             if num_attempts > max_retries:
                 raise InputError(f"no server answers at {self.endpoint}: {self.endpoint.describe(error)}") from error
@@ -216,10 +226,8 @@ class Judge:
         self.num_rows += 1
         if self.num_rows == 1 and reply["status"] == "invalid" and self._structured:
             self._warn("does not keep to the JSON schema; replies that do not fit it are `invalid`")
-        self.has_replied = self.has_replied or reply["status"] != "error"
-        self._num_failed += not self.has_replied
-        if self._num_failed == FAILURES_IN_A_ROW and self.fault is None:
+        self.has_judged = self.has_judged or reply["status"] != "error"
+        if self.num_rows == FAILURES_IN_A_ROW and not self.has_judged and self.fault is None:
             self.fault = InputError(
-                f"the first {self._num_failed} requests all failed, the last with {reply['error']}; nothing more is "
-                "sent"
+                f"the first {self.num_rows} requests all failed, the last with {reply['error']}; nothing more is sent"
             )

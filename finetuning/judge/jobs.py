@@ -29,7 +29,7 @@ class Item:
     row: dict  # what names it in its evaluation row: id, prediction_hash and, of a pair, order
     material: dict  # what the judge is given
     mask: Mask | None = None  # what removes personal data from a text, if it is to be removed before it is sent
-    certain: dict | None = None  # the evaluation, if it needs no judge
+    known_evaluation: dict | None = None  # if it needs no judge
 
     @property
     def key(self) -> str:
@@ -55,9 +55,9 @@ class Job:
     compares: list[str] | None = None  # the names of the two models, if it is two
     jury: Path | None = None  # the file of the mean, if the judge is one of several
 
-    def missing(self, retry_failed: bool, fresh: bool = False) -> Iterator[Item]:
-        """The items that have no evaluation, or one that failed; all of them if the rows are `fresh`, to be deleted."""
-        rows = () if fresh else iterate_rows(self.path, EVALUATION if self.compares is None else COMPARISON)
+    def missing(self, retry_failed: bool, overwrite: bool = False) -> Iterator[Item]:
+        """The items that have no evaluation, or one that failed; all of them if existing rows are to be deleted."""
+        rows = () if overwrite else iterate_rows(self.path, EVALUATION if self.compares is None else COMPARISON)
         latest = {item_key(row): (row["prediction_hash"], row["status"]) for row in rows}
         for item in self.items():
             judged, status = latest.get(item.key, (None, None))
@@ -162,12 +162,12 @@ def pairs_to_judge(first: Path, second: Path, ids: set[str] | None, mask: Mask |
         other = others.get(row["id"])
         if other is None:
             continue
-        certain = TIE if row["prediction"] == other["prediction"] else None
+        known = TIE if row["prediction"] == other["prediction"] else None
         pair = pair_hash(prediction_hash(row), prediction_hash(other))
         for order, one, two in (("AB", row, other), ("BA", other, row)):
             answers = {"first": one["prediction"], "second": two["prediction"]}
             material = {"task": _task(row), "references": row["references"], **answers}
-            yield Item({"id": row["id"], "order": order, "prediction_hash": pair}, material, mask, certain)
+            yield Item({"id": row["id"], "order": order, "prediction_hash": pair}, material, mask, known)
 
 
 def _read_answers(predictions: Path, ids: set[str] | None) -> Iterator[dict]:

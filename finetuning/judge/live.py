@@ -9,13 +9,11 @@ gave the answer, and a file is summed up as soon as its last row is in.
 import asyncio
 import collections
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from finetuning.endpoint import Endpoint
-from finetuning.errors import InputError
 from finetuning.interrupts import SoftStop
 from finetuning.judge.client import Judge
 from finetuning.judge.form import RequestSettings
@@ -33,23 +31,31 @@ class LiveJudging:
     """Judges what is to be asked of some jobs.
 
     Args:
-        files: Where the rows of each job go.
+        files: Where the rows of each job go; they are open.
         plans: By the name of their judge.
-        finished: Gets the files of rows that are complete and have been summed up.
+
+    Attributes:
+        finished: The files of rows that are complete and have been summed up.
     """
 
-    def __init__(self, work: Work, files: list[RowFile], plans: dict[str, Plan], budget: Budget, finished: set[Path]):
-        self.work, self.plans, self.budget, self.finished = work, plans, budget, finished
+    def __init__(self, work: Work, files: list[RowFile], plans: dict[str, Plan], budget: Budget, limits: RateLimits):
+        self.work, self.plans, self.budget = work, plans, budget
         self.files = {file.path: file for file in files}
+        self.finished: set[Path] = set()
         self.judges: dict[str, Judge] = {}
-        self._missing: dict[Path, set[str]] = {}  # keys of items
-        self._earlier: dict[Path, dict[str, dict]] = {}  # what was paid for these items before
+        self._rate = RateControl(limits)
+        self._requests = work.requests()
+        self._next = next(self._requests, None)
+        self._missing = {job.path: {item.key for item in job.missing(work.retry_failed)} for job in work.jobs}
+        self._earlier = {path: read_earlier(path, keys) for path, keys in self._missing.items()}  # what they have cost
+        num_items, num_missing = sum(1 for job in work.jobs for _ in job.items()), sum(map(len, self._missing.values()))
+        self._progress = tqdm(total=num_items, initial=num_items - num_missing, unit="answer")
         self._counts: collections.Counter[str] = collections.Counter()
         self._spent = 0.0
         self._workers: set[asyncio.Task] = set()
-        self._fault: BaseException | None = None  # after which nothing more is sent
+        self._crashes: list[BaseException] = []  # of workers, as where a disk is full
 
-    async def run(self, endpoint: Endpoint, settings: RequestSettings, limits: RateLimits) -> SoftStop:
+    async def run(self, endpoint: Endpoint, settings: RequestSettings) -> SoftStop:
         """Judge until all is judged, the budget is used up or a signal asks to stop; returns what knows that signal.
 
         Raises:
@@ -61,68 +67,54 @@ class LiveJudging:
             return f"waiting for the {number} requests in flight, at most {endpoint.timeout:g} s"
 
         gc.freeze()  # the garbage collector would go through all that was imported, again and again
-        with SoftStop(asyncio.get_running_loop(), describe_wait) as stop:
-            self._rate = RateControl(limits, stop.event)
+        with SoftStop(asyncio.get_running_loop(), describe_wait, self._rate.stop) as stop, self._progress:
             async with endpoint.open_client() as client:
-                self.judges = {
-                    name: Judge(endpoint, client, plan, settings, self._rate, self.budget)
-                    for name, plan in self.plans.items()
-                }
-                num_items = self._look_at_jobs()
-                num_missing = sum(map(len, self._missing.values()))
-                with tqdm(total=num_items, initial=num_items - num_missing, unit="answer") as self._progress:
-                    for job in self.work.jobs:
-                        self._finish_if_complete(job)
-                    await self._ask_all(self.work.requests())
+                for name, plan in self.plans.items():
+                    self.judges[name] = Judge(endpoint, client, plan, settings, self._rate, self.budget)
+                for job in self.work.jobs:
+                    judge = self.judges[job.judge_model]
+                    judge.has_judged = judge.has_judged or any(row["status"] == "ok" for row in iterate_rows(job.path))
+                    self._finish_if_complete(job)
+                await self._ask_all()
             return stop
 
-    def _look_at_jobs(self) -> int:
-        """Take note of what is missing and what was paid for it; returns the number of all items."""
-        num_items = 0
-        for job in self.work.jobs:
-            num_items += sum(1 for _ in job.items())
-            missing = {item.key for item in job.missing(self.work.retry_failed)}
-            self._missing[job.path] = missing
-            self._earlier[job.path] = read_earlier(job.path, missing)
-            judge = self.judges[job.judge_model]
-            judge.has_replied = judge.has_replied or any(row["status"] == "ok" for row in iterate_rows(job.path))
-        return num_items
-
-    async def _ask_all(self, requests: Iterator[tuple[Job, Item]]) -> None:
-        self._waiting, self._next = requests, next(requests, None)
+    async def _ask_all(self) -> None:
         try:
             while True:
                 while len(self._workers) < int(self._rate.limit) and (request := self._take()) is not None:
-                    self._workers.add(asyncio.create_task(self._work(*request)))
+                    self._workers.add(asyncio.create_task(self._ask_in_turn(*request)))
                 if not self._workers:
                     break
                 done, self._workers = await asyncio.wait(self._workers, return_when=asyncio.FIRST_COMPLETED)
-                for worker in done:
-                    self._fault = self._fault or worker.exception()  # looked at in any case, or asyncio complains
-            if self._fault is not None:
-                raise self._fault
+                self._crashes += [error for worker in done if (error := worker.exception()) is not None]
+            if (fault := self._find_fault()) is not None:
+                raise fault
         finally:
             for worker in self._workers:
                 worker.cancel()
             await asyncio.gather(*self._workers, return_exceptions=True)
 
+    def _find_fault(self) -> BaseException | None:
+        """Why nothing more is sent, if there is a reason."""
+        return next(filter(None, (*(judge.fault for judge in self.judges.values()), *self._crashes)), None)
+
     def _take(self) -> tuple[Job, Item] | None:
         """The next request if it may leave, with money set aside for it."""
-        self._fault = self._fault or next((judge.fault for judge in self.judges.values() if judge.fault), None)
-        if self._next is None or self._fault is not None or self._rate.stop.is_set():
+        if self._next is None or self._rate.stop.is_set() or self._find_fault() is not None:
             return None
         job, item = self._next
         judge = self.judges[job.judge_model]
-        if judge.is_trying:
+        if judge.first_in_flight:
             return None
-        if not self.budget.set_aside(judge.max_cost(item, job.form)):
-            self.budget.exhausted |= not self._workers  # else others may yet cost less than they could
+        if not self.budget.set_aside(judge.worst_cost(item, job.form)):
+            # requests in flight may settle for less; exhausted only if none is
+            self.budget.exhausted |= not self._workers
             return None
-        judge.is_trying = judge.num_rows == 0
-        self._next = next(self._waiting, None)
+        judge.first_in_flight = judge.num_rows == 0
+        self._next = next(self._requests, None)
         return job, item
 
-    async def _work(self, job: Job, item: Item) -> None:
+    async def _ask_in_turn(self, job: Job, item: Item) -> None:
         """Ask for one item after the other, as long as there are as many workers as there may be requests in flight.
 
         A worker goes on by itself, since one that is started anew would wait until all replies that came together with
@@ -130,24 +122,21 @@ class LiveJudging:
         """
         request: tuple[Job, Item] | None = (job, item)
         while request is not None:
-            await self._ask(*request)
+            await self._judge(*request)
             request = self._take() if len(self._workers) == int(self._rate.limit) else None
 
-    async def _ask(self, job: Job, item: Item) -> None:
+    async def _judge(self, job: Job, item: Item) -> None:
         judge = self.judges[job.judge_model]
         try:
             row = await judge.judge(item, job.form)
-        except InputError as error:
-            self._fault = self._fault or error
-            return
         finally:
-            judge.is_trying = False
+            judge.first_in_flight = False
         if row is None:
             return
         is_first = not self._counts
         for taker in self.work.takers(job, item):
             self._write(taker, row if taker is job else share(row, job.path.stem))
-        if is_first and self.work.fresh:  # earlier rows stay until there is a reply
+        if is_first and self.work.waits_for_reply:
             known = self.work.write_known(list(self.files.values()))
             for taker in (taker for taker in self.work.jobs if taker.path in known):
                 self._missing[taker.path] -= known[taker.path]

@@ -84,14 +84,14 @@ class Budget:
         """Count anew, with nothing set aside."""
         self.spent, self._set_aside = spent, 0.0
 
-    def set_aside(self, max_cost: float) -> bool:
+    def set_aside(self, worst_cost: float) -> bool:
         """Whether a request that costs at most this much may be sent."""
-        if self.limit is not None and self.spent + self._set_aside + max_cost > self.limit:
+        if self.limit is not None and self.spent + self._set_aside + worst_cost > self.limit:
             return False
-        self._set_aside += max_cost
+        self._set_aside += worst_cost
         return True
 
-    def settle(self, max_cost: float, cost: float) -> None:
-        """The request for which `max_cost` was set aside has cost this much."""
-        self._set_aside -= max_cost
+    def settle(self, worst_cost: float, cost: float) -> None:
+        """The request for which `worst_cost` was set aside has cost this much."""
+        self._set_aside -= worst_cost
         self.spent += cost

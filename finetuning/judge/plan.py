@@ -30,7 +30,7 @@ class Plan:
     tokens_per_byte: float = 1 / BYTES_PER_TOKEN  # of the prompts
     how_counted: str = ""
 
-    def max_cost(self, num_bytes: int, max_tokens: int, batch: bool = False) -> float:
+    def worst_cost(self, num_bytes: int, max_tokens: int, batch: bool = False) -> float:
         """US dollars that one request can cost at most; no token is shorter than a byte."""
         if self.price is None:
             return 0.0
@@ -88,10 +88,10 @@ def make_plans(work: Work, prices: str | None, max_tokens: int, max_cost: float 
 def describe_plans(plans: dict[str, Plan], work: Work, num_pending: int, collects: bool) -> str:
     """Lines that say what is about to be sent, unless this start only `collects`, and what needs not be."""
     shared = f"{work.num_shared} answers are another model's, word for word: judged once, with a row for each model\n"
-    ties = f"{work.num_certain // 2} pairs hold the same answer twice: a tie, which no judge is asked about\n"
+    ties = f"{work.num_ties // 2} pairs hold the same answer twice: a tie, which no judge is asked about\n"
     pending = f"{num_pending} requests are under way in batches\n"
     sends = not collects and any(plan.num_requests for plan in plans.values())
-    text = (shared if work.num_shared else "") + (ties if work.num_certain else "") + (pending if num_pending else "")
+    text = (shared if work.num_shared else "") + (ties if work.num_ties else "") + (pending if num_pending else "")
     return text + "".join(f"{plan.describe()}\n" for plan in plans.values() if sends)
 
 

@@ -31,12 +31,13 @@ class RateControl:
     A 429 or 503 halves the number in flight, once for all that left before it; each success raises it a little. A
     Retry-After holds back all requests, not only the one that it answered.
 
-    Args:
+    Attributes:
         stop: When it is set, what has not left yet never does.
+        limit: How many may be in flight now.
     """
 
-    def __init__(self, limits: RateLimits, stop: asyncio.Event):
-        self.stop = stop
+    def __init__(self, limits: RateLimits):
+        self.stop = asyncio.Event()
         self.limit = float(limits.concurrency)
         self._concurrency = limits.concurrency
         self._seconds_per_request = 60 / limits.requests_per_minute if limits.requests_per_minute else 0.0
@@ -69,8 +70,11 @@ class RateControl:
         """More may be in flight."""
         self.limit = min(self._concurrency, self.limit + 1 / self.limit)
 
-    def refused(self, error: APIStatusError, left: float) -> None:
-        """Learn from a refusal of an attempt that left at some time.
+    def refused(self, error: APIStatusError, sent_at: float) -> None:
+        """Learn from a refusal of an attempt.
+
+        Args:
+            sent_at: What `leave` returned for it.
 
         Raises:
             InputError: The quota of the key is used up, or the endpoint wants a wait that is not worth it.
@@ -78,7 +82,7 @@ class RateControl:
         if error.status_code not in (429, 503):
             return
         now = time.monotonic()
-        if left > self._last_cut:
+        if sent_at > self._last_cut:
             self.limit, self._last_cut = max(1.0, self.limit / 2), now
         if error.status_code == 429 and "insufficient_quota" in error.response.text:
             raise InputError("the judge's endpoint says that the quota of this key is used up")
@@ -89,6 +93,6 @@ class RateControl:
             )
         self._paused_until = max(self._paused_until, now + wait)
 
-    def settle(self, expected: float, used: float) -> None:
-        """Correct the tokens of this minute by what a reply has used."""
+    def correct_tokens(self, expected: float, used: float) -> None:
+        """Correct the tokens of this minute by what a reply has used, in place of what was expected."""
         self._next_tokens += self._seconds_per_token * (used - expected)

@@ -125,7 +125,7 @@ def _describe(name: str, info: dict, means: list[str], first_error: str | None) 
 def _summarize_pairs(job: Job, names: list[str], file: RowFile, info: dict) -> str:
     """Who won, and how often the judge looked at the place rather than at the answer."""
     current = {item.key: item.row["prediction_hash"] for item in job.items()}
-    same = {item.row["id"] for item in job.items() if item.certain is not None}
+    same = {item.row["id"] for item in job.items() if item.known_evaluation is not None}
     replies: dict[str, dict[str, str]] = defaultdict(dict)
     for row in iterate_rows(file.path):
         if row["status"] == "ok" and current.get(item_key(row)) == row["prediction_hash"]:

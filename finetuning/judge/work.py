@@ -24,7 +24,7 @@ class Work:
 
     Args:
         retry_failed: What failed on an earlier start is missing.
-        fresh: The rows there are will be deleted.
+        overwrite: Existing rows will be deleted, so that all is missing.
         pending: (item key, prediction hash) of what batches are judging, by the file of their rows.
         only: (file of rows, item key) of what alone is looked at; None means all.
     """
@@ -33,37 +33,40 @@ class Work:
         self,
         jobs: list[Job],
         retry_failed: bool,
-        fresh: bool = False,
+        overwrite: bool = False,
         pending: dict[Path, set[tuple[str, str]]] | None = None,
         only: set[tuple[Path, str]] | None = None,
     ):
-        self.jobs, self.retry_failed, self.fresh, self._only = jobs, retry_failed, fresh, only
+        self.jobs, self.retry_failed, self.overwrite, self._only = jobs, retry_failed, overwrite, only
         self._pending = {(job.judge_model, *named) for job in jobs for named in (pending or {}).get(job.path, ())}
-        self.num_certain = 0  # missing items that need no judge
+        self.num_ties = 0  # missing items that need no judge, as both answers are the same
         wanting: dict[Key, list[Job]] = defaultdict(list)
         for job, item in self._missing():
-            if item.certain is None:
+            if item.known_evaluation is None:
                 wanting[_key(job, item.row)].append(job)
             else:
-                self.num_certain += 1
-        self._known = {} if fresh else _find_known(wanting)  # the file of the row of another model that says it
+                self.num_ties += 1
+        self._known = (
+            {} if overwrite else _find_known(wanting)
+        )  # file that already holds this judgement, of another model
         self._takers = {key: takers for key, takers in wanting.items() if len(takers) > 1 or key in self._known}
         num_waiting = sum(key in self._pending for key in wanting)
-        num_asked = sum(key not in self._known and key not in self._pending for key in wanting)
-        self.num_shared = sum(map(len, wanting.values())) - num_asked - num_waiting  # missing, and another model's too
+        self.num_requests = sum(key not in self._known and key not in self._pending for key in wanting)
+        # missing, and another model's too
+        self.num_shared = sum(map(len, wanting.values())) - self.num_requests - num_waiting
 
     def _missing(self) -> Iterator[tuple[Job, Item]]:
         return (
             (job, item)
             for job in self.jobs
-            for item in job.missing(self.retry_failed, self.fresh)
+            for item in job.missing(self.retry_failed, self.overwrite)
             if self._only is None or (job.path, item.key) in self._only
         )
 
     def is_asked(self, job: Job, item: Item) -> bool:
         """Whether a missing item is to be sent, and not only to be written."""
         key = _key(job, item.row)
-        if item.certain is not None or key in self._known or key in self._pending:
+        if item.known_evaluation is not None or key in self._known or key in self._pending:
             return False
         return self.takers(job, item)[0] is job
 
@@ -75,6 +78,14 @@ class Work:
         """What is to be sent, in the order of the jobs."""
         return ((job, item) for job, item in self._missing() if self.is_asked(job, item))
 
+    @property
+    def waits_for_reply(self) -> bool:
+        """Whether what needs no request is written only after the first reply.
+
+        The first new row deletes those that are overwritten, which are kept if the key turns out to be refused.
+        """
+        return self.overwrite and self.num_requests > 0
+
     def write_known(self, files: list[RowFile]) -> dict[Path, set[str]]:
         """Write the rows of what needs no request; what was paid for about the same samples before stays with them.
 
@@ -82,9 +93,9 @@ class Work:
             Keys of the items, by the file of their rows.
         """
         found: dict[Path, list[dict]] = defaultdict(list)
-        for job, item in self._missing() if self.num_certain else ():
-            if item.certain is not None:
-                found[job.path].append({**item.row, **make_reply("ok", item.certain)})
+        for job, item in self._missing() if self.num_ties else ():
+            if item.known_evaluation is not None:
+                found[job.path].append({**item.row, **make_reply("ok", item.known_evaluation)})
         for path in sorted(set(self._known.values())):
             judge = next(job for job in self.jobs if job.path.parent == path.parent)  # a folder has one judge
             for row in iterate_rows(path):

@@ -102,11 +102,11 @@ def test_requests_leave_no_faster_than_asked(run_dir):
 @pytest.mark.slow
 def test_tokens_of_a_minute_are_counted_as_they_are_used():
     async def seconds_for(num_requests: int, expected: float, used: float) -> float:
-        rate = RateControl(RateLimits(8, None, 60_000), asyncio.Event())  # a thousand a second
+        rate = RateControl(RateLimits(8, None, 60_000))  # a thousand a second
         started = time.monotonic()
         for _ in range(num_requests):
             await rate.leave(expected)
-            rate.settle(expected, used)
+            rate.correct_tokens(expected, used)
         return time.monotonic() - started
 
     assert asyncio.run(seconds_for(6, 100, 100)) == pytest.approx(0.5, abs=0.1)
