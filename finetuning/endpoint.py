@@ -35,7 +35,7 @@ from finetuning.errors import InputError
 OPENAI_URL = "https://api.openai.com/v1"
 MAX_WAIT = 600.0  # seconds of a Retry-After that are worth waiting for
 MAX_BACKOFF = 8.0  # seconds between two attempts where the endpoint names none
-MAX_TOKEN_COUNT = 2**53  # that a reply can say it used; a larger number is none
+MAX_TOKEN_COUNT = 2**53  # that a reply can say it used; no larger number is believed
 MIN_BYTES_PER_SECOND = 50_000  # at which a file is sent or fetched
 KEY_REFUSED = (AuthenticationError, PermissionDeniedError)  # whatever is asked for
 

@@ -37,8 +37,8 @@ BATCHES = "batches"  # folder
 UNSENT = ("written",)
 OPEN = ("uploaded", "submitted", "downloaded")  # the endpoint may be at work on it, or its replies are not rows yet
 CHAT_COMPLETIONS: Final = "/v1/chat/completions"
-MAX_REQUESTS = 50_000  # in one batch, and bytes of its file
-MAX_BYTES = 100_000_000
+MAX_REQUESTS = 50_000  # in one batch
+MAX_BYTES = 100_000_000  # of its file
 
 
 class PendingBatch:

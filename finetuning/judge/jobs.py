@@ -1,5 +1,17 @@
 """
 What is to be judged: which answers of step 3, by which judge, under which identity. Imports without torch.
+
+    Job        one judge and one model, or two to compare        a file of rows
+     |
+    Item       one answer, or one pair in one order              a row of that file, in the end
+     |
+    Work       the items without a row, each answer once         another model's row may hold it already (work.py)
+     |
+    Plan       what these cost at most and about                 one for each judge (plan.py)
+     |
+    request    an item in the words of the form                  attempts at it (client.py), or a line of a batch
+     |
+    row        the reply as it was read, and what it cost        (rows.py)
 """
 
 import functools
@@ -84,11 +96,11 @@ def build_jobs(run: Path, args: JudgeArguments, mask: Mask | None) -> list[Job]:
         identity = _build_identity(judge_model, form, args)
         for name, predictions in zip(names, paths, strict=True):
             items = functools.partial(answers_to_judge, predictions, ids, mask)
-            job = Job(name, run / EVALUATIONS / f"{name}.jsonl", judge_model, form, identity, items, args.limit)
+            path, label, jury = run / EVALUATIONS / predictions.name, name, None
             if args.judges is not None:
-                job.name, job.jury = f"{name} by {judge_model}", job.path
-                job.path = run / EVALUATIONS / "judges" / file_name(judge_model) / job.path.name
-            jobs.append(job)
+                label, jury = f"{name} by {judge_model}", path
+                path = run / EVALUATIONS / "judges" / file_name(judge_model) / path.name
+            jobs.append(Job(label, path, judge_model, form, identity, items, args.limit, jury=jury))
     return jobs
 
 

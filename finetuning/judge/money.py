@@ -47,7 +47,7 @@ def load_price(path: str | None, model: str) -> Price | None:
     """The price of a judge; None where the table has none.
 
     Raises:
-        InputError: There is no such table, or an entry of it is none.
+        InputError: There is no such table, or an entry of it is not a price.
     """
     file = Path(path) if path is not None else PRICES
     table = read_yaml(file, "prices")
@@ -73,7 +73,7 @@ class Budget:
 
     Args:
         limit: US dollars, of earlier starts too; None means that there is no limit.
-        spent: What the rows there are have cost.
+        spent: What existing rows have cost.
     """
 
     def __init__(self, limit: float | None, spent: float):

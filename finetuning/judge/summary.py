@@ -1,5 +1,6 @@
 """
-What a judge's rows amount to: coverage, means, money, and how far they can be trusted. Written beside the rows.
+What a judge's rows amount to: coverage, means, money, and how far they can be trusted. Written beside the rows; the
+mean of several judges is made here, too.
 
 Imports without torch.
 """
@@ -11,11 +12,11 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
-from finetuning.agreement import count_pairs, rank_correlation
+from finetuning.agreement import count_pairs, measure_jury, rank_correlation
 from finetuning.errors import to_line
-from finetuning.judge.jobs import Job, juries
-from finetuning.judge.jury import combine_jury
+from finetuning.judge.jobs import Item, Job, identity_of_jury, juries
 from finetuning.judge.people import Labels, compare_with_people
+from finetuning.judge.rows import add_usage
 from finetuning.results import RowFile, item_key, iterate_rows, read_info
 from finetuning.wording import plural, say_p, say_share
 
@@ -31,11 +32,11 @@ def report(jobs: list[Job], files: list[RowFile], finished: set[Path], labels: L
         if job.path not in finished:
             file.keep_latest(item_key)
             print(summarize(job, file))
-    one_model: dict[str, list[str]] = {}
+    same_model: dict[str, list[str]] = {}
     for path, its_jobs in juries(jobs).items():
         print(combine_jury(path, its_jobs))
-        one_model |= read_info(path)["one_model"]
-    for model, judges in one_model.items():
+        same_model |= read_info(path)["one_model"]
+    for model, judges in same_model.items():
         names = " and ".join(judges)
         print(f"warning: {names} all replied as {to_line(model)}: one model asked several times is no jury")
     if labels is not None:
@@ -152,3 +153,76 @@ def _summarize_pairs(job: Job, names: list[str], file: RowFile, info: dict) -> s
             f"\n  flip rate {flips}: so often the other answer was preferred once their order changed, which is a tie"
         )
     return line
+
+
+def combine_jury(path: Path, jobs: list[Job]) -> str:
+    """Write the mean of several judges as the evaluations of a model, and how far they agree.
+
+    An answer has a score if all of them have scored it; else it has the status of the first that has not.
+
+    Args:
+        path: The file of the evaluations.
+        jobs: About the same answers, one for each judge.
+    """
+    rows = {job.judge_model: {item_key(row): row for row in iterate_rows(job.path)} for job in jobs}
+    scores: dict[str, list[dict[str, float]]] = {judge: [] for judge in rows}
+    num_items = 0
+    with RowFile(path, identity_of_jury(jobs), overwrite=True) as file:
+        for item in jobs[0].items():
+            num_items += 1
+            found = {
+                judge: its_rows[item.key]
+                for judge, its_rows in rows.items()
+                if its_rows.get(item.key, {}).get("prediction_hash") == item.row["prediction_hash"]
+            }
+            if len(found) < len(rows):
+                continue
+            row = _mean_row(item, found)
+            file.append(row)
+            for judge, its_row in found.items() if row["status"] == "ok" else ():
+                scores[judge].append({name: judged["score"] for name, judged in its_row["evaluation"].items()})
+        agreement = measure_jury(scores)
+        num_ok = agreement.num_samples if agreement is not None else 0
+        file.write_info(
+            num_predictions=num_items,
+            coverage=num_ok / num_items if num_items else None,
+            jury=asdict(agreement) if agreement is not None else None,
+            one_model=_find_same_model(rows),
+        )
+    return f"{path.stem}: {agreement or 'no answer was scored by all of the jury'}"
+
+
+def _find_same_model(rows: dict[str, dict[str, dict]]) -> dict[str, list[str]]:
+    """The judges behind which the same model is, by the name that it has in their replies."""
+    judges = defaultdict(set)
+    for judge, its_rows in rows.items():
+        for row in its_rows.values():
+            judges[row.get("replied_as")].add(judge)
+    return {model: sorted(names) for model, names in judges.items() if model is not None and len(names) > 1}
+
+
+def _mean_row(item: Item, found: dict[str, dict]) -> dict:
+    paid: dict = {"usage": None, "cost": None, "possible_cost": 0.0}
+    for row in found.values():
+        paid = add_usage(paid, row)
+    result = {**item.row, "status": "ok", "evaluation": None, "expected": None, **paid, "error": None}
+    for judge, row in found.items():
+        if row["status"] != "ok":
+            return {**result, "status": row["status"], "error": f"{judge}: {row['error']}"}
+    evaluations = {judge: row["evaluation"] for judge, row in found.items()}
+    result["evaluation"] = {
+        criterion: {
+            "explanation": "\n".join(
+                f"{judge} ({judged[criterion]['score']}): {judged[criterion]['explanation']}"
+                for judge, judged in evaluations.items()
+            ),
+            "score": statistics.fmean(judged[criterion]["score"] for judged in evaluations.values()),
+        }
+        for criterion in next(iter(evaluations.values()))
+    }
+    if all(row["expected"] is not None for row in found.values()):
+        result["expected"] = {
+            criterion: statistics.fmean(row["expected"][criterion] for row in found.values())
+            for criterion in result["evaluation"]
+        }
+    return result
