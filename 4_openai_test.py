@@ -29,7 +29,7 @@ from pathlib import Path
 from finetuning.config.arguments import JudgeArguments
 from finetuning.config.run_step import run_step, same_command
 from finetuning.endpoint import find_endpoint
-from finetuning.judge.batch_api import BatchApi
+from finetuning.judge.batch_api import POLL_SECONDS, BatchApi
 from finetuning.judge.batch_files import check_pending, pending_items
 from finetuning.judge.batches import BatchJudging, clear_batches
 from finetuning.judge.form import RequestSettings
@@ -90,7 +90,7 @@ def main(args: JudgeArguments) -> None:
             work.write_known(files)
         budget = Budget(args.max_cost, sum(cost_of(iterate_rows(file.path)) for file in files))
         settings = RequestSettings(args.max_tokens, args.temperature, args.expected_scores, args.max_retries)
-        api = BatchApi(endpoint, args.max_retries, args.poll_seconds, again)
+        api = BatchApi(endpoint, args.max_retries, args.poll_seconds or POLL_SECONDS, again)
         clear_batches(jobs, api, args.overwrite)
         try:
             if not live:

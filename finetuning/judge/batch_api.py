@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, TypeVar
 
@@ -32,24 +33,14 @@ ENDED = ("completed", "expired", "cancelled", "failed")  # all but the last with
 Reply = TypeVar("Reply")
 
 
+@dataclass
 class BatchApi:
-    """The Batch API of an endpoint, to be asked within `with`. None of its requests costs money by itself.
+    """The Batch API of an endpoint, to be asked within `with`. None of its requests costs money by itself."""
 
-    Args:
-        max_retries: Further attempts at each request.
-        poll_seconds: Between two looks at a batch.
-        again: The command that goes on with the batches, in words.
-    """
-
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        max_retries: int,
-        poll_seconds: float | None = None,
-        again: str = same_command(overwrite=False),
-    ):
-        self.endpoint, self.max_retries, self.again = endpoint, max_retries, again
-        self.poll_seconds = poll_seconds or POLL_SECONDS
+    endpoint: Endpoint
+    max_retries: int  # further attempts at each request
+    poll_seconds: float = POLL_SECONDS  # between two looks at a batch
+    again: str = same_command(overwrite=False)  # the command that goes on with the batches
 
     def __enter__(self) -> "BatchApi":
         self.client = self.endpoint.open_client()

@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 
 from finetuning.errors import InputError
-from finetuning.judge.yaml_files import read_yaml
+from finetuning.judge.rubric import read_yaml
 
 PRICES = Path(__file__).with_name("prices.yaml")
 

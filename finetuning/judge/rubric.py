@@ -1,5 +1,6 @@
 """
-Criteria to judge by, from a class or a YAML file of the user's own. Imports without torch.
+Files that users write for the judge: a rubric of their own, as a class or in YAML, and YAML in general (the price table
+in money.py). Imports without torch.
 """
 
 import importlib.util
@@ -14,7 +15,6 @@ from pydantic.fields import FieldInfo
 
 from finetuning.errors import InputError
 from finetuning.judge.form import Criterion, Evaluation, build_schema
-from finetuning.judge.yaml_files import read_yaml
 
 RESERVED = frozenset(("id", "model", "score", "overall"))  # columns of the scores that people give (people.py)
 
@@ -92,3 +92,22 @@ def _import_rubric(rubric: str) -> type[BaseModel]:
 
 def _is_model(value: object) -> TypeGuard[type[BaseModel]]:
     return inspect.isclass(value) and issubclass(value, BaseModel)
+
+
+def read_yaml(path: Path, setting: str):
+    """What a YAML file holds.
+
+    Args:
+        setting: The setting that names the file, for the message.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{setting} {path} cannot be read: {error.strerror}") from error
+    except RecursionError:
+        raise InputError(f"{setting} {path}: brackets within brackets, too deep to read") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
+        raise InputError(f"{setting} {path} is no YAML: {' '.join(str(error).split())}") from error
