@@ -46,14 +46,13 @@ class Work:
                 wanting[_key(job, item.row)].append(job)
             else:
                 self.num_ties += 1
-        self._known = (
-            {} if overwrite else _find_known(wanting)
-        )  # file that already holds this judgement, of another model
+        # file that already holds this judgement, of another model
+        self._known = {} if overwrite else _find_known(wanting)
         self._takers = {key: takers for key, takers in wanting.items() if len(takers) > 1 or key in self._known}
-        num_waiting = sum(key in self._pending for key in wanting)
+        num_pending = sum(key in self._pending for key in wanting)
         self.num_requests = sum(key not in self._known and key not in self._pending for key in wanting)
         # missing, and another model's too
-        self.num_shared = sum(map(len, wanting.values())) - self.num_requests - num_waiting
+        self.num_shared = sum(map(len, wanting.values())) - self.num_requests - num_pending
 
     def _missing(self) -> Iterator[tuple[Job, Item]]:
         return (
@@ -63,20 +62,17 @@ class Work:
             if self._only is None or (job.path, item.key) in self._only
         )
 
-    def is_asked(self, job: Job, item: Item) -> bool:
-        """Whether a missing item is to be sent, and not only to be written."""
-        key = _key(job, item.row)
-        if item.known_evaluation is not None or key in self._known or key in self._pending:
-            return False
-        return self.takers(job, item)[0] is job
-
     def takers(self, job: Job, item: Item) -> list[Job]:
         """The jobs that what is said of an item is for; the first one's is asked."""
         return self._takers.get(_key(job, item.row)) or [job]
 
     def requests(self) -> Iterator[tuple[Job, Item]]:
-        """What is to be sent, in the order of the jobs."""
-        return ((job, item) for job, item in self._missing() if self.is_asked(job, item))
+        """What is to be sent, and not only to be written, in the order of the jobs."""
+        for job, item in self._missing():
+            key = _key(job, item.row)
+            is_known = item.known_evaluation is not None or key in self._known or key in self._pending
+            if not is_known and self.takers(job, item)[0] is job:
+                yield job, item
 
     @property
     def waits_for_reply(self) -> bool:
