@@ -127,14 +127,14 @@ class BatchJudging:
             num_replies += 1
             row = {**item_row, **read_line(line, job.form, price, expected), "custom_id": custom_id}
             before = present.get(item_key(row))
-            if before is not None:
-                if before.get("custom_id") == custom_id:
-                    continue  # a kill came after this row was written
-                row = _choose(row, before, current.get(item_key(row)))
+            if before is not None and before.get("custom_id") == custom_id:
+                row = before  # a kill came after it was written
+            else:
+                row = row if before is None else _choose(row, before, current.get(item_key(row)))
+                file.append(row)
             without_schema |= row["status"] == "error" and "response_format" in (row["error"] or "")
             if row["status"] in ("truncated", "invalid"):
                 unread.add(item_key(row))
-            file.append(row)
         file.keep_latest(item_key)
         num_requests = batch.state["num_requests"]
         rest = "; the next start of --mode batch asks for the others" if num_replies < num_requests else ""

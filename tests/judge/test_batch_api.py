@@ -25,7 +25,9 @@ from finetuning.judge.batch_files import (
     write_batches,
 )
 from finetuning.judge.form import Evaluation
+from finetuning.judge.rows import make_reply
 from finetuning.report.samples import load_samples
+from finetuning.results import read_rows
 
 pytestmark = pytest.mark.slow
 STEP = "4_openai_test.py"
@@ -200,6 +202,22 @@ def test_what_a_batch_of_an_earlier_start_cannot_read_goes_into_a_second_one_too
     sent = Counter((answer_of(request), request["max_completion_tokens"]) for request in stub.requests)
     assert sent == {(answer, limit): 1 for answer in (*ANSWERS, "a", "b", "c") for limit in (100, 200)}
     assert {row["shared_with"] for row in evaluations(run_dir, "base") if "shared_with" in row} == {"checkpoint-10"}
+
+
+def test_a_kill_while_rows_are_written_leaves_the_second_batch_to_the_next_start(run_dir):
+    arguments = ["--max_tokens", "100", "--model_name", "checkpoint-10"]
+    with serve(stub := StubBatches(cut_off_at_first, looks=10_000)) as url:
+        start_and_leave(run_dir, stub, url, *arguments, by=signal.SIGKILL)
+        folder = run_dir / "qa_evaluation_results"
+        (items,) = (folder / "batches").glob("*.items.jsonl")
+        rows = [
+            {**item["row"], **make_reply("truncated", None, '{"rel'), "custom_id": item["custom_id"]}
+            for item in read_rows(items)
+        ]
+        (folder / "checkpoint-10.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        stub.looks = 0
+        assert "judged 6 of 6" in judge(run_dir, url, *arguments).printed
+    assert len(stub.batches) == 2 and len(stub.requests) == 12
 
 
 @pytest.mark.parametrize("moment", ["files", "batches", "look", "content"])
