@@ -5,7 +5,7 @@ Step 3: let checkpoints answer the test samples, and measure ROUGE, chrF, stoppi
     python 3_test.py --model_name all        # the base model and every checkpoint of the newest run
     torchrun --nproc_per_node=2 3_test.py    # samples are split over GPUs, or over machines with a shared file system
     python 3_test.py --base_url http://localhost:8000/v1    # a vLLM or SGLang server answers
-    python 3_test.py --rescore true --rouge_tokenizer characters    # measures the answers there are, without a model
+    python 3_test.py --rescore true --rouge_tokenizer characters    # measures existing answers, without a model
 
 Reads   <output_dir>/run.json                     test data, columns, system prompt and chat template, as in training
 Writes  <output_dir>/predictions/<model>.jsonl    one row a sample, appended as it is finished
@@ -15,8 +15,6 @@ Writes  <output_dir>/predictions/<model>.jsonl    one row a sample, appended as 
 Stop it and start it again at any time: samples already answered are not answered again, and a larger --num_samples
 adds to them. A sample that cannot be answered is a row with its error, and does not stop the others.
 """
-
-import functools
 
 from finetuning.config.arguments import TestArguments
 from finetuning.config.run_step import run_step
@@ -28,13 +26,13 @@ from finetuning.data.prompts import Prompt, encode_prompts
 from finetuning.data.samples import load_test_samples
 from finetuning.endpoint import Endpoint
 from finetuning.inference.engines import choose_engine, prepare_model
-from finetuning.inference.gathering import join_ranks, keep_rows, write_part
+from finetuning.inference.gathering import join_ranks, shared_rows
 from finetuning.inference.openai_engine import TIMEOUT, ServedModel, find_served
 from finetuning.inference.predictions import answer_share, measure, rescore
 from finetuning.inference.submission import check_submission, write_submission
 from finetuning.measures import format_metrics, print_table
 from finetuning.ranks import is_main_process
-from finetuning.results import RowFile, iterate_rows, read_info
+from finetuning.results import iterate_rows, read_info
 from finetuning.runs import PREDICTIONS, find_models, find_run, read_run
 from finetuning.schemas import TESTED_RUN_RECORD
 
@@ -71,19 +69,16 @@ def main(args: TestArguments) -> None:
 
     # Each model answers the samples that have no row of it yet. Ranks share them, and the first one measures all rows.
     prompts: dict[str, list[Prompt]] = {}  # by tokenizer and chat template: checkpoints of a run share them
-    next_paths = [*list(models.values())[1:], None]
+    next_paths = [*list(models.values())[1:], None]  # so that their weights are read while the one before answers
     for (name, path), next_path in zip(models.items(), next_paths, strict=True):
         model = prepare_model(args, run, record, name, path, engine, served.get(name))
-        key = model.identity["tokenizer"]
-        if key not in prompts:
-            prompts[key] = encode_prompts(model.reader.tokenizer, samples)
-        answer = functools.partial(answer_share, args, model, prompts[key], samples, next_path)
-        if not is_main_process():
-            write_part(folder, model, answer)
-            continue
-        with RowFile(folder / f"{name}.jsonl", model.identity, args.overwrite) as file:
-            keep_rows(file, model, set(samples.ids), set(all_samples.ids), answer)
-            measure(file, name, args.rouge_tokenizer)
+        if model.tokenizer_hash not in prompts:
+            prompts[model.tokenizer_hash] = encode_prompts(model.reader.tokenizer, samples)
+        with shared_rows(folder, model, samples.ids, all_samples.ids, args.overwrite) as (file, missing):
+            unanswered = [prompt for prompt in prompts[model.tokenizer_hash] if prompt.id in missing]
+            answer_share(args, model, unanswered, samples, file, next_path)
+        if is_main_process():
+            measure(file.path, args.rouge_tokenizer)
             if args.submission is not None:
                 answer_key = record["config"].get("answer_key")
                 write_submission(args.submission, iterate_rows(file.path), all_samples, answer_key)

@@ -89,7 +89,8 @@ def run_engine(name: str, folder: Path) -> None:
         if name == "vllm":
             from finetuning.inference.vllm_engine import VllmEngine
 
-            engine = VllmEngine(str(folder), reader, dtype, None, 0, {})
+            longest = max(map(len, prompts)) + new_tokens
+            engine = VllmEngine(str(folder), reader, dtype, longest, None, 0, {})
         else:
             engine = TransformersEngine(load_model(str(folder), dtype), reader, None, 0)
         kept: dict[str, list[int]] = {}

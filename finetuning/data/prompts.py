@@ -15,7 +15,7 @@ from finetuning.data.chat import fit_to_template
 
 @dataclass(slots=True)
 class Prompt:
-    """The tokens of one test sample's question; `error` says why there are none."""
+    """The tokens of one test sample's question; `error` says why it has no tokens."""
 
     id: str
     token_ids: Sequence[int] = ()  # up to where the model's answer begins

@@ -86,9 +86,9 @@ class AnswerReader:
         if end is not None:
             new_ids = new_ids[: end + 1]
         removed = collections.Counter(token_id for token_id in new_ids if token_id in self.control_ids)
-        text = decode_answer(self.tokenizer, new_ids, self.control_ids)
+        visible = decode_answer(self.tokenizer, new_ids, self.control_ids)
         whole = self.tokenizer.decode(new_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text, at_stop_string = self._cut(text, whole)
+        text, at_stop_string = self._cut(visible, with_control_tokens=whole)
         return Answer(
             prompt.id,
             prediction=text,
@@ -102,18 +102,15 @@ class AnswerReader:
         """The same for an engine that gives text only, in which control tokens may stand by their names."""
         names = self.tokenizer.convert_ids_to_tokens(sorted(self.control_ids))
         removed = {token: text.count(token) for token in names if token in text}
-        whole = text
+        visible = text
         for token in removed:
-            text = text.replace(token, "")
-        text, at_stop_string = self._cut(text, whole)
+            visible = visible.replace(token, "")
+        text, at_stop_string = self._cut(visible, with_control_tokens=text)
         reason = "stop" if stopped or at_stop_string else "length"
         return Answer(prompt.id, text, len(prompt.token_ids), num_new_tokens, reason, removed)
 
-    def _cut(self, text: str, whole: str) -> tuple[str, bool]:
-        """The text before the first stop string, and whether there is one.
-
-        A stop string may be white space, or a control token, which stands in `whole` only.
-        """
+    def _cut(self, visible: str, with_control_tokens: str) -> tuple[str, bool]:
+        """The text before the first stop string, and whether there is one: it may be white space or a control token."""
         stops = self.config.stop_strings or []
-        places = [text.index(stop) for stop in stops if stop in text]
-        return text[: min(places, default=None)].strip(), any(stop in whole for stop in stops)
+        places = [visible.index(stop) for stop in stops if stop in visible]
+        return visible[: min(places, default=None)].strip(), any(stop in with_control_tokens for stop in stops)

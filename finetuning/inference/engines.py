@@ -13,19 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments
 from finetuning.data.chat import load_tokenizer
+from finetuning.data.prompts import Prompt
 from finetuning.data.samples import TestSamples
 from finetuning.errors import InputError
 from finetuning.hardware import choose_dtype
 from finetuning.inference.answers import AnswerReader, Engine
-from finetuning.inference.openai_engine import OpenAIEngine, ServedModel
+from finetuning.inference.openai_engine import CONCURRENCY, OpenAIEngine, ServedModel
 from finetuning.inference.settings import build_generation_config, describe_generation, ignored_settings
 from finetuning.inference.transformers_engine import TransformersEngine, load_model
-from finetuning.models.config import load_generation_config, loading_options
-from finetuning.models.files import ADAPTER_CONFIG, fingerprint_model, is_adapter
+from finetuning.models.config import is_plain_lora, load_generation_config, loading_options
+from finetuning.models.files import fingerprint_model, is_adapter
 from finetuning.ranks import get_world_size
-from finetuning.runs import BASE, read_json
-
-CONCURRENCY = 64  # requests in flight at once, unless the arguments say otherwise
+from finetuning.runs import BASE
 
 
 @dataclass
@@ -34,7 +33,9 @@ class ModelUnderTest:
 
     name: str
     path: str  # a folder, or a Hub id
+    engine: str  # transformers, vllm or openai
     reader: AnswerReader  # with its tokenizer and its settings of generation
+    tokenizer_hash: str  # models with the same one share their prompts
     options: dict  # trust_remote_code and revision, as from_pretrained takes them
     identity: dict  # what its rows are made under
     served: ServedModel | None  # by a server, which answers then
@@ -59,8 +60,8 @@ def choose_engine(args: TestArguments, models: list[str]) -> str:
             raise InputError("vllm is one process: start it without torchrun, or serve it and give its --base_url")
     if args.engine != "auto":
         return args.engine
-    asked = [key for key, neutral in NOT_OF_ENGINE["vllm"].items() if getattr(args, key) not in (None, neutral)]
-    if not installed or not torch.cuda.is_available() or several_ranks or asked:
+    not_in_vllm = [key for key, neutral in NOT_OF_ENGINE["vllm"].items() if getattr(args, key) not in (None, neutral)]
+    if not installed or not torch.cuda.is_available() or several_ranks or not_in_vllm:
         return "transformers"
     problem = next(filter(None, map(vllm_problem, models)), None)
     if problem is not None:
@@ -72,10 +73,8 @@ def choose_engine(args: TestArguments, models: list[str]) -> str:
 
 def vllm_problem(path: str) -> str | None:
     """Why vllm cannot serve a model or adapter as it is, or None where it can, as far as its files say."""
-    if is_adapter(path):
-        config = read_json(Path(path) / ADAPTER_CONFIG)
-        if config.get("modules_to_save") or config.get("use_dora") or config.get("peft_type") != "LORA":
-            return f"{path} is more than plain LoRA; merge it with 2_merge_lora.py"
+    if is_adapter(path) and not is_plain_lora(path):
+        return f"{path} is more than plain LoRA; merge it with 2_merge_lora.py"
     own_config = load_generation_config(path)
     for key, neutral in NOT_OF_ENGINE["vllm"].items():
         if getattr(own_config, key, None) not in (None, neutral):
@@ -102,19 +101,21 @@ def prepare_model(
         print(f"{name}: without effect here, from its generation_config.json: {json.dumps(ignored, default=str)}")
     quantised = "8bit " if args.load_in_8bit else "4bit " if args.load_in_4bit else ""
     weights = quantised + str(choose_dtype(args.dtype)).removeprefix("torch.")  # in which form they are computed with
+    tokenizer_hash = fingerprint_tokenizer(tokenizer)
     identity = {
         "model": fingerprint_model(path),
         "engine": engine,
         "weights": f"served as {served.id}" if served is not None else weights,
         "generation": describe_generation(config, args.seed),
         "chat_template": hash_content(tokenizer.chat_template),
-        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "tokenizer": tokenizer_hash,
     }
-    return ModelUnderTest(name, path, AnswerReader(tokenizer, config), options, identity, served)
+    reader = AnswerReader(tokenizer, config)
+    return ModelUnderTest(name, path, engine, reader, tokenizer_hash, options, identity, served)
 
 
-def start_engine(args: TestArguments, model: ModelUnderTest, samples: TestSamples) -> Engine:
-    """The engine with one model in it, ready to answer.
+def start_engine(args: TestArguments, model: ModelUnderTest, samples: TestSamples, prompts: list[Prompt]) -> Engine:
+    """The engine with one model in it, ready to answer these prompts.
 
     Raises:
         InputError: The model cannot be loaded, or vllm cannot be imported.
@@ -122,14 +123,15 @@ def start_engine(args: TestArguments, model: ModelUnderTest, samples: TestSample
     if model.served is not None:
         return OpenAIEngine(model.served, samples, model.reader, args.concurrency or CONCURRENCY, args.seed)
     dtype = choose_dtype(args.dtype)
-    if model.identity["engine"] == "vllm":
+    if model.engine == "vllm":
         try:
             # late, as vllm need not be installed
             from finetuning.inference.vllm_engine import VllmEngine
         except (ImportError, OSError) as error:  # a build for another torch or GPU
             reason = str(error).splitlines()[0]
             raise InputError(f"vllm does not import ({reason}); use --engine transformers") from error
-        return VllmEngine(model.path, model.reader, dtype, args.batch_size, args.seed, model.options)
+        longest = max(len(prompt.token_ids) for prompt in prompts) + args.max_new_tokens
+        return VllmEngine(model.path, model.reader, dtype, longest, args.batch_size, args.seed, model.options)
     quantised = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
     loaded = load_model(model.path, dtype, device_map=args.device_map, **quantised, **model.options)
     return TransformersEngine(loaded, model.reader, args.batch_size, args.seed)

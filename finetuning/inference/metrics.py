@@ -8,111 +8,19 @@ What is undefined (a reference without words, the repetition of three words) is 
 """
 
 import collections
-import functools
-import importlib.metadata
 import itertools
-import statistics
-import unicodedata
 from collections.abc import Iterable
 
-import mecab_ko
-import regex
-from nltk.stem.porter import PorterStemmer
 from sacrebleu.metrics import CHRF
 
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
-SIMILARITIES = (*ROUGE_TYPES, "chrf")
+from finetuning.inference.references import mean, over_references
+from finetuning.inference.words import choose_tokenizer, tokenize
+from finetuning.measures import ROUGE_COLUMNS
+
+SIMILARITIES = (*ROUGE_COLUMNS, "chrf")
 PER_SAMPLE = (*SIMILARITIES, "seq_rep_4", "length_ratio")
-TAG = regex.compile(r"#\w+#")  # a speaker tag of DialogSum is one word
-# Scripts written without spaces count by character.
-CHARACTER = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}]"
-LETTER = rf"(?:(?!{CHARACTER})[\p{{L}}\p{{N}}])"
-WORD = regex.compile(rf"{CHARACTER}\p{{M}}*|{LETTER}(?:{LETTER}|\p{{M}})*")
-SINGLE = regex.compile(r"[\p{L}\p{N}]\p{M}*")
-HANGUL = regex.compile(r"[\uac00-\ud7a3]")
-MEANINGLESS = regex.compile(r"[\s\p{P}]")  # spaces and punctuation, which no metric of words counts
-MAX_DISCARDED = 0.05  # of the other characters; above it, scores say little about the texts
-# Scripts that are written without spaces give characters in `words`. All that is not Korean gives words in `morphemes`.
-TOKENIZERS = {
-    "words": "words, English ones stemmed (Porter)",
-    "morphemes": f"morphemes (mecab-ko {importlib.metadata.version('mecab-ko')})",
-    "characters": "characters",
-}
-TOKENIZER_OF_LANGUAGE = {"en": "words", "ko": "morphemes"}
+MAX_DISCARDED = 0.05  # share of the characters that are in no token; above it, scores say little about the texts
 CHUNK = 500  # samples scored at once
-
-
-def detect_language(text: str) -> str:
-    """`ko` where at least a fifth of the letters are Hangul syllables, else `en`, which is any other language too."""
-    letters = sum(c.isalpha() for c in TAG.sub("", text))
-    return "ko" if letters and len(HANGUL.findall(text)) >= letters / 5 else "en"
-
-
-@functools.cache
-def _morphemes() -> mecab_ko.Tagger:
-    return mecab_ko.Tagger("-Owakati")  # morphemes with spaces between them
-
-
-@functools.cache
-def _stem(word: str) -> str:
-    return PorterStemmer().stem(word)
-
-
-@functools.lru_cache(maxsize=64)  # an answer is compared with several references, and measured by itself
-def tokenize(text: str, tokenizer: str) -> tuple[list[str], float]:
-    """Tokens, and the share of the characters that are in none of them."""
-    text = unicodedata.normalize("NFC", text).lower().encode("utf-8", "replace").decode()  # no half of a character
-    tokens, position = [], 0
-    for tag in TAG.finditer(text):
-        tokens += [*_split(text[position : tag.start()], tokenizer), tag[0]]
-        position = tag.end()
-    tokens += _split(text[position:], tokenizer)
-    meant = len(MEANINGLESS.sub("", text))
-    kept = sum(len(MEANINGLESS.sub("", token)) for token in tokens)
-    if tokenizer != "characters":  # as rouge_score stems: ASCII words of more than three letters
-        tokens = [_stem(token) if len(token) > 3 and token.isascii() and token[0] != "#" else token for token in tokens]
-    return tokens, 1 - kept / meant if meant else 0.0
-
-
-def _split(text: str, tokenizer: str) -> list[str]:
-    if tokenizer == "morphemes" and text.strip():
-        text = _morphemes().parse(text.replace("\0", " "))  # which would end the text for it
-    return (SINGLE if tokenizer == "characters" else WORD).findall(text)
-
-
-def choose_tokenizer(prediction: str, references: list[str], tokenizer: str) -> str:
-    """Name of the tokenizer: the one that is asked for; for `auto`, that of the language of references or answer.
-
-    Raises:
-        ValueError: There is none of this name.
-    """
-    if tokenizer == "auto":
-        return TOKENIZER_OF_LANGUAGE[detect_language(" ".join(references or [prediction]))]
-    if tokenizer not in TOKENIZERS:
-        raise ValueError(f"the tokenizer is auto, {', '.join(TOKENIZERS)}; got {tokenizer!r}")
-    return tokenizer
-
-
-def discarded_share(texts: list[str], tokenizer: str) -> float:
-    """Mean share of the characters of each text, spaces and punctuation aside, that are in no token."""
-    return statistics.fmean(tokenize(text, tokenizer)[1] for text in texts)
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Plain mean of what is defined; None where nothing is."""
-    defined = [value for value in values if value is not None]
-    return statistics.fmean(defined) if defined else None
-
-
-def over_references(name: str, scores: list[list[float | None]]) -> dict:
-    """Mean over references, the first one and the best: each sample's, and their plain mean over samples."""
-    per_sample = {
-        name: [mean(sample) for sample in scores],
-        f"{name}_first": [sample[0] if sample else None for sample in scores],
-        f"{name}_max": [max((score for score in sample if score is not None), default=None) for sample in scores],
-    }
-    means = {key: mean(values) for key, values in per_sample.items()}
-    return {**means, **{f"{key}_per_sample": values for key, values in per_sample.items()}}
 
 
 def compute_rouge(predictions: list[str], references: list[list[str]], tokenizer: str = "auto") -> dict:
@@ -167,7 +75,7 @@ def sequence_repetition(text: str, n: int = 4, tokenizer: str = "auto") -> float
 
 
 def length_ratio(prediction: str, references: list[str], tokenizer: str) -> float | None:
-    """Tokens of the answer for each token of its references on average. None where there are none of these.
+    """Tokens of the answer for each token of its references on average. None without these.
 
     As BLEU's length ratio (Papineni et al. 2002, https://aclanthology.org/P02-1040), by sample.
     """
@@ -179,7 +87,7 @@ def score_predictions(rows: Iterable[dict], tokenizer: str = "auto") -> dict:
     """What step 3 reports of one model. Rows are taken a few at a time and not kept.
 
     Args:
-        rows: Predictions as finetuning/results.py describes them. Rows with an error have no prediction; they are
+        rows: Predictions as finetuning/schemas.py describes them. Rows with an error have no prediction; they are
             counted and nothing else.
         tokenizer: As for `compute_rouge`.
 

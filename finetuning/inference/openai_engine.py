@@ -26,7 +26,9 @@ from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.interrupts import SoftStop
 
 NUM_RETRIES = 2  # of a request, where the server is busy or the connection breaks
-TIMEOUT = 600.0  # seconds that a reply may take, unless the arguments say otherwise
+# unless the arguments say otherwise
+CONCURRENCY = 64  # requests in flight at once
+TIMEOUT = 600.0  # seconds that a reply may take
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class OpenAIEngine:
     def __init__(self, served: ServedModel, samples: TestSamples, reader: AnswerReader, concurrency: int, seed: int):
         self.endpoint, self.served_id, self.samples = served.endpoint, served.id, samples
         self.reader, self.config, self.concurrency, self.seed = reader, reader.config, concurrency, seed
-        self.hidden = sorted(set(reader.tokenizer.all_special_ids) - reader.control_ids)  # tokens of the task
-        self.num_unlike = 0  # prompts in which the server counts another number of tokens
+        self.task_token_ids = sorted(set(reader.tokenizer.all_special_ids) - reader.control_ids)
+        self.num_other_lengths = 0  # prompts in which the server counts another number of tokens
         self.gives_ids = True  # until a reply has none
 
     def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
@@ -126,7 +128,7 @@ class OpenAIEngine:
                             running.add(runner.get_loop().create_task(self._ask(client, prompt, stop)))
                     if not running:
                         break
-                    done, running = runner.run(_wait_for_one(running))
+                    done, running = runner.run(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
                     # a fault ends the whole test, but the answers that have arrived with it are kept
                     for task in sorted(done, key=lambda task: task.exception() is not None):
                         answer = task.result()
@@ -202,7 +204,7 @@ class OpenAIEngine:
         if choice.finish_reason not in ("stop", "length"):
             return Answer.failed(prompt, hide(f"the server ended the answer with {choice.finish_reason}"))
         if getattr(usage, "prompt_tokens", None) not in (None, len(prompt.token_ids)):
-            self.num_unlike += 1
+            self.num_other_lengths += 1
         token_ids = getattr(choice, "token_ids", None)
         if token_ids is None:
             self.gives_ids = False
@@ -218,22 +220,18 @@ class OpenAIEngine:
 
     def _warn(self, num_prompts: int) -> None:
         """Print in what the server's answers may not be those of the other engines."""
-        if self.num_unlike:
+        if self.num_other_lengths:
             print(
-                f"warning: in {self.num_unlike} of {num_prompts} prompts {self.served_id} counts another number of "
-                "tokens than training did; give the server the checkpoint's chat_template.jinja (vllm serve "
+                f"warning: in {self.num_other_lengths} of {num_prompts} prompts {self.served_id} counts another number "
+                "of tokens than training did; give the server the checkpoint's chat_template.jinja (vllm serve "
                 "--chat-template)"
             )
-        if self.hidden and not self.gives_ids:
-            names = ", ".join(self.reader.tokenizer.convert_ids_to_tokens(self.hidden[:5]))
+        if self.task_token_ids and not self.gives_ids:
+            names = ", ".join(self.reader.tokenizer.convert_ids_to_tokens(self.task_token_ids[:5]))
             print(
                 f"warning: {self.served_id} returns text without token ids; if it hides special tokens, {names} are "
                 "missing from the answers"
             )
-
-
-async def _wait_for_one(tasks: set[asyncio.Task]) -> tuple[set[asyncio.Task], set[asyncio.Task]]:
-    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _drop(tasks: set[asyncio.Task], client: AsyncOpenAI) -> None:

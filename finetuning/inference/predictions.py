@@ -19,7 +19,7 @@ from finetuning.inference.engines import ModelUnderTest, start_engine
 from finetuning.inference.metrics import MAX_DISCARDED, score_predictions
 from finetuning.inference.transformers_engine import read_ahead
 from finetuning.ranks import get_rank, get_world_size, is_main_process
-from finetuning.results import RowFile, iterate_rows, read_info
+from finetuning.results import RowFile, has_rows, iterate_rows, read_info
 from finetuning.runs import names_of_files
 from finetuning.schemas import PREDICTION
 
@@ -29,32 +29,32 @@ def answer_share(
     model: ModelUnderTest,
     prompts: list[Prompt],
     samples: TestSamples,
-    next_path: str | None,
     file: RowFile,
-    missing: set[str],
+    next_path: str | None,
 ) -> None:
     """Append this rank's share of the answers to `file`, each as it is finished.
 
     Args:
+        prompts: Of the samples that all ranks together have to answer.
         next_path: The model that is loaded next, whose weights are read ahead. None means that there is none.
-        missing: Ids of the samples that all ranks together have to answer.
     """
     # ranks take turns down the lengths, so that each has as much to do as the others
-    by_length = sorted((p for p in prompts if p.id in missing), key=lambda prompt: -len(prompt.token_ids))
-    mine = by_length[get_rank() :: get_world_size()]
+    mine = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))[get_rank() :: get_world_size()]
+    if not mine:
+        return
     good, faulty = check_prompts(mine, model.path, model.reader.tokenizer, args.max_new_tokens, **model.options)
-    engine = start_engine(args, model, samples) if good else None
-    if engine is not None and next_path is not None and model.served is None and is_main_process():
-        read_ahead(next_path)
+    engine = start_engine(args, model, samples, good) if good else None
     for answer in faulty:  # after the model is loaded, as the first row replaces those of an earlier start
-        append(file, samples, answer)
+        append_answer(file, samples, answer)
     if engine is None:
         return
+    if next_path is not None and model.served is None and is_main_process():
+        read_ahead(next_path)
     start = written = time.perf_counter()
     earlier, num_tokens = file.info.get("seconds", 0.0), 0
     with tqdm(total=len(good), desc=model.name, unit="sample", disable=not is_main_process()) as progress:
         for answer in engine.answer(good):
-            append(file, samples, answer)
+            append_answer(file, samples, answer)
             num_tokens += answer.num_new_tokens
             now = time.perf_counter()
             progress.set_postfix_str(f"{num_tokens / (now - start):.0f} tokens/s", refresh=False)
@@ -66,18 +66,20 @@ def answer_share(
     engine.close()  # before the next model is loaded
 
 
-def append(file: RowFile, samples: TestSamples, answer: Answer) -> None:
+def append_answer(file: RowFile, samples: TestSamples, answer: Answer) -> None:
     """Write an answer as a row, which has its fields, and the question and the references of its sample."""
     sample = samples.by_id(answer.id)
     row = {"id": answer.id, "messages": as_texts(sample["prompt"]), "references": sample["references"]}
     file.append(row | dataclasses.asdict(answer))
 
 
-def measure(file: RowFile, name: str, rouge_tokenizer: str) -> None:
-    """Score all rows of a model, and print what is wrong with them."""
-    metrics = score_predictions(iterate_rows(file.path, PREDICTION), rouge_tokenizer)
-    file.write_info(metrics=metrics)
-    errors = collections.Counter(row["error"] for row in iterate_rows(file.path) if row["finish_reason"] == "error")
+def measure(path: Path, rouge_tokenizer: str) -> None:
+    """Score all rows of a model, write its metrics beside them, and print what is wrong with the rows."""
+    name = path.stem
+    metrics = score_predictions(iterate_rows(path, PREDICTION), rouge_tokenizer)
+    with RowFile(path, read_info(path)["identity"]) as file:
+        file.write_info(metrics=metrics)
+    errors = collections.Counter(row["error"] for row in iterate_rows(path) if row["finish_reason"] == "error")
     for error, count in errors.most_common(3):
         print(f"{name}: {count} of {metrics['num_samples']} samples have no answer: {to_line(error)}")
     removed = metrics["removed_tokens"]
@@ -91,10 +93,10 @@ def measure(file: RowFile, name: str, rouge_tokenizer: str) -> None:
 
 
 def rescore(folder: Path, model_name: str, rouge_tokenizer: str) -> list[str]:
-    """Measure the predictions there are, and leave them as they are; gives the names of their models.
+    """Measure existing predictions, and leave them as they are; gives the names of their models.
 
     Raises:
-        InputError: `model_name` means none of them, or one has no rows.
+        InputError: `model_name` means no model that has predictions, or one has no rows.
     """
     names = names_of_files(folder, model_name.replace("/", "--"))  # as the rows of a Hub id are named
     if not names:
@@ -102,9 +104,7 @@ def rescore(folder: Path, model_name: str, rouge_tokenizer: str) -> list[str]:
         raise InputError(f"no predictions of `{model_name}` in {folder}, which has {there}")
     for name in names:
         path = folder / f"{name}.jsonl"
-        identity = read_info(path)["identity"]
-        if next(iterate_rows(path), None) is None:
+        if not has_rows(path):
             raise InputError(f"{path} has no rows; answer again without --rescore")
-        with RowFile(path, identity) as file:
-            measure(file, name, rouge_tokenizer)
+        measure(path, rouge_tokenizer)
     return names

@@ -6,15 +6,9 @@ import datasets
 import evaluate
 from rouge_score import rouge_scorer
 
-from finetuning.inference.metrics import (
-    ROUGE_TYPES,
-    TOKENIZERS,
-    choose_tokenizer,
-    discarded_share,
-    mean,
-    over_references,
-    tokenize,
-)
+from finetuning.inference.references import mean, over_references
+from finetuning.inference.words import TOKENIZERS, choose_tokenizer, discarded_share, tokenize
+from finetuning.measures import ROUGE_COLUMNS
 
 
 class RougeTokenizer:
@@ -50,14 +44,14 @@ class Rouge(evaluate.Metric):
     def _compute(self, predictions, references, tokenizer="auto"):
         names: list[str] = []
         discarded: list[float] = []
-        scores: dict[str, list[list[float | None]]] = {rouge_type: [] for rouge_type in ROUGE_TYPES}
+        scores: dict[str, list[list[float | None]]] = {rouge_type: [] for rouge_type in ROUGE_COLUMNS}
         for prediction, sample_references in zip(predictions, references, strict=True):
             name = choose_tokenizer(prediction, sample_references, tokenizer)
             names.append(name)
             discarded.append(discarded_share([prediction, *sample_references], name))
-            scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), tokenizer=RougeTokenizer(name))
+            scorer = rouge_scorer.RougeScorer(ROUGE_COLUMNS, tokenizer=RougeTokenizer(name))
             found = [scorer.score(r, prediction) if tokenize(r, name)[0] else None for r in sample_references]
-            for rouge_type in ROUGE_TYPES:
+            for rouge_type in ROUGE_COLUMNS:
                 scores[rouge_type].append([one and one[rouge_type].fmeasure for one in found])
         result = {
             "tokenizers": dict(collections.Counter(TOKENIZERS[name] for name in names)),
@@ -65,6 +59,6 @@ class Rouge(evaluate.Metric):
             "discarded_characters": mean(discarded),
             "discarded_characters_per_sample": discarded,
         }
-        for rouge_type in ROUGE_TYPES:
+        for rouge_type in ROUGE_COLUMNS:
             result |= over_references(rouge_type, scores[rouge_type])
         return result

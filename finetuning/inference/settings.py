@@ -47,7 +47,7 @@ def build_generation_config(
 
 
 def _check_setting(key: str, value, engine: str, do_sample: bool) -> None:
-    """Refuse what a checkpoint declares and cannot be obeyed; of the flags, the parser has refused it already."""
+    """Refuse a checkpoint's setting that this engine lacks. Flags were checked by the parser."""
     neutral = NOT_OF_ENGINE.get(engine, {})
     if key in neutral and value not in (None, neutral[key]):
         raise InputError(

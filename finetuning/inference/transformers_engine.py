@@ -90,7 +90,7 @@ def load_model(
     load = load_adapter if is_adapter(name_or_path) else AutoModelForCausalLM.from_pretrained
     try:
         model = load(name_or_path, **settings)
-    # there is none, or it is no causal language model, or its config names what the library does not have
+    # no such model, or it is no causal language model, or its config names what the library does not have
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"could not load the model {name_or_path}: {describe_failure(error)}") from error
     if load_in_4bit:
@@ -114,11 +114,8 @@ class TransformersEngine:
         """Answer prompts, the longest first, so that memory runs out at once or not at all.
 
         Greedy answers depend on the batch only by rounding. Sampled ones depend on the seed and the sample alone, not
-        on the batch, the order or a start in the middle. Where memory runs out, the batch is halved. A model whose
-        logits are no numbers gives an error for that sample.
-
-        Yields:
-            One answer after the other, as they finish.
+        on the batch, the order or a start in the middle. Where memory runs out, the batch is halved. Logits that are
+        NaN or infinite are an error of that sample.
         """
         groups: dict[str | None, list[Prompt]] = collections.defaultdict(list)
         for prompt in prompts:  # the way is chosen for each by itself, so that it does not depend on the other prompts

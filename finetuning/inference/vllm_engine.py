@@ -15,7 +15,7 @@ from peft import PeftConfig
 from finetuning.data.prompts import Prompt, seed_of
 from finetuning.errors import InputError
 from finetuning.inference.answers import Answer, AnswerReader
-from finetuning.models.config import base_of
+from finetuning.models.config import base_of, is_plain_lora
 from finetuning.models.files import is_adapter
 
 # read when vllm is imported
@@ -33,23 +33,32 @@ MIN_RANK = 8  # vllm makes room for ranks that are powers of two
 
 
 class VllmEngine:
-    """Answers from one model or adapter.
+    """Answers from one model or adapter, which is loaded here.
 
     Args:
         path: Folder or Hub id of the model, or folder of a LoRA adapter.
+        longest: Tokens of the longest prompt and its answer.
         batch_size: Prompts answered at once; None for vllm's own choice.
         options: trust_remote_code and revision of the model.
 
     Raises:
-        InputError: The adapter is of a kind that vllm cannot serve.
+        InputError: The adapter is of a kind that vllm cannot serve, or vllm could not start with this model.
     """
 
     def __init__(
-        self, path: str, reader: AnswerReader, dtype: torch.dtype, batch_size: int | None, seed: int, options: dict
+        self,
+        path: str,
+        reader: AnswerReader,
+        dtype: torch.dtype,
+        longest: int,
+        batch_size: int | None,
+        seed: int,
+        options: dict,
     ):
         self.reader, self.config, self.seed = reader, reader.config, seed
-        self.settings = {
+        settings = {
             "model": base_of(path),
+            "max_model_len": longest,
             "dtype": str(dtype).removeprefix("torch."),
             "generation_config": "vllm",  # the checkpoint's settings are in `config` already
             "skip_tokenizer_init": not self.config.stop_strings,  # token ids go in and out
@@ -61,34 +70,25 @@ class VllmEngine:
         }
         self.adapter: LoRARequest | None = None
         if is_adapter(path):
-            peft_config = PeftConfig.from_pretrained(path)
-            if getattr(peft_config, "modules_to_save", None) or getattr(peft_config, "use_dora", False):
+            if not is_plain_lora(path):
                 raise InputError(
-                    f"vllm serves plain LoRA only, and {path} has modules_to_save or DoRA; merge it "
-                    "(2_merge_lora.py), or use --engine transformers"
+                    f"vllm serves plain LoRA only, and {path} is more than that; merge it (2_merge_lora.py), or use "
+                    "--engine transformers"
                 )
-            rank = max(MIN_RANK, 1 << (peft_config.r - 1).bit_length())
-            self.settings |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+            rank = max(MIN_RANK, 1 << (PeftConfig.from_pretrained(path).r - 1).bit_length())
+            settings |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
             self.adapter = LoRARequest(Path(path).name, 1, str(Path(path).resolve()))
-        self.llm: LLM | None = None  # from the first call of `answer` on
-
-    def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
-        """Answer prompts, and yield each answer as it is finished; one that vllm refuses is an error of that sample.
-
-        Raises:
-            InputError: vllm could not start with this model.
-        """
-        if not prompts:
-            return
-        longest = max(len(prompt.token_ids) for prompt in prompts) + self.config.max_new_tokens
         try:
-            self.llm = llm = LLM(max_model_len=longest, **self.settings)
+            self.llm = LLM(**settings)
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"vllm could not start ({str(error).splitlines()[0]}); VLLM_LOGGING_LEVEL=INFO shows why, and --engine "
                 "transformers works without it"
             ) from error
-        engine, waiting = llm.llm_engine, iter(prompts)
+
+    def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
+        """Answer prompts, and yield each answer as it is finished; one that vllm refuses is an error of that sample."""
+        engine, waiting = self.llm.llm_engine, iter(prompts)
         running: dict[str, Prompt] = {}
         while True:
             while len(running) < MAX_RUNNING and (prompt := next(waiting, None)) is not None:
@@ -125,6 +125,5 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vllm's processes, which gives their memory back."""
-        if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
-            self.llm = None
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm

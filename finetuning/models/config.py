@@ -42,6 +42,12 @@ def find_base(name_or_path: str, **kwargs) -> tuple[str, dict]:
     return base, {**kwargs, "revision": config.get("revision") or "main"}
 
 
+def is_plain_lora(adapter: str) -> bool:
+    """Whether an adapter is LoRA alone, without weights of another kind."""
+    config = read_json(Path(adapter) / ADAPTER_CONFIG)
+    return config.get("peft_type") == "LORA" and not (config.get("modules_to_save") or config.get("use_dora"))
+
+
 def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     """The config of a causal language model, or of the one under an adapter.
 

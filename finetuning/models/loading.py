@@ -61,7 +61,7 @@ def load_adapter(path: str, **settings) -> PeftModel:
         settings: Keyword arguments of from_pretrained.
 
     Raises:
-        InputError: It does not fit its base model, lacks weights or has some that are no numbers.
+        InputError: It does not fit its base model, lacks weights, or has some that are NaN or infinite.
     """
     folder = Path(path)
     check_model_files(path)

@@ -8,14 +8,13 @@ from rouge_score import rouge_scorer
 
 from finetuning.inference.metrics import (
     SIMILARITIES,
-    TOKENIZERS,
     compute_chrf,
     compute_rouge,
-    detect_language,
     score_predictions,
     sequence_repetition,
 )
 from finetuning.inference.rouge import RougeTokenizer
+from finetuning.inference.words import TOKENIZERS, detect_language
 
 DIALOGSUM = Path(__file__).parents[3] / "shared/data/dialogsum/test.jsonl"  # https://github.com/cylnlp/dialogsum
 

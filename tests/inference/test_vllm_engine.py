@@ -44,11 +44,12 @@ def answers_of(path: str, name: str, number: int = 16, **settings):
     tokenizer = load_tokenizer(DEMO)
     config, _ = build_generation_config(Arguments(**settings), tokenizer, load_generation_config(path), name)
     reader = AnswerReader(tokenizer, config)
+    prompts = encode_prompts(tokenizer, load_test_samples(CONFIG)[:number])
     if name == "vllm":
-        engine = VllmEngine(path, reader, torch.float32, None, 0, {})
+        longest = max(len(prompt.token_ids) for prompt in prompts) + config.max_new_tokens
+        engine = VllmEngine(path, reader, torch.float32, longest, None, 0, {})
     else:
         engine = TransformersEngine(load_model(path, torch.float32), reader, None, 0)
-    prompts = encode_prompts(tokenizer, load_test_samples(CONFIG)[:number])
     answers = {answer.id: answer for answer in engine.answer(prompts)}
     engine.close()
     return [answers[prompt.id] for prompt in prompts]
