@@ -85,18 +85,11 @@ class AnswerReader:
         end = next((place for place, token_id in enumerate(new_ids) if token_id in self.config.eos_token_id), None)
         if end is not None:
             new_ids = new_ids[: end + 1]
-        removed = collections.Counter(token_id for token_id in new_ids if token_id in self.control_ids)
-        visible = decode_answer(self.tokenizer, new_ids, self.control_ids)
+        counts = collections.Counter(token_id for token_id in new_ids if token_id in self.control_ids)
+        removed = {self.tokenizer.convert_ids_to_tokens(token_id): n for token_id, n in counts.items()}
         whole = self.tokenizer.decode(new_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text, at_stop_string = self._cut(visible, with_control_tokens=whole)
-        return Answer(
-            prompt.id,
-            prediction=text,
-            num_prompt_tokens=len(prompt.token_ids),
-            num_new_tokens=len(new_ids),
-            finish_reason="stop" if end is not None or at_stop_string else "length",
-            removed_tokens={self.tokenizer.convert_ids_to_tokens(token_id): n for token_id, n in removed.items()},
-        )
+        visible = decode_answer(self.tokenizer, new_ids, self.control_ids)
+        return self._cut(prompt, whole, visible, removed, len(new_ids), end is not None)
 
     def read_text(self, prompt: Prompt, text: str, num_new_tokens: int, stopped: bool) -> Answer:
         """The same for an engine that gives text only, in which control tokens may stand by their names."""
@@ -105,12 +98,14 @@ class AnswerReader:
         visible = text
         for token in removed:
             visible = visible.replace(token, "")
-        text, at_stop_string = self._cut(visible, with_control_tokens=text)
-        reason = "stop" if stopped or at_stop_string else "length"
-        return Answer(prompt.id, text, len(prompt.token_ids), num_new_tokens, reason, removed)
+        return self._cut(prompt, text, visible, removed, num_new_tokens, stopped)
 
-    def _cut(self, visible: str, with_control_tokens: str) -> tuple[str, bool]:
-        """The text before the first stop string, and whether there is one: it may be white space or a control token."""
+    def _cut(
+        self, prompt: Prompt, whole: str, visible: str, removed: dict[str, int], num_new_tokens: int, stopped: bool
+    ) -> Answer:
+        """An answer that ends before its first stop string, which may be white space or a control token of `whole`."""
         stops = self.config.stop_strings or []
         places = [visible.index(stop) for stop in stops if stop in visible]
-        return visible[: min(places, default=None)].strip(), any(stop in with_control_tokens for stop in stops)
+        text = visible[: min(places, default=None)].strip()
+        reason = "stop" if stopped or any(stop in whole for stop in stops) else "length"
+        return Answer(prompt.id, text, len(prompt.token_ids), num_new_tokens, reason, removed)
