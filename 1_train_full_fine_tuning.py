@@ -35,15 +35,7 @@ from finetuning.training.arguments import TrainingArguments, fit_to_hardware
 from finetuning.training.callbacks import RecordShares, SaveOnTermination, prepare_wandb, show_lines
 from finetuning.training.checkpoints import check_resumable
 from finetuning.training.memory import MemoryPeak
-from finetuning.training.model import (
-    ModelPlan,
-    build_adapter_config,
-    check_model,
-    choose_model_settings,
-    load_model,
-    prepare_tokenizer,
-    print_hardware,
-)
+from finetuning.training.model import load_model, plan_model, print_hardware
 from finetuning.training.preflight import prepare_rows, run_preflight
 from finetuning.training.records import build_record, delete_run, now, open_run, save_record
 from finetuning.training.trainer import ResumableSFTTrainer, on_main_process
@@ -51,41 +43,39 @@ from finetuning.training.trainer import ResumableSFTTrainer, on_main_process
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
     quiet_weight_bars()
-    run, name = Path(training_args.output_dir), model_args.model_name_or_path
-    settings = choose_model_settings(model_args, training_args)
-    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    check_model(name, **source)  # before it costs time
+    # What the YAML names: the model, of which only the weights are not read yet, and the rows.
+    run = Path(training_args.output_dir)
+    model_plan = plan_model(model_args, training_args, tokens_to_add(script_args))
+    tokenizer = model_plan.tokenizer
     train_rows, eval_rows, row_format = load_training_rows(script_args)
-    tokenizer, new_ids = prepare_tokenizer(name, training_args, tokens_to_add(script_args), **source)
 
-    # Where to start: at the beginning, or where a run that was stopped has left off.
+    # Where to start: at the beginning, or at the last checkpoint of a run that was stopped.
     record = build_record((training_args, model_args, script_args), tokenizer.chat_template, train_rows, eval_rows)
     requested, look_only = training_args.resume_from_checkpoint, script_args.preflight_only
     checkpoint, finished = on_main_process(lambda: open_run(run, record, script_args.overwrite, requested, look_only))
     if finished and not look_only:
         print_main(f"{run} is finished; its last checkpoint is {checkpoint}. To train again: --overwrite true")
         return
-    print_hardware(record["hardware"], settings, training_args)
+    print_hardware(record["hardware"], model_plan, training_args)
     print_main(f"data: {len(train_rows)} rows of {script_args.dataset_name}, read as {row_format.describe()}")
 
-    # What the trainer will get, and what is wrong with it, before a model is loaded.
-    plan = ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, **source))
+    # The rows that the trainer will get, checked before a model is loaded.
     rows = prepare_rows(tokenizer, training_args, train_rows, eval_rows)
-    estimate = on_main_process(lambda: run_preflight(run, script_args, training_args, plan, rows))
-    checkpointing = estimate["activation_checkpointing"]
-    training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = checkpointing
+    memory_plan = on_main_process(lambda: run_preflight(run, script_args, training_args, model_plan, rows))
+    recompute = memory_plan["activation_checkpointing"]
+    training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = recompute
     if look_only:
         written = "nothing is written, the folder holds a run" if (run / RUN_FILE).is_file() else f"see {run / EDA}"
         print_main(f"preflight only: nothing is trained; {written}")
         return
 
-    # The weights come from the model, or from the checkpoint to go on from; both load in the same way.
+    # The weights come from the model itself, or from the checkpoint; both are loaded in the same way.
     if checkpoint is not None:
         on_main_process(lambda: check_resumable(checkpoint))
         print_main(f"going on from {checkpoint}")
     prepare_wandb(training_args)
-    memory, termination = MemoryPeak(training_args.device), SaveOnTermination()
-    model, peft_config = load_model(plan, checkpoint, training_args)
+    memory_peak, termination = MemoryPeak(training_args.device), SaveOnTermination()
+    model, peft_config = load_model(model_plan, checkpoint, training_args)
     trainer = ResumableSFTTrainer(
         model=model,
         args=training_args,
@@ -95,20 +85,21 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         peft_config=peft_config,
         callbacks=[RecordShares(run, record), termination],
     )
-    if script_args.overwrite:  # only now, as nothing is left that could refuse to train
+    if script_args.overwrite:  # the older run goes only now, as nothing is left that could refuse to train
         on_main_process(lambda: delete_run(run))
     show_lines(trainer)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     step = trainer.state.global_step
-    last = run / f"checkpoint-{step}"
+    saved = run / f"checkpoint-{step}"
     if termination.stopped:
         again = same_command(script_args.overwrite)
-        print_main(f"stopped by SIGTERM at step {step}; {last} is saved, and {again} goes on from it")
+        print_main(f"stopped by SIGTERM at step {step}; {saved} is saved, and {again} goes on from it")
         sys.exit(128 + 15)
     if is_main_process():
-        save_record(run, record, finished=now(), memory={"estimate": estimate, "measured_peak": memory.bytes()})
-    print_main(f"finished: {last}. Next: python 3_test.py --output_dir {shlex.quote(str(run))}")
+        memory = {"estimate": memory_plan, "measured_peak": memory_peak.bytes()}
+        save_record(run, record, finished=now(), memory=memory)
+    print_main(f"finished: {saved}. Next: python 3_test.py --output_dir {shlex.quote(str(run))}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main(args: MergeArguments) -> None:
             base = base_of(path)
             raise InputError(f"{base} has fewer embeddings than {path} has tokens, so it is not the base of {path}")
 
-        # What the adapter answers, and its logits there.
+        # What the adapter answers, and its logits at every token of these answers.
         own_config = load_generation_config(path)
         ends = {"eos_token_id": own_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         greedy = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **ends)
@@ -73,7 +73,7 @@ def main(args: MergeArguments) -> None:
         if adapter_effect == 0:
             raise InputError(f"{path} answers like {base_of(path)} itself: it has learned nothing that could be merged")
 
-        # The merged model is written, and compared as it will be read by others.
+        # The merged model is written, and compared as later steps will load it.
         model = model.merge_and_unload(safe_merge=True).to(base_dtype)
         model.generation_config = own_config
         model.config.use_cache = True
@@ -82,16 +82,12 @@ def main(args: MergeArguments) -> None:
         del model
         merged = AutoModelForCausalLM.from_pretrained(partial_dir, dtype=torch.float32, **options).eval()
         difference = measure_difference(adapter_logits, logits_of(merged, answers))
-        again = [answer(merged, prompt, greedy) for prompt in prompts]
-        num_same = sum(map(torch.equal, again, answers))
+        merged_answers = [answer(merged, prompt, greedy) for prompt in prompts]
+        num_same = sum(map(torch.equal, merged_answers, answers))
         tolerance = choose_tolerance(args.tolerance, base_dtype, difference.scale, adapter_effect)
-        print(
-            f"largest logit difference {difference.largest:.5f} over {difference.num_tokens} tokens (tolerance "
-            f"{tolerance:.5f}; the adapter itself moves logits by up to {adapter_effect:.3f}); "
-            f"{difference.num_same_choice / difference.num_tokens:.1%} of the next tokens and {num_same} of "
-            f"{len(prompts)} answers are the same"
-        )
-        if not difference.largest <= tolerance:  # also where it is nan
+        proof = difference.describe(tolerance, adapter_effect)
+        print(f"{proof} and {num_same} of {len(prompts)} answers are the same")
+        if not difference.largest <= tolerance:  # also where the difference is NaN
             print(f"error: {name} does not survive being merged; nothing was written", file=sys.stderr)
             sys.exit(1)
     where = f"--output_dir {shlex.quote(str(run))} --model_name {shlex.quote(merged_dir.name)}"

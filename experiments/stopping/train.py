@@ -8,10 +8,11 @@ the old collator. On one process, without adapters; killed, the same command goe
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.config.arguments import ScriptArguments
+from finetuning.config.checks import argument
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.run_step import run_step
 from finetuning.errors import InputError
@@ -42,7 +43,7 @@ RESPONSE_TEMPLATE = "<|im_start|>assistant\n"  # as users wrote it for templates
 class OldScriptArguments(ScriptArguments):
     """What is trained on, and how the old collator pads."""
 
-    pad_is_eos: bool = field(default=False, metadata={"help": "Pad with the end token, as tutorials advised."})
+    pad_is_eos: bool = argument(False, "Pad with the end token, as tutorials advised.")
 
 
 def main(script_args: OldScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:

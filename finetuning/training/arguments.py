@@ -5,7 +5,7 @@ The training arguments of step 1, fitted to the hardware: what this machine cann
 import copy
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from finetuning.config.arguments import ScriptArguments
+from finetuning.config.checks import argument
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.training_keys import TrainingKeys
 from finetuning.errors import InputError
@@ -31,33 +32,27 @@ ONE_PROCESS = "off, there is only one process (start more with torchrun)"
 
 @dataclass
 class TrainingArguments(SFTConfig, TrainingKeys):
-    """trl's SFTConfig, fitted to the machine it is read on; `hardware_choices` has the reasons by key."""
+    """trl's SFTConfig, fitted to this machine; `hardware_choices` has the reason for each key that was replaced."""
 
-    packing: bool = field(
-        default=True, metadata={"help": "Fill sequences of max_length with several rows, which do not see each other."}
+    packing: bool = argument(True, "Fill sequences of max_length with several rows, which do not see each other.")
+    activation_checkpointing: str = argument(
+        "auto",
+        "Recompute activations in the backward pass, which saves memory and costs about a third of the speed. auto: "
+        "only where training would not fit without it.",
+        ["auto", "true", "false"],
     )
-    activation_checkpointing: str = field(
-        default="auto",
-        metadata={
-            "help": "Recompute activations in the backward pass, which saves memory and costs about a third of the "
-            "speed. auto: only where training would not fit without it.",
-            "choices": ["auto", "true", "false"],
-        },
+    logging_nan_inf_filter: bool = argument(
+        False, "Show the mean of the losses before it in place of one that is NaN or infinite."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Show in place of a loss that is no number (NaN) the mean of those before it."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Older name of activation_checkpointing, which decides."}
-    )
+    gradient_checkpointing: bool = argument(False, "Older name of activation_checkpointing, which decides.")
 
     def __post_init__(self):
         self.hardware_choices: dict[str, str] = {}
-        self.gradient_checkpointing = False  # until the memory plan has decided
+        self.gradient_checkpointing = False  # the memory plan decides later
         world_size = get_world_size()
         if not accelerator_available():
             self.use_cpu = True
-        if self.hub_token is not None:  # every checkpoint has these arguments in its training_args.bin
+        if self.hub_token is not None:  # it would stand in the training_args.bin of every checkpoint
             os.environ["HF_TOKEN"] = self.hub_token
             self.hub_token: str | None = None
         self._check_compiler()
@@ -106,37 +101,45 @@ class TrainingArguments(SFTConfig, TrainingKeys):
             self._replace("activation_offloading", False, "off, there is no GPU to take activations from")
         if world_size == 1 and self.ddp_backend is not None:
             self._replace("ddp_backend", None, ONE_PROCESS)
-        # the command line gives a text
+        # the value is text where it comes from the command line
         asked = {"true": True, "false": False}.get(str(self.fsdp).lower(), self.fsdp)
         requested = env_flag("ACCELERATE_USE_FSDP") if asked is None else bool(asked)
         if requested and world_size > 1:
             if not asked:
                 self.hardware_choices["fsdp"] = "on, the environment says ACCELERATE_USE_FSDP"
             self.fsdp: bool | None = True
-            self.fsdp_config: dict | None = self._fit_fsdp_config(self.fsdp_config)
+            self.fsdp_config: dict | None = self._fit_fsdp_config()
             return
         if requested:
             self.hardware_choices["fsdp"] = ONE_PROCESS
         self.fsdp = None
-        # transformers reads these while loading weights, and would leave every rank but the first without any
+        # transformers reads these while it loads weights, and would leave every rank but the first without weights
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
-    def _fit_fsdp_config(self, given: dict | str | None) -> dict:
-        config = read_fsdp_config(given) if isinstance(given, str) else given or {}
+    def _fit_fsdp_config(self) -> dict:
+        given: dict | str | None = self.fsdp_config
+        if isinstance(given, str):  # JSON, or the path of a JSON file
+            try:
+                text = given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8")
+                config = json.loads(text)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"fsdp_config: {given} is neither JSON nor a JSON file: {error}") from error
+        else:
+            config = given or {}
         for key in ("state_dict_type", "fsdp_state_dict_type"):
             asked = str(config.pop(key, "FULL_STATE_DICT"))
             if asked.upper() != "FULL_STATE_DICT":
                 choice = f"FULL_STATE_DICT and not {asked}, as the steps that follow read whole weights"
                 self.hardware_choices["fsdp_state_dict_type"] = choice
-        # transformers takes its own default over the variable
+        # without the key, transformers would override the variable with its own default
         config.setdefault("cpu_ram_efficient_loading", env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING"))
         if self.use_cpu and config.pop("cpu_offload", False):
             self.hardware_choices["fsdp_config"] = "cpu_offload is off, the weights are on the CPU already"
         return config
 
     def _choose_packages(self) -> None:
-        """What is not installed is left out: a run is not lost for the want of a logger, or of a faster kernel."""
+        """Leave out loggers and kernels that are not installed, so that no run is lost for the want of them."""
         if self.use_liger_kernel and (self.use_cpu or not is_liger_kernel_available()):
             self.liger_kernel_config = None
             reason = "the CPU has no such kernels" if self.use_cpu else "liger-kernel is not installed"
@@ -157,18 +160,10 @@ class TrainingArguments(SFTConfig, TrainingKeys):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
-def read_fsdp_config(path: str) -> dict:
-    """FSDP settings from text that is JSON itself, or from a JSON file."""
-    try:
-        return json.loads(path if path.lstrip().startswith("{") else Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"fsdp_config: {path} is neither JSON nor a JSON file: {error}") from error
-
-
 def fit_to_hardware(
     script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
 ) -> dict[str, str]:
-    """Replace what this machine cannot do, and choose what the YAML leaves open; gives the reasons by key."""
+    """Replace what this machine cannot do, and choose what the YAML leaves open; returns the reasons by key."""
     check_optimizer(training_args)
     reasons = training_args.hardware_choices
     compute_dtype, dtype = training_args.compute_dtype, model_args.dtype
@@ -196,7 +191,7 @@ def check_optimizer(args: TrainingArguments) -> None:
         InputError: A package for them is not installed, or they do not take optim_args or lr_scheduler_kwargs.
     """
     trial = copy.copy(args)
-    if args.optim_target_modules is not None:  # names of modules that this model does not have
+    if args.optim_target_modules is not None:  # they name modules that the small model does not have
         trial.optim_target_modules = "all-linear"
     with torch.random.fork_rng(devices=[]):
         model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).to(args.device)
@@ -204,7 +199,7 @@ def check_optimizer(args: TrainingArguments) -> None:
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(trial, model)
         if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & settings.keys():
-            return  # it takes apart the model itself
+            return  # such an optimizer takes apart the model itself
         optimizer = kind(model.parameters(), **settings)
         model(torch.ones(1, 64, device=args.device)).sum().backward()
         optimizer.step()
@@ -215,6 +210,12 @@ def check_optimizer(args: TrainingArguments) -> None:
         key, num_steps = "lr_scheduler_type", args.max_steps if args.max_steps > 0 else 100
         warmup_steps = args.get_warmup_steps(num_steps)
         get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps, args.lr_scheduler_kwargs)
-    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:  # of many packages
+    except (
+        ValueError,
+        TypeError,
+        ImportError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # optimizers of many packages raise them
         reason = " ".join(str(error).split())
         raise InputError(f"{key}: {getattr(args, key).value} cannot be used as it is set: {reason}") from error

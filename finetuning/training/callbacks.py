@@ -25,9 +25,8 @@ class SaveOnTermination(TrainerCallback):
     `torchrun --shutdown-timeout 600`.
     """
 
-    def __init__(self):
-        self.received = False
-        self.stopped = False
+    received = False  # whether this rank has got the signal
+    stopped = False  # whether training ends because one of the ranks has
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.previous_handler = signal.signal(signal.SIGTERM, self._receive)
@@ -50,7 +49,7 @@ class SaveOnTermination(TrainerCallback):
             control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped:  # the checkpoint is saved; a second one, or a validation, would eat the time that is left
+        if self.stopped:  # another checkpoint or a validation would cost the time that is left
             control.should_save = control.should_evaluate = False
 
 
@@ -105,7 +104,7 @@ def prepare_wandb(args: TrainingArguments) -> None:
     """Let W&B write into the run's folder, and offline where nobody is logged in."""
     if "wandb" not in args.report_to:
         return
-    import wandb  # which is not needed without it, and takes a second
+    import wandb  # it takes a second, and most runs do without
 
     os.environ.setdefault("WANDB_DIR", args.output_dir)
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):

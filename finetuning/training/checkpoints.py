@@ -35,7 +35,7 @@ OPTIMIZER_FOLDER = "optimizer"
 METADATA_FILE = ".metadata"
 SCHEDULER_FILE = "scheduler.pt"
 
-# Everything that torch's index of an optimizer state is made of, but the dtypes, which are constants of torch.
+# Everything that torch's index of an optimizer state may name, besides the dtypes, which are constants of torch.
 METADATA_GLOBALS = {
     **{
         (dcp_metadata.__name__, name): getattr(dcp_metadata, name)
@@ -47,21 +47,21 @@ METADATA_GLOBALS = {
     (_StorageInfo.__module__, _StorageInfo.__name__): _StorageInfo,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    # where the checkpoint was saved; Python 3.13 has another name for the module
+    # the path where the checkpoint was saved; Python 3.13 has another name for the module
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
 }
 
 
 def enum_member(kind: type, name: str) -> enum.Enum:
-    """What stands for getattr: Python 3.11.2, for one, pickles the member of an enum as an attribute of its class."""
+    """Takes the place of getattr, by which Python 3.11.2 and others pickle the member of an enum."""
     if not isinstance(kind, enum.EnumType) or name not in kind.__members__:
         raise pickle.UnpicklingError(f"{name} of {kind} is no part of an optimizer state")
     return kind[name]
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Reads the index of an optimizer state, and nothing that names anything else."""
+    """Reads the index of an optimizer state, and refuses a file that names anything else."""
 
     def find_class(self, module: str, name: str):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -101,12 +101,9 @@ def cause_of(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def named_file(path: Path, checkpoint: Path) -> Iterator[None]:
-    """End in one line that names `path` where reading it or using what it holds fails.
+    """Raise an InputError that names `path` where reading or using the file fails.
 
-    What damaged or crafted content makes the libraries raise has no end; whatever it is, the file cannot be used.
-
-    Raises:
-        InputError: In place of any other error.
+    Damaged or crafted content makes the libraries raise errors of any kind; all of them become an InputError.
     """
     try:
         yield
@@ -128,7 +125,7 @@ def check_resumable(checkpoint: Path) -> None:
     """Look at everything that training reads of a checkpoint, before a model is loaded.
 
     Raises:
-        InputError: A file is missing, cut off, or holds what it should not; names it.
+        InputError: A file, which the message names, is missing, cut off, or holds what it should not.
     """
     optimizer = checkpoint / OPTIMIZER_FOLDER
     if not optimizer.is_dir():
@@ -151,7 +148,7 @@ def check_resumable(checkpoint: Path) -> None:
         with named_file(checkpoint / name, checkpoint), safe_globals():
             torch.load(checkpoint / name, map_location="cpu", weights_only=True)
     with named_file(optimizer / METADATA_FILE, checkpoint):
-        ends: dict[str, int] = {}  # of what each rank has written
+        ends: dict[str, int] = {}  # the size that each file of a rank must have
         for part in SafeReader(optimizer).read_metadata().storage_data.values():
             ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
     for name, end in sorted(ends.items()):
@@ -172,7 +169,7 @@ def weight_files(checkpoint: Path) -> list[Path]:
 
 
 def without_tied_copies(model: PreTrainedModel, state_dict: dict) -> dict:
-    """Leave out of a gathered state dict the names that are tied to another one.
+    """A gathered state dict without the weights that are tied to others.
 
     `save_pretrained` finds tied weights by their storage, which gathering has duplicated.
     """
@@ -198,11 +195,7 @@ def saved_shapes(model: PreTrainedModel | PeftModel) -> dict[str, list[int]]:
 
 
 def check_weights(checkpoint: Path, shapes: dict[str, list[int]]) -> None:
-    """Look whether the files of a checkpoint hold every tensor.
-
-    Raises:
-        InputError: They do not; names what is missing.
-    """
+    """Refuse a checkpoint whose files do not hold every tensor of these names and shapes."""
     check_model_files(str(checkpoint))
     saved = {
         name: tensor["shape"] for path in weight_files(checkpoint) for name, tensor in read_header(path)[1].items()
@@ -216,8 +209,8 @@ def check_weights(checkpoint: Path, shapes: dict[str, list[int]]) -> None:
 
 
 def delete_older_checkpoints(run: Path, save_total_limit: int | None) -> None:
-    """Delete what of the run's own checkpoints is older than the newest `save_total_limit`; what was merged is left."""
+    """Delete all but the newest `save_total_limit` checkpoints of a run; merged models are kept."""
     saved = list_resumable(run)
     for folder in saved[:-save_total_limit] if save_total_limit else []:
-        (folder / INCOMPLETE).touch()  # whoever is killed while deleting leaves no half of a checkpoint
+        (folder / INCOMPLETE).touch()  # if this is killed, what is left does not pass for a checkpoint
         shutil.rmtree(folder)

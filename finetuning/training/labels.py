@@ -4,39 +4,37 @@ What the labels of a run teach: an answer and its end, and whether generation st
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from finetuning.data.batches import sequences
 from finetuning.data.chat import end_token_ids
 from finetuning.data.checks import Finding
 from finetuning.data.tokens import IGNORED
 from finetuning.training.lengths import percent
 
-NO_END = 0.5  # share of the answers that must end in an end token
-NO_LABELS = 0.1  # share of the rows that may have nothing to learn from
-TAIL = 4  # tokens at the end of an answer among which its end token is looked for, before white space
+MIN_ENDED_SHARE = 0.5  # of the answers; with fewer that end in an end token, a run is refused
+MAX_UNSUPERVISED_SHARE = 0.1  # of the rows; with more that have nothing to learn from, a run is refused
+TAIL = 4  # an end token is looked for among so many last tokens of an answer, as white space may follow it
 
 
 @dataclass
 class Labels:
-    """Counts over the sequences that the model will get. An answer is a run of tokens that are learned."""
+    """Counts over the sequences that the model will get. An answer is an unbroken run of learned tokens."""
 
     rows: int = 0
     answers: int = 0
     tokens: int = 0
-    supervised: int = 0
-    ended: int = 0
+    supervised: int = 0  # tokens that are learned
+    ended: int = 0  # answers that end in an end token
     unsupervised_rows: int = 0
-    whole_rows: int = 0
+    whole_rows: int = 0  # rows of which every token is learned
     double_bos: int = 0
     pad_labels: int = 0
-    last_tokens: Counter[int | None] = field(default_factory=Counter)
-    last_of_whole: Counter[int | None] = field(default_factory=Counter)  # of answers that are surely not cut
+    last_tokens: Counter[int | None] = field(default_factory=Counter)  # answers by their last token
+    last_of_uncut: Counter[int | None] = field(default_factory=Counter)  # the same for answers that are surely not cut
 
     @property
     def ended_share(self) -> float:
@@ -44,14 +42,17 @@ class Labels:
 
 
 def count_labels(
-    prepared: Dataset,
-    collator: Callable,
-    batch_size: int,
+    rows: Iterable[tuple[np.ndarray, np.ndarray]],
     tokenizer: PreTrainedTokenizerBase,
     end_ids: list[int],
     max_length: int | None,
 ) -> Labels:
-    """Go through every batch of an epoch, as collated, and count what its labels teach."""
+    """Count what the labels of an epoch teach.
+
+    Args:
+        rows: Token ids and labels of each sequence, as collated.
+        max_length: Sequences of this length may have been cut; None means that none was.
+    """
     seen = Labels()
     ends, bos, pad = set(end_ids), tokenizer.bos_token_id, tokenizer.pad_token_id
 
@@ -59,7 +60,7 @@ def count_labels(
     def is_blank(token_id: int) -> bool:
         return not tokenizer.decode([token_id]).strip()
 
-    for ids, labels in sequences(prepared, collator, batch_size):
+    for ids, labels in rows:
         places = np.flatnonzero(labels != IGNORED)
         seen.rows += 1
         seen.tokens += len(ids)
@@ -77,15 +78,14 @@ def count_labels(
             seen.answers += 1
             seen.ended += last in ends
             seen.last_tokens[last] += 1
-            is_whole = max_length is None or len(ids) < max_length or answer is not answers[-1]
-            seen.last_of_whole[last] += is_whole
+            seen.last_of_uncut[last] += max_length is None or len(ids) < max_length or answer is not answers[-1]
     return seen
 
 
 def check_labels(
     labels: Labels, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig, answers_only: bool
 ) -> list[Finding]:
-    """Whether the labels teach an answer and its end, and the end is one at which generation stops."""
+    """Whether the labels teach an answer and its end, and whether generation stops at that end."""
     ends = end_token_ids(tokenizer, generation_config)
     return [
         *check_ends(labels, tokenizer, ends),
@@ -109,7 +109,7 @@ def check_ends(labels: Labels, tokenizer: PreTrainedTokenizerBase, ends: list[in
         "rows_end_in": {name(i): n for i, n in labels.last_tokens.most_common(10)},
     }
     special = set(tokenizer.added_tokens_decoder) - set(ends)
-    others = {i: n for i, n in labels.last_of_whole.items() if i in special and n > 0.01 * labels.answers}
+    others = {i: n for i, n in labels.last_of_uncut.items() if i in special and n > 0.01 * labels.answers}
     findings = []
     if others:
         which = ", ".join(f"{name(i)} ({n} {unit})" for i, n in others.items())
@@ -118,7 +118,7 @@ def check_ends(labels: Labels, tokenizer: PreTrainedTokenizerBase, ends: list[in
             "chat template in the same token"
         )
         findings.append(Finding("terminators_agree", "refused", text, numbers=numbers))
-    if labels.answers and share < NO_END:
+    if labels.answers and share < MIN_ENDED_SHARE:
         common = ", ".join(f"{name(i)} ({n})" for i, n in labels.last_tokens.most_common(3))
         text = (
             f"only {percent(share)} of the {'rows with labels' if one_each else unit} end in a token at which "
@@ -137,7 +137,7 @@ def check_ends(labels: Labels, tokenizer: PreTrainedTokenizerBase, ends: list[in
 def check_declared_ends(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig, ends: list[int]
 ) -> list[Finding]:
-    """Which end tokens checkpoints will have beside those of the model's own generation config."""
+    """Which end tokens the checkpoints will have that the model's own generation config lacks."""
     declared = generation_config.eos_token_id
     declared = [declared] if isinstance(declared, int) else declared or []
     added = ", ".join(show_token(tokenizer, i) for i in ends if i not in declared)
@@ -149,13 +149,13 @@ def check_declared_ends(
 
 
 def check_supervision(labels: Labels, answers_only: bool) -> list[Finding]:
-    """Whether each row has something to learn from, and something that is only read."""
+    """Whether each row has tokens that are learned, and others that are only read."""
     findings = []
     share = labels.unsupervised_rows / max(1, labels.rows)
     if labels.unsupervised_rows:
         why = "the question alone fills max_length, or the mask is wrong" if share < 1 else "no loss at all"
         text = f"{labels.unsupervised_rows} of {labels.rows} rows have no token to learn from; {why}"
-        level = "refused" if share > NO_LABELS else "warning"
+        level = "refused" if share > MAX_UNSUPERVISED_SHARE else "warning"
         findings.append(Finding("supervision", level, text, numbers={"rows": labels.unsupervised_rows}))
     text = ""
     if labels.whole_rows and answers_only:
@@ -168,19 +168,16 @@ def check_supervision(labels: Labels, answers_only: bool) -> list[Finding]:
 
 
 def check_beginning_and_padding(labels: Labels, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> list[Finding]:
-    """What the tokens at the beginning of a row and in its padding do to the labels."""
-    findings = []
-    pad = show_token(tokenizer, tokenizer.pad_token_id)
-    if labels.double_bos:
-        bos = show_token(tokenizer, tokenizer.bos_token_id)
-        text = f"{labels.double_bos} rows begin with {bos} twice; take it out of the chat template"
-        findings.append(Finding("double_bos", "warning", text, numbers={"rows": labels.double_bos}))
-    if labels.pad_labels:
-        text = f"{labels.pad_labels} rows learn to write the padding token {pad}"
-        findings.append(Finding("pad_in_labels", "warning", text, numbers={"rows": labels.pad_labels}))
+    """Whether rows begin with one BOS token, and whether padding is learned or hides the ends of answers."""
+    bos, pad = (show_token(tokenizer, token_id) for token_id in (tokenizer.bos_token_id, tokenizer.pad_token_id))
+    faults = (
+        ("double_bos", labels.double_bos, f"rows begin with {bos} twice; take it out of the chat template"),
+        ("pad_in_labels", labels.pad_labels, f"rows learn to write the padding token {pad}"),
+    )
+    findings = [Finding(check, "warning", f"{n} {text}", numbers={"rows": n}) for check, n, text in faults if n]
     if tokenizer.pad_token_id in ends:
         effect = "harmless here, as padding is masked by its place"
-        if labels.ended_share < NO_END:
+        if labels.ended_share < MIN_ENDED_SHARE:
             effect = "something masks it by its id, and with it the end: give padding a token of its own"
         text = f"padding and the end of an answer are the same token, {pad}; {effect}"
         findings.append(Finding("pad_is_end", "note", text))

@@ -4,7 +4,6 @@ how many steps, tokens and checkpoints they make.
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 from datasets import Dataset
@@ -23,17 +22,16 @@ def percent(share: float) -> str:
     return "100 %" if share == 1 else f"{share:.1%}".replace("%", " %")
 
 
-def conversations_of(tokenized: Dataset) -> Iterator[tuple[list[dict], list[dict], list[int]]]:
-    """Prompt and completion of each row, and the places in both together of the messages that are learned."""
-    if "learned" in tokenized.column_names:
-        return zip(tokenized["prompt"], tokenized["completion"], tokenized["learned"], strict=True)
-    return ((p, c, [len(p)]) for p, c in zip(tokenized["prompt"], tokenized["completion"], strict=True))
+def conversations_of(tokenized: Dataset) -> list[tuple[list[dict], list[int]]]:
+    """The messages of each row, and the places among them of those that are learned."""
+    prompts, completions = tokenized["prompt"], tokenized["completion"]
+    learned = tokenized["learned"] if "learned" in tokenized.column_names else [[len(prompt)] for prompt in prompts]
+    return [([*p, *c], places) for p, c, places in zip(prompts, completions, learned, strict=True)]
 
 
-def learned_texts(prompt: list[dict], completion: list[dict], learned: list[int]) -> list[str]:
-    """The answers of a row that are learned; where there are none, the last one."""
-    messages = [*prompt, *completion]
-    return [messages[place]["content"] for place in learned or [len(messages) - 1]]
+def learned_texts(messages: list[dict], learned: list[int]) -> list[str]:
+    """The answers of a row that are learned, or the last message where no answer is."""
+    return [messages[place]["content"] for place in learned or [-1]]
 
 
 def measure_lengths(
@@ -42,26 +40,26 @@ def measure_lengths(
     """Lengths of questions and answers before anything is cut.
 
     Returns:
-        Percentiles for the report, and per row: characters and tokens of both (of a question, all that is not learned),
-        tokens of the whole, and the place of the first one that is learned.
+        Percentiles for the report; and arrays of one number a row: characters and tokens of its question (all that is
+        not learned) and of its answers, tokens of the row, and the place of the first token that is learned.
     """
-    rows = tokenized.with_format("arrow")[:]
-    totals = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
-    labels = rows["labels"].combine_chunks()
+    columns = tokenized.with_format("arrow")[:]
+    totals = np.diff(columns["input_ids"].combine_chunks().offsets.to_numpy())
+    labels = columns["labels"].combine_chunks()
     starts, is_learned = labels.offsets.to_numpy()[:-1], labels.flatten().to_numpy() != IGNORED
     learned = np.add.reduceat(is_learned, starts).astype(int)
     places = np.arange(len(is_learned)) - np.repeat(starts, totals)
     first_learned = np.minimum.reduceat(np.where(is_learned, places, len(places)), starts)
-    if (learned == totals).any():  # the loss is on the question too, so labels do not tell where it ends
+    if (learned == totals).any():  # the question is learned too, so labels do not tell where it ends
         prompts = tokenized["prompt"]
         questions = [len(tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"]) for p in prompts]
         first_learned = np.minimum(questions, totals)
         learned = totals - first_learned
-    said = [learned_texts(*row) for row in conversations_of(tokenized)]
-    whole = [sum(len(m["content"]) for m in [*prompt, *answer]) for prompt, answer, _ in conversations_of(tokenized)]
-    answer_characters = np.array([sum(map(len, texts)) for texts in said])
+    rows = conversations_of(tokenized)
+    all_characters = np.array([sum(len(message["content"]) for message in messages) for messages, _ in rows])
+    answer_characters = np.array([sum(map(len, learned_texts(*row))) for row in rows])
     per_row = {
-        "question characters": np.array(whole) - answer_characters,
+        "question characters": all_characters - answer_characters,
         "answer characters": answer_characters,
         "question tokens": totals - learned,
         "answer tokens": learned,
@@ -151,7 +149,7 @@ def plan_training(prepared: Dataset, num_rows: int, args: TrainingArguments) -> 
 
 
 def check_schedule(plan: dict, num_sequences: int, args: TrainingArguments) -> list[Finding]:
-    """What of the batch, of the learning rate's schedule and of the evaluation does not fit into the plan."""
+    """Whether the batch, the warm-up of the learning rate and the evaluation fit into the steps of the run."""
     texts = []
     if plan["sequences_per_step"] > num_sequences:
         texts.append(

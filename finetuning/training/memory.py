@@ -1,9 +1,9 @@
 """
 What training will need of a device's memory, estimated before the model is loaded, and what it has taken in the end.
 
-Weights, gradients and optimizer state are counted. Activations are measured: the model's own forward pass runs on tensors
-that have a shape and no data (torch's FakeTensorMode), and what autograd would keep for the backward pass is added up.
-docs/preflight.md has the estimate beside the measured peak, and the models that do not run without data.
+Weights, gradients and optimizer state are counted. Activations are measured: the model's own forward pass runs on
+tensors that have a shape and no data (torch's FakeTensorMode), and what autograd would keep for the backward pass is
+added up. docs/preflight.md has the estimate beside the measured peak, and the models that do not run without data.
 """
 
 import contextlib
@@ -15,17 +15,18 @@ from pathlib import Path
 import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from finetuning.data.checks import Finding
 from finetuning.hardware import available_memory
+from finetuning.models.config import load_model_config
 from finetuning.ranks import get_local_world_size, get_world_size
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.model import ModelPlan, add_adapter, build_model
+from finetuning.training.model import ModelPlan, add_adapter, build_planned_model
 
 GIB = 2**30
-USABLE = 0.92  # of what is free; the rest is left to fragmentation and to what else runs
-CPU_BUFFERS = 0.06 * GIB  # what threads and oneDNN keep, and the pages that training touches first
+USABLE = 0.92  # share of the free memory; the rest is left to fragmentation and to other programs
+CPU_BUFFERS = 0.06 * GIB  # for threads, oneDNN, and pages that training touches first
 # The fused LM head of trl projects tiles of this many tokens and words (trl/kernels/chunked_logprob.py)
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 HEAD_COPIES_ON_CPU = 9  # temporaries of one tile in its backward pass; none on a GPU, where it is one kernel
@@ -53,7 +54,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What of a model decides the memory: counts of parameters, and bytes that its forward pass keeps."""
+    """The counts of a model's parameters, and the bytes that its forward pass keeps, which decide the memory."""
 
     parameters: int
     trained: int
@@ -62,7 +63,7 @@ class Shapes:
     hidden_size: int
     vocab_size: int
     activations: int  # bytes, with nothing recomputed; 0 where they could not be measured
-    unmeasured: str | None = None  # why they could not
+    unmeasured: str | None = None  # why they could not be measured
 
 
 def measure_shapes(
@@ -77,7 +78,7 @@ def measure_shapes(
     if args.fsdp and compute is not None:
         dtype, compute = compute, None  # FSDP hands each layer its weights in the lower precision
     with torch.device("meta"):
-        model = build_model(plan, config, dtype)
+        model = build_planned_model(plan, config, dtype)
         layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
         inside = {id(parameter): parameter.numel() for module in layers for parameter in module.parameters()}
         outside = sum(parameter.numel() for parameter in model.parameters()) - sum(inside.values())
@@ -87,8 +88,8 @@ def measure_shapes(
     masked = not plan.settings["attn_implementation"].startswith("flash")
     activations, unmeasured = 0, None
     try:
-        activations = _kept_bytes(model.base_model, batch, args.device.type, compute, masked)
-    except (RuntimeError, TypeError, ValueError) as error:  # the model's own code, which may look at its data
+        activations = measure_activations(model.base_model, batch, args.device.type, compute, masked)
+    except (RuntimeError, TypeError, ValueError) as error:  # the model's own code may read values, and there are none
         unmeasured = str(error).splitlines()[0] if str(error) else type(error).__name__
     return Shapes(
         parameters=sum(p.numel() for p in trained.parameters()),
@@ -102,10 +103,12 @@ def measure_shapes(
     )
 
 
-def _kept_bytes(backbone: torch.nn.Module, batch: Batch, device: str, compute: torch.dtype | None, masked: bool) -> int:
-    """Bytes of what autograd keeps from the forward pass of a model on the meta device, its own parameters left out."""
+def measure_activations(
+    backbone: torch.nn.Module, batch: Batch, device: str, compute: torch.dtype | None, masked: bool
+) -> int:
+    """Bytes that autograd keeps from the forward pass of a model on the meta device, without the model's parameters."""
     kept: dict[int, int] = {}
-    tensors = []  # as long as they live, no other storage gets their address
+    tensors = []  # while these live, no other storage gets the address of one of them
     rows, length = (1, batch.tokens) if batch.packed else (batch.rows, batch.length)
     # where an operation has no form without data, torch prints a traceback before it raises
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -136,7 +139,7 @@ def _kept_bytes(backbone: torch.nn.Module, batch: Batch, device: str, compute: t
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that each rank needs at its peak, by what they are for, and what its device has (None: unknown)."""
+    """Bytes that each rank needs at its peak, by their use, and that its device has free; None means unknown."""
 
     parameters: float
     gradients: float
@@ -187,7 +190,8 @@ def plan_memory(
     """Bytes at the peak of a step.
 
     Args:
-        checkpointing: Keep only each layer's input, and recompute one layer at a time.
+        settings: Keyword arguments of from_pretrained, with the dtype as torch.dtype.
+        checkpointing: Whether only each layer's input is kept, and one layer at a time is recomputed.
     """
     on_gpu = args.device.type != "cpu"
     parameters, gradients, optimizer = state_bytes(shapes, args, settings)
@@ -219,12 +223,12 @@ def state_bytes(shapes: Shapes, args: TrainingArguments, settings: dict) -> tupl
     weight_bytes = 4 if args.fsdp and compute_bytes == 2 else settings["dtype"].itemsize
     quantization = settings.get("quantization_config")
     frozen_bytes = settings["dtype"].itemsize
-    if quantization is not None:  # block-wise scales are a few percent
+    if quantization is not None:  # 4 or 8 bits, and a few percent more for block-wise scales
         frozen_bytes = 0.56 if quantization.load_in_4bit else 1.05
     frozen = shapes.parameters - shapes.trained
     trained_bytes = 4 if frozen else weight_bytes
     parameters = shapes.trained * trained_bytes + frozen * frozen_bytes
-    if quantization is not None:  # embeddings and head are not quantised
+    if quantization is not None:  # embeddings and head stay unquantised
         parameters += shapes.outside_layers * (compute_bytes - frozen_bytes)
     gradients = shapes.trained * trained_bytes
     if world_size > 1 and not args.fsdp:
@@ -234,7 +238,7 @@ def state_bytes(shapes: Shapes, args: TrainingArguments, settings: dict) -> tupl
 
 
 def head_bytes(shapes: Shapes, batch: Batch, args: TrainingArguments) -> float:
-    """Bytes of what trl's fused head keeps and computes with: tiles of logits, and the gradients of what it reads."""
+    """Bytes that trl's fused head needs: tiles of logits, and the gradients of what it reads."""
     on_gpu = args.device.type != "cpu"
     tile_tokens, tile_words = min(round(batch.tokens * batch.labelled), HEAD_TOKENS), min(shapes.vocab_size, HEAD_WORDS)
     tile = tile_tokens * (HEAD_WORDS * args.compute_dtype.itemsize if on_gpu else tile_words * 4)
@@ -247,7 +251,7 @@ def head_bytes(shapes: Shapes, batch: Batch, args: TrainingArguments) -> float:
 
 
 def gathered_bytes(shapes: Shapes, args: TrainingArguments) -> float:
-    """Bytes of what FSDP gathers from other ranks: two layers and what is outside of them, or the whole model."""
+    """Bytes that FSDP gathers from other ranks: two layers and what is outside of the layers, or the whole model."""
     if not args.fsdp or get_world_size() == 1:
         return 0.0
     one_layer = (shapes.parameters - shapes.outside_layers) / shapes.num_layers
@@ -297,17 +301,17 @@ def check_memory(args: TrainingArguments, model: ModelPlan, longest_row: int, la
     """Whether training fits into memory, with activation checkpointing where it does not fit without.
 
     Args:
-        longest_row: Tokens of the longest sequence that the trainer has.
+        longest_row: Tokens of the longest sequence.
         labelled: Share of the tokens that the loss is on.
 
     Returns:
-        What was found; its numbers are the plan, for preflight.json.
+        The finding, with the plan as its numbers.
     """
     flattened = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
     # a batch may have a larger share of answers than the average
     batch = Batch(args.per_device_train_batch_size, longest_row, flattened, min(1.0, 1.5 * labelled))
     requested = args.activation_checkpointing
-    config = AutoConfig.from_pretrained(model.name_or_path, **model.source)
+    config = load_model_config(model.name_or_path, **model.source)
     settings = model.settings
     if settings["dtype"] == "auto":
         settings = {**settings, "dtype": config.dtype or torch.float32}
@@ -328,13 +332,8 @@ def check_memory(args: TrainingArguments, model: ModelPlan, longest_row: int, la
             would = [f"activation_checkpointing: true ({gib(plan(True).total)})"]
         level, text = "refused", f"training needs {chosen.describe()}. What would fit: {'; or '.join(would)}"
     elif shapes.unmeasured:
-        level, text = (
-            "warning",
-            (
-                f"at least {chosen.describe()}, and the activations, which could not be measured ({shapes.unmeasured}); "
-                f"activation checkpointing {state}"
-            ),
-        )
+        level, text = "warning", f"at least {chosen.describe()}, and the activations, which could not be measured "
+        text += f"({shapes.unmeasured}); activation checkpointing {state}"
     else:
         why = {"on": "it does not fit without", "off": "it fits without"}[state] if requested == "auto" else "as asked"
         level, text = "ok", f"{chosen.describe()}; activation checkpointing {state}, {why}"
@@ -354,7 +353,7 @@ class MemoryPeak:
         self.start = psutil.Process().memory_info().rss
 
     def bytes(self) -> int | None:
-        """None where the system does not tell."""
+        """The peak, or None where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved()
         try:

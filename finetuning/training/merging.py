@@ -34,6 +34,13 @@ class Difference:
     num_tokens: int
     num_same_choice: int  # tokens after which both would choose the same one
 
+    def describe(self, tolerance: float, adapter_effect: float) -> str:
+        return (
+            f"largest logit difference {self.largest:.5f} over {self.num_tokens} tokens (tolerance {tolerance:.5f}; "
+            f"the adapter itself moves logits by up to {adapter_effect:.3f}); "
+            f"{self.num_same_choice / self.num_tokens:.1%} of the next tokens"
+        )
+
 
 @torch.inference_mode()
 def answer(model: PeftModel | PreTrainedModel, prompt_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
@@ -82,10 +89,10 @@ def find_adapter(run: Path, args: MergeArguments) -> tuple[str, str, Path]:
 
 @contextlib.contextmanager
 def partial_folder(merged_dir: Path) -> Iterator[Path]:
-    """A folder beside `merged_dir` to write into, which takes its name at the end, and is deleted where that fails.
+    """A folder to write into, which is renamed to `merged_dir` at the end, or deleted where anything fails.
 
     Raises:
-        InputError: One of the two is there already.
+        InputError: One of the two folders exists already.
     """
     partial_dir = merged_dir.with_name(merged_dir.name + ".partial")
     for folder in (merged_dir, partial_dir):
@@ -103,7 +110,7 @@ def check_base(path: str, config: dict, **options) -> torch.dtype:
     """The dtype of the base model under an adapter, which is that of the merged one.
 
     Raises:
-        InputError: It is quantised, or in a dtype into which nothing is merged here.
+        InputError: The base model is quantised, or in a dtype that no tolerance is known for.
     """
     base_path = base_of(path)
     base_config = load_model_config(path, **options)
@@ -127,6 +134,6 @@ def load_prompts(tokenizer: PreTrainedTokenizerBase, config: dict, num_prompts: 
 
 
 def choose_tolerance(asked: float | None, dtype: torch.dtype, scale: float, adapter_effect: float) -> float:
-    """The largest difference of a logit that is let through: the one that is asked for, else what rounding may make of
-    the largest logit, `scale`, and never more than a tenth of what the adapter does."""
+    """The largest difference of a logit that is accepted: the one that is asked for, else what rounding may make of the
+    largest logit (`scale`), but at most a tenth of what the adapter changes."""
     return min(TOLERANCE_OF_SCALE[dtype] * scale, adapter_effect / 10) if asked is None else asked

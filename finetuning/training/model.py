@@ -8,13 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
@@ -50,13 +44,26 @@ class ModelPlan:
     name_or_path: str
     settings: dict  # keyword arguments of from_pretrained
     tokenizer: PreTrainedTokenizerBase
-    new_ids: list[int]  # of the tokens that its tokenizer has been given
+    new_ids: list[int]  # the ids of the tokens that were added to its tokenizer
     peft_config: PeftConfig | None  # None means that all weights are trained
 
     @property
     def source(self) -> dict:
         """Which files of the model are read, and whether code in them may run."""
         return {key: self.settings[key] for key in ("revision", "trust_remote_code")}
+
+
+def plan_model(model_args: ModelArguments, training_args: TrainingArguments, added_tokens: list[str]) -> ModelPlan:
+    """Read everything of the model but its weights.
+
+    Raises:
+        InputError: It cannot be trained, or not as the arguments ask.
+    """
+    name, settings = model_args.model_name_or_path, choose_model_settings(model_args, training_args)
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    check_model(name, **source)
+    tokenizer, new_ids = prepare_tokenizer(name, training_args, added_tokens, **source)
+    return ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, **source))
 
 
 def choose_model_settings(model_args: ModelArguments, training_args: TrainingArguments) -> dict:
@@ -78,13 +85,13 @@ def choose_model_settings(model_args: ModelArguments, training_args: TrainingArg
     return settings
 
 
-def print_hardware(hardware: dict, settings: dict, args: TrainingArguments) -> None:
-    """Say on what is trained (`hardware` as run.json has it), and what of the arguments was replaced for it."""
+def print_hardware(hardware: dict, plan: ModelPlan, args: TrainingArguments) -> None:
+    """Print the devices (`hardware` is that of run.json), and which arguments were replaced for them."""
     for key, choice in args.hardware_choices.items():
         print_main(f"{key}: {choice}")
     devices = ", ".join(dict.fromkeys(hardware["devices"]))
-    dtype, compute_dtype = (str(dtype).removeprefix("torch.") for dtype in (settings["dtype"], args.compute_dtype))
-    attention = settings["attn_implementation"]
+    dtype, compute_dtype = (str(dtype).removeprefix("torch.") for dtype in (plan.settings["dtype"], args.compute_dtype))
+    attention = plan.settings["attn_implementation"]
     print_main(f"hardware: {devices}; weights {dtype}, compute {compute_dtype}, attention {attention}")
 
 
@@ -102,9 +109,9 @@ def read_chat_template(path: str | None) -> str | None:
 def prepare_tokenizer(
     name_or_path: str, args: TrainingArguments, added: list[str], **source
 ) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """The tokenizer with the chat template and the tokens of the YAML, and the ids of those that were not there before.
+    """The tokenizer with the chat template and the tokens of the YAML, and the ids of tokens that are new to it.
 
-    What is in the tokenizer is taken out of the arguments, so that trl does not set it again.
+    What the tokenizer has been given is removed from the arguments, so that trl does not set it again.
     """
     chat_template = read_chat_template(args.chat_template_path)
     args.chat_template_path = None
@@ -122,7 +129,7 @@ def prepare_tokenizer(
 
 
 def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **source) -> PeftConfig | None:
-    """The adapter that the arguments describe, or None.
+    """The adapter that the arguments describe, or None where they ask for none.
 
     Args:
         new_ids: Ids of added tokens, whose embeddings are trained: an adapter alone could neither read nor write them.
@@ -132,11 +139,9 @@ def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **sourc
     if config is None:
         return None
     config.revision = model_args.model_revision
-    model_config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source)
-    code = {"trust_remote_code": source["trust_remote_code"], **own_code(model_config, source["revision"])}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, **code)
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]  # that read and write tokens
+    model_config = load_model_config(model_args.model_name_or_path, **source)
+    model = build_without_weights(model_config, **source)
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     embeddings = [name.split(".")[-1] for name, module in model.named_modules() if any(module is m for m in modules)]
     if new_ids:
         config.modules_to_save = [*(config.modules_to_save or []), *embeddings]
@@ -150,13 +155,14 @@ def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **sourc
 def load_model(
     plan: ModelPlan, checkpoint: Path | None, args: TrainingArguments
 ) -> tuple[PreTrainedModel | PeftModel | str, PeftConfig | None]:
-    """What SFTTrainer takes for model and peft_config; a model without anything to add is its path, which trl loads.
+    """SFTTrainer's model and peft_config. Where nothing is added to the model, it is a path, from which trl loads it.
 
     Args:
-        checkpoint: Where training goes on from; None means that it starts from the model itself.
+        checkpoint: Training goes on from it; None means that it starts from the model itself.
     """
     if checkpoint is not None and plan.peft_config is not None:
-        settings = {key: value for key, value in plan.settings.items() if key != "revision"}  # that of its base
+        # the revision is that of the base model, which the adapter names itself
+        settings = {key: value for key, value in plan.settings.items() if key != "revision"}
         return load_adapter(str(checkpoint), is_trainable=True, **settings), None
     if checkpoint is None and plan.new_ids:
         return load_with_new_tokens(plan.name_or_path, plan.new_ids, plan.settings), plan.peft_config
@@ -165,19 +171,14 @@ def load_model(
 
 
 def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) -> PreTrainedModel:
-    """Load a model whose tokenizer has been given tokens; their embeddings start as the mean of all others.
-
-    Args:
-        new_ids: Their ids; embeddings are added where there are too few.
-        settings: Keyword arguments of from_pretrained.
-    """
+    """Load a model whose tokenizer has new tokens, and start their embeddings as the mean of all others."""
     model = create_model_from_path(name_or_path, **{"device_map": None, **settings})
     known = model.get_input_embeddings().num_embeddings
     if max(new_ids) >= known:
         model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
     old_ids = [i for i in range(known) if i not in set(new_ids)]
     for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-        # ranks that wait for the weights of the first one have none to start from
+        # a rank that will get its weights from the first one has none yet
         if embeddings is not None and embeddings.weight.device.type != "meta":
             with torch.no_grad():
                 weight = embeddings.weight
@@ -185,14 +186,21 @@ def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) 
     return model
 
 
-def build_model(plan: ModelPlan, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_without_weights(
+    config: PreTrainedConfig, revision: str | None, trust_remote_code: bool, **options
+) -> PreTrainedModel:
+    with torch.device("meta"):
+        code = {"trust_remote_code": trust_remote_code, **own_code(config, revision)}
+        return AutoModelForCausalLM.from_config(config, **code, **options)
+
+
+def build_planned_model(plan: ModelPlan, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without its weights, with embeddings for the tokens that are added."""
     # FlashAttention's own kernels do not run without data; sdpa without a mask keeps the same tensors
     attention = "eager" if plan.settings["attn_implementation"] == "eager" else "sdpa"
-    code = {"trust_remote_code": plan.settings["trust_remote_code"], **own_code(config, plan.settings["revision"])}
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, **code)
-    except ValueError as error:  # loading it would end in the same words
+        model = build_without_weights(config, **plan.source, dtype=dtype, attn_implementation=attention)
+    except ValueError as error:  # loading the model would raise the same error
         raise InputError(f"{config.name_or_path} cannot be built with attention {attention}: {error}") from error
     if plan.new_ids:
         size = model.get_input_embeddings().num_embeddings + len(plan.new_ids)
@@ -204,7 +212,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     check_adapter_names(model, peft_config)
     try:
         return get_peft_model(model, peft_config, low_cpu_mem_usage=True)
-    except ValueError as error:  # a module of a kind that peft cannot adapt
+    except ValueError as error:  # peft cannot adapt modules of this kind
         raise InputError(f"lora_target_modules: {error}") from error
 
 

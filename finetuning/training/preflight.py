@@ -50,20 +50,19 @@ from finetuning.training.model import ModelPlan
 from finetuning.training.report import Report, plot_lengths, preview_row, render, use_colour
 
 
-def check_conversations(tokenized: Dataset, tokens: list[str], where: str = "") -> list[Finding]:
-    """What becomes of the turns of each row, and of what stands in them beside text.
+def check_conversations(tokenized: Dataset, control_texts: list[str], where: str = "") -> list[Finding]:
+    """What the chat template makes of the turns of each row, and whether their text holds control tokens.
 
     Args:
-        tokens: Control tokens, by name.
-        where: What stands before the texts, for another split than the training set.
+        where: The beginning of each finding, which names the split where it is not the training set.
     """
-    rows = list(conversations_of(tokenized))
-    num_turns = [sum(m["role"] == "assistant" for m in [*prompt, *completion]) for prompt, completion, _ in rows]
-    texts = ["\n".join(m["content"] for m in [*prompt, *completion]) for prompt, completion, _ in rows]
+    rows = conversations_of(tokenized)
+    num_turns = [sum(message["role"] == "assistant" for message in messages) for messages, _ in rows]
+    texts = ["\n".join(message["content"] for message in messages) for messages, _ in rows]
     return [
-        *check_turns(num_turns, [len(learned) for _, _, learned in rows], tokenized["left_out"], where),
+        *check_turns(num_turns, [len(learned) for _, learned in rows], tokenized["left_out"], where),
         *check_template(tokenized["hidden"], tokenized["begins_alike"], where),
-        *check_control_tokens(texts, tokens, where),
+        *check_control_tokens(texts, control_texts, where),
     ]
 
 
@@ -71,16 +70,16 @@ def check_conversations(tokenized: Dataset, tokens: list[str], where: str = "") 
 class TrainingRows:
     """The rows of a run as its trainer gets them."""
 
-    tokenized: Dataset  # as RowPreparation.tokenize gives them
-    prepared: Dataset  # the same, cut, and packed if they are
-    collator: Callable  # makes batches of them
+    tokenized: Dataset  # the training rows as RowPreparation.tokenize returns them
+    prepared: Dataset  # the same rows after they are cut, and packed where `packing` is on
+    collator: Callable  # makes batches of `prepared`
     evaluation: Dataset | None  # the validation split, tokenised
 
 
 def prepare_rows(
     tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, train_rows: Dataset, eval_rows: Dataset | None = None
 ) -> TrainingRows:
-    """Tokenise rows, and make of them what the trainer will make."""
+    """Tokenise, cut and pack rows as the trainer will."""
     preparation = RowPreparation(tokenizer, args)
     tokenized = preparation.tokenize(train_rows, "train")
     prepared = preparation.cut_and_pack(tokenized, "train")  # the trainer will find it in the cache
@@ -100,17 +99,18 @@ def inspect(
 
     Args:
         generation_config: The model's own.
-        held_out: Questions of the test and the validation split by name.
+        held_out: The questions of the test and the validation split, by the name of the split.
 
     Returns:
-        The report, and the lengths of each row for the plots.
+        The report, and the lengths of each row, for the plots.
     """
     start = time.perf_counter()
     report, tokenized, end_ids = Report(), rows.tokenized, end_token_ids(tokenizer, generation_config)
     whole_rows, collator, limit = rows.prepared, rows.collator, args.max_length
-    if args.packing and args.packing_strategy != "bfd":  # sequences that begin and end anywhere in a row
+    if args.packing and args.packing_strategy != "bfd":  # its sequences may begin and end inside a row
         whole_rows, collator, limit = tokenized, DataCollatorForLanguageModeling(tokenizer.pad_token_id), None
-    labels = count_labels(whole_rows, collator, args.per_device_train_batch_size, tokenizer, end_ids, limit)
+    collated = sequences(whole_rows, collator, args.per_device_train_batch_size)
+    labels = count_labels(collated, tokenizer, end_ids, limit)
     if not args.packing:  # the trainer leaves out rows with nothing to learn
         labels.unsupervised_rows += len(tokenized) - len(rows.prepared)
         labels.rows += len(tokenized) - len(rows.prepared)
@@ -119,8 +119,8 @@ def inspect(
     report.findings += check_lengths(report.lengths, per_row, args)
     report.findings += check_conversations(tokenized, control_tokens(tokenizer, end_ids))
     questions = [question_of(prompt) for prompt in tokenized["prompt"]]
-    said = [learned_texts(*row) for row in conversations_of(tokenized)]
-    answers = ["\n".join(texts) if all(map(is_visible, texts)) else "" for texts in said]  # "" counts as empty
+    learned = [learned_texts(*row) for row in conversations_of(tokenized)]
+    answers = ["\n".join(texts) if all(map(is_visible, texts)) else "" for texts in learned]  # "" counts as empty
     report.findings += check_rows(questions, answers)
     report.findings += check_leaks(questions, {name: texts for name, texts in held_out.items() if texts})
     report.plan = plan_training(rows.prepared, len(tokenized), args)
@@ -153,18 +153,16 @@ def run_preflight(
         )
     tokenizer = model.tokenizer
     generation_config = load_generation_config(model.name_or_path, **model.source)
-    tokens = control_tokens(tokenizer, end_token_ids(tokenizer, generation_config))
-    findings, test_questions = check_test_split(script_args, tokens)
+    control_texts = control_tokens(tokenizer, end_token_ids(tokenizer, generation_config))
+    findings, test_questions = check_test_split(script_args, control_texts)
     held_out = {"test": test_questions}
     if rows.evaluation is not None:
         held_out = {"validation": [question_of(prompt) for prompt in rows.evaluation["prompt"]], **held_out}
+        findings += check_conversations(rows.evaluation, control_texts, "in the validation split, ")
     report, per_row = inspect(rows, tokenizer, generation_config, args, held_out, script_args.preview_rows)
     longest = int(min(per_row["row tokens"].max(), args.max_length or 2**62))
     findings += check_positions(load_model_config(model.name_or_path, **model.source), longest, args)
-    if rows.evaluation is not None:
-        findings += check_conversations(rows.evaluation, tokens, "in the validation split, ")
-    longest = args.max_length if args.packing else longest
-    memory = check_memory(args, model, longest, report.plan["labelled_share"])
+    memory = check_memory(args, model, args.max_length if args.packing else longest, report.plan["labelled_share"])
     report.findings += [*findings, memory, *count_special_tokens(rows.tokenized, tokenizer, script_args)]
     report.memory = memory.numbers
     report.allow(script_args.allow or [])
@@ -172,7 +170,7 @@ def run_preflight(
     colour = use_colour()
     print(render(report, colour), file=sys.__stdout__ if colour else sys.stdout, flush=True)
 
-    # a run that is in the folder keeps its report until another one takes its place
+    # a finished or stopped run in the folder keeps its report until training replaces it
     if not (run / RUN_FILE).is_file() or not (report.refused or script_args.preflight_only):
         report.save(run)
         plot_lengths(per_row, args.max_length, run / EDA)
@@ -183,12 +181,8 @@ def run_preflight(
     return report.memory
 
 
-def check_test_split(script_args: ScriptArguments, tokens: list[str]) -> tuple[list[Finding], list[str]]:
-    """What is wrong with the samples that step 3 will answer, and their questions, which must not be trained on.
-
-    Args:
-        tokens: Control tokens, by name.
-    """
+def check_test_split(script_args: ScriptArguments, control_texts: list[str]) -> tuple[list[Finding], list[str]]:
+    """What is wrong with the samples that step 3 will answer, and their questions, which must not be trained on."""
     try:
         samples = load_test_samples(vars(script_args))
     except InputError as error:
@@ -199,7 +193,7 @@ def check_test_split(script_args: ScriptArguments, tokens: list[str]) -> tuple[l
         findings.append(Finding("test_split", "note", text))
     if script_args.dataset_eval_split != script_args.dataset_test_split:
         questions = [question_of(sample["prompt"]) for sample in samples]
-        for finding in check_control_tokens(questions, tokens, "in the questions of the test split, "):
+        for finding in check_control_tokens(questions, control_texts, "in the questions of the test split, "):
             finding.rows = sorted(row for place in finding.rows for row in samples.rows_of(place))
             findings.append(finding)
     return findings, questions

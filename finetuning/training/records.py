@@ -54,13 +54,16 @@ MAY_CHANGE = set(
 )
 
 
+# The optimizer of a checkpoint goes on with its own values of these settings, whatever the arguments say.
+OPTIMIZER_SETTINGS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
 def git_commit() -> str | None:
     """Commit of this repository, with `-dirty` where tracked files have changed; None outside a checkout."""
-    folder = Path(__file__).parent
     git = shutil.which("git")
     if git is None:
         return None
-    describe = [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    describe = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
@@ -103,35 +106,31 @@ def build_record(
 
 
 def find_differences(old: dict, new: dict) -> str:
-    """What of two records makes their checkpoints incomparable, as `key was ... and is ...`."""
+    """The settings and data that make the checkpoints of two runs incomparable, as `key was ... and is ...`."""
 
-    def essence(record: dict) -> dict:
+    def comparable_part(record: dict) -> dict:
         settings = {key: value for key, value in record["config"].items() if key not in MAY_CHANGE}
         return {**settings, "global_batch_size": record["global_batch_size"], "chat_template": record["chat_template"],
                 "rows of train": record["data"]["train"]["hash"]}  # fmt: skip
 
-    old, new = essence(old), essence(new)
-    # a switch that an older version did not have was off
+    old, new = comparable_part(old), comparable_part(new)
+    # a setting that the older version did not have was off
     keys = [key for key in old.keys() | new.keys() if old.get(key) or new.get(key)]
     return describe_differences({key: old.get(key) for key in keys}, {key: new.get(key) for key in keys})
 
 
-# What a checkpoint brings with it: its optimizer goes on with these, whatever the arguments say.
-OF_OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-
-
 def compare_origin(checkpoint: Path, record: dict) -> None:
-    """Say in what the run that goes on from a checkpoint of another run differs from that one.
+    """Print how this run differs from the run that made the checkpoint that it goes on from.
 
     Raises:
-        InputError: In a setting that would have no effect.
+        InputError: They differ in a setting of the optimizer, where the new value would have no effect.
     """
     origin = checkpoint.resolve().parent
     if not (origin / RUN_FILE).is_file():
         print(f"resume_from_checkpoint: no {RUN_FILE} beside {checkpoint} says what it was trained on", flush=True)
         return
     old = read_run(origin, TRAINED_RUN_RECORD)
-    for key in OF_OPTIMIZER:
+    for key in OPTIMIZER_SETTINGS:
         was, is_now = old["config"].get(key), record["config"].get(key)
         if was != is_now:
             raise InputError(
@@ -143,29 +142,26 @@ def compare_origin(checkpoint: Path, record: dict) -> None:
 
 
 def open_run(
-    run: Path, record: dict, overwrite: bool, requested: str | bool | None, look_only: bool = False
+    run: Path, record: dict, overwrite: bool, requested: str | None, look_only: bool = False
 ) -> tuple[Path | None, bool]:
-    """Decide where training starts, before anything is loaded.
+    """Decide where training starts, before anything is loaded, and delete checkpoints that were not saved completely.
 
     Args:
-        run: Folder of the run.
-        record: What is about to be run.
-        overwrite: Start over, in spite of what is in the folder.
-        requested: `resume_from_checkpoint`: a path, true for the last checkpoint, or None, which goes on with a run
-            that was stopped and has not finished.
-        look_only: Leave what a killed run has not finished to save where it is.
+        record: The record of what is about to be run.
+        requested: `resume_from_checkpoint`: a path, `true` for the last checkpoint, `false` for none, or None, which
+            goes on with a run that was stopped before its end.
+        look_only: Delete nothing.
 
     Returns:
         The checkpoint to go on from, or None to start from the beginning; and whether the run is finished already.
 
     Raises:
-        InputError: The folder holds another run, or there is no such checkpoint.
+        InputError: The folder holds another run, or the requested checkpoint does not exist or is of another kind.
     """
-    requested = None if requested is None else str(requested)
     switch = (requested or "").lower()
     check_folder(run, record["config"])
     if overwrite and run.exists():  # what is in the folder is deleted when training begins, not before
-        check_overwrite(run, record["config"], requested)
+        check_overwrite(run, record["config"])
         return None, False
     checkpoint = None
     if requested is not None and switch not in ("true", "false"):
@@ -206,9 +202,9 @@ def check_folder(run: Path, config: dict) -> None:
             raise InputError(f"output_dir: {run} is {key} itself; choose another output_dir")
 
 
-def check_overwrite(run: Path, config: dict, requested: str | None) -> None:
+def check_overwrite(run: Path, config: dict) -> None:
     """Refuse to delete what the run starts from, and a folder that holds no run."""
-    for path in filter(None, (requested, config["model_name_or_path"], config["dataset_name"])):
+    for path in (config["model_name_or_path"], config["dataset_name"]):
         if run.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
             raise InputError(f"overwrite would delete {path}, which this run starts from; choose another output_dir")
     if {f.name for f in run.iterdir()} - {PREFLIGHT_FILE, EDA} and not (run / RUN_FILE).is_file():
@@ -230,7 +226,7 @@ def check_requested(checkpoint: Path, config: dict) -> None:
 
 
 def delete_run(run: Path) -> None:
-    """Delete what is in a run's folder but what preflight has just written, and the logs that W&B may have begun."""
+    """Delete a run, but not what preflight has just written, nor the logs that W&B may have begun."""
     for path in run.iterdir() if (run / RUN_FILE).is_file() else ():
         if path.name not in (PREFLIGHT_FILE, EDA, "wandb"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -17,8 +17,9 @@ from finetuning.errors import make_folder, to_line, to_plain
 from finetuning.runs import PREFLIGHT_FILE, write_json
 from finetuning.training.lengths import PERCENTILES
 
-LEVELS = {"refused": "1;31", "allowed": "33", "warning": "33", "note": "36", "ok": "32"}  # in their order, with colours
-# Okabe and Ito's colours, which stay apart in colour blindness; hatches, in print
+LEVELS = {"refused": "1;31", "allowed": "33", "warning": "33", "note": "36", "ok": "32"}  # in the order of the screen
+MAX_PREVIEW = 160  # tokens of a row that are shown
+# Okabe and Ito's colours, which the colour-blind can tell apart, and hatches, which tell bars apart in black and white
 STYLES = (("#0072B2", ""), ("#E69F00", "//"), ("#009E73", "xx"))
 
 
@@ -50,11 +51,12 @@ class Report:
         write_json(run / PREFLIGHT_FILE, content)
 
 
-def preview_row(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], num_tokens: int = 160) -> dict:
-    """The tokens of a row with what is learned of them; a long one without its middle.
+def preview_row(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]) -> dict:
+    """The tokens of a row, and which of them are learned. A long row is shown without its middle.
 
     Returns:
-        {"tokens": [[text, learned, special], ...], "left_out": number of tokens}. Bytes of one character are one token.
+        {"tokens": [[text, learned, special], ...], "left_out": number of tokens, "gap": place at which they were, or
+        None}. Tokens that make up one character together are one.
     """
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tokens: list[list] = []
@@ -66,20 +68,22 @@ def preview_row(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list
             continue
         tokens.append([text, label != IGNORED, token_id in special])
         pending = []
-    left_out, head = max(0, len(tokens) - num_tokens), num_tokens // 4
+    left_out, head = max(0, len(tokens) - MAX_PREVIEW), MAX_PREVIEW // 4
     if left_out:
         tokens = [*tokens[:head], *tokens[head + left_out :]]
     return {"tokens": tokens, "left_out": left_out, "gap": head if left_out else None}
 
 
 def render_preview(preview: dict, colour: bool) -> str:
-    """The row for a terminal: learned tokens green, or between ⟦ and ⟧ without colour; | between tokens."""
+    """The row for a terminal: | stands between tokens; learned ones are green, or between ⟦ and ⟧ without colour."""
     pieces = []
     inside = False
     for place, (text, learned, special) in enumerate(preview["tokens"]):
         if place == preview["gap"]:
             pieces.append(f" … {preview['left_out']} tokens … ")
-        shown = to_plain(text).replace("\n", "⏎\n")  # in colour no PlainOutput does this
+        shown = to_plain(text).replace(
+            "\n", "⏎\n"
+        )  # coloured text does not pass through PlainOutput, which does this for other text
         if colour:
             style = ("1;" if special else "") + ("30;42" if learned else "2")
             pieces.append(f"\033[{style}m{shown}\033[0m")

@@ -51,7 +51,7 @@ trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "x
 
 def on_main_process(function: Callable[[], Value]) -> Value:
     """Call a function on the first rank only; every rank gets its result, or its InputError."""
-    outcome: list = [None, None]  # the result, and what is wrong
+    outcome: list = [None, None]  # the result, or the text of the InputError
     if is_main_process():
         try:
             outcome[0] = function()
@@ -76,7 +76,7 @@ def gather(value: Value) -> list[Value]:
 
 @contextlib.contextmanager
 def failing_together(folder: Path) -> Iterator[None]:
-    """End all ranks in one line where one of them cannot write (a full disk, mostly), so that none waits for it.
+    """End all ranks with one line where one of them cannot write (mostly a full disk), so that none waits for it.
 
     Raises:
         InputError: A rank could not write into the folder.
@@ -99,17 +99,16 @@ def failing_together(folder: Path) -> Iterator[None]:
 
 
 class ResumableSFTTrainer(SFTTrainer):
-    """SFTTrainer whose checkpoints are complete, hold everything once, and can be resumed on any number of devices.
+    """SFTTrainer with other checkpoints: weights as from_pretrained reads them, the tokenizer, a generation config with
+    every end token, and the optimizer's state in torch's distributed format, of which each rank writes its share.
 
-    A checkpoint has the weights as from_pretrained reads them, the tokenizer, a generation config with every end token,
-    and the optimizer's state in torch's distributed format, written by each rank for its own share. There is no second
-    copy of the weights: training goes on from the ones that from_pretrained reads.
+    There is no second copy of the weights: training goes on from those that from_pretrained reads.
     """
 
     def __init__(self, *args, **kwargs):
         try:
             super().__init__(*args, **kwargs)
-        except (ValueError, ImportError) as error:  # a setting that the libraries refuse only here
+        except (ValueError, ImportError) as error:  # some settings are refused by the libraries only here
             raise InputError(" ".join(str(error).split())) from error
         self._logged_tokens = 0
         self._logged_at = time.perf_counter()
@@ -117,12 +116,12 @@ class ResumableSFTTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         losses = ("loss", "grad_norm", "eval_loss", "train_loss")
         broken = [key for key in losses if not math.isfinite(logs.get(key, 0))]
-        if broken and not self.args.fp16:  # whose scaler leaves steps out until it has found its scale
+        if broken and not self.args.fp16:  # its scaler skips steps until it has found its scale
             raise InputError(
                 f"step {self.state.global_step}: {broken[0]} is {logs[broken[0]]}, and every weight will be; lower "
                 "learning_rate, and see that the model's own weights are numbers. Start over with --overwrite true"
             )
-        if "loss" in logs:  # wall-clock time since the last line, with what was saved and evaluated in between
+        if "loss" in logs:  # the time since the last line includes saving and evaluating
             now = time.perf_counter()
             logs["tokens_per_second"] = (self._total_train_tokens - self._logged_tokens) / (now - self._logged_at)
             self._logged_tokens, self._logged_at = self._total_train_tokens, now
@@ -136,7 +135,7 @@ class ResumableSFTTrainer(SFTTrainer):
             raise InputError(f"push_to_hub: {reason} Log in with `hf auth login`, or leave it out") from error
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """None is written: run.json says more, and a card would stand in the run's folder as if it held a model."""
+        """Write no card: run.json says more, and a card would stand in the run's folder as if it held a model."""
 
     def _save_checkpoint(self, model, trial) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -146,7 +145,7 @@ class ResumableSFTTrainer(SFTTrainer):
             checkpoint.mkdir(parents=True)
             (checkpoint / INCOMPLETE).touch()
         self.accelerator.wait_for_everyone()
-        # older checkpoints go only when this one has been seen to be complete
+        # older checkpoints are deleted by _complete, once this one has been seen to be complete
         save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         with failing_together(checkpoint):
             super()._save_checkpoint(model, trial)
@@ -159,6 +158,7 @@ class ResumableSFTTrainer(SFTTrainer):
         delete_older_checkpoints(checkpoint.parent, self.args.save_total_limit)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # also within _save_checkpoint: the other ranks would go on to the optimizer, and wait there
         with failing_together(Path(output_dir or self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
 
@@ -173,7 +173,7 @@ class ResumableSFTTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         unwrapped = self.accelerator.unwrap_model(self.model)
-        base_model = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+        base_model = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         generation_config = base_model.generation_config
         generation_config.eos_token_id = end_token_ids(self.processing_class, generation_config)
         generation_config.pad_token_id = self.processing_class.pad_token_id
@@ -182,17 +182,17 @@ class ResumableSFTTrainer(SFTTrainer):
         if state_dict is not None:
             state_dict = without_tied_copies(base_model, state_dict)
         if isinstance(unwrapped, PeftModel) and unwrapped.active_peft_config.modules_to_save:
-            # peft would save the embeddings again, as they were and as they are, where their number has changed
+            # peft would save resized embeddings twice, as they were and as they are
             unwrapped.save_pretrained = partial(PeftModel.save_pretrained, unwrapped, save_embedding_layers=False)
         super()._save(str(folder), state_dict)
         if isinstance(unwrapped, PeftModel):
             record_base(folder, unwrapped.active_peft_config.base_model_name_or_path)
         base_model.config.use_cache = self.args.use_cache
-        generation_config.save_pretrained(folder)  # an adapter is saved without one
+        generation_config.save_pretrained(folder)  # peft saves none beside an adapter
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = get_optimizer_state_dict(self.model_wrapped, self.optimizer.optimizer)
-        with warnings.catch_warnings(action="ignore"):  # that one process saves alone, as is meant
+        with warnings.catch_warnings(action="ignore"):  # the warning that a single process saves alone
             dcp.save({"optimizer": state}, checkpoint_id=Path(output_dir, OPTIMIZER_FOLDER))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_FILE))

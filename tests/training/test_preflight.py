@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, train
 from datasets import Dataset
-from transformers import GenerationConfig, GPT2Config, LlamaConfig
+from transformers import GenerationConfig
 from trl import SFTTrainer
 
 from finetuning.data.batches import RowPreparation
@@ -16,7 +16,6 @@ from finetuning.data.leaks import check_leaks, find_leaks
 from finetuning.data.row_format import find_row_format
 from finetuning.data.rows import TRAINING_FEATURES, to_training_row
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.lengths import check_positions
 from finetuning.training.preflight import check_conversations, inspect, prepare_rows
 from finetuning.training.report import preview_row, render, render_preview
 
@@ -382,24 +381,6 @@ def test_preflight_only_changes_nothing_in_a_run(copy_of_run):
     result = train(copy_of_run, "--per_device_train_batch_size", 4, "--preflight_only", "true")
     assert "nothing is written, the folder holds a run" in result.stdout
     assert {f: f.read_bytes() for f in copy_of_run.rglob("*") if f.is_file()} == before
-
-
-@pytest.mark.parametrize(
-    "config, settings, level, longest",
-    [
-        (GPT2Config(n_positions=64), {}, "refused", 64),
-        (LlamaConfig(max_position_embeddings=64), {}, "warning", 64),
-        (LlamaConfig(max_position_embeddings=64), {"packing": True, "packing_strategy": "wrapped"}, "warning", 64),
-        (LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}), {}, "warning", 256),
-    ],
-)  # fmt: skip
-def test_rows_longer_than_the_model_has_positions_are_said(tmp_path, config, settings, level, longest):
-    def check(length: int) -> list[str]:
-        max_length = length if settings else 1024  # alone, it is no length of a sequence
-        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", max_length=max_length, **settings)
-        return [finding.level for finding in check_positions(config, length, args)]
-
-    assert (check(longest), check(longest + 1)) == ([], [level])
 
 
 @pytest.mark.parametrize("text", ["", " \u3000", "\u200b\u200d", "\ufeff", "\u3164", "\u2800"])
