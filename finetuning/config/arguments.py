@@ -14,12 +14,8 @@ MAX_SEED = 2**32 - 1
 REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory", "positions")
 JUDGE_MODEL = "gpt-5.4-mini"
 NOT_OF_VLLM = {
-    "load_in_8bit": False,
-    "load_in_4bit": False,
-    "device_map": None,
-    "num_beams": 1,
-    "no_repeat_ngram_size": 0,
-}
+    "load_in_8bit": False, "load_in_4bit": False, "device_map": None, "num_beams": 1, "no_repeat_ngram_size": 0,
+}  # fmt: skip
 NOT_OF_ENGINE = {  # keys of step 3 that an engine cannot obey, and their neutral values
     "vllm": NOT_OF_VLLM,
     "openai": {**NOT_OF_VLLM, "batch_size": None, "dtype": None},  # the server has loaded the model in its own way

@@ -83,6 +83,11 @@ def refuse_each(neutral: Mapping[str, object], when: Callable[..., object], text
     return find
 
 
+def needs(needed: str, neutral: Mapping[str, object], when: Callable[..., object]) -> Rule:
+    """A rule about keys that have no effect without what is `needed`, a key with its value; the rest as refuse_each."""
+    return refuse_each(neutral, when, f"{{key}} has no effect without {needed}; add it, or leave {{key}} out")
+
+
 class Checked:
     """Arguments that are checked when they are made.
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass, fields
 from trl import ModelConfig
 
 from finetuning.config.arguments import QUANTISED_TWICE
-from finetuning.config.checks import Checked, Limits, argument, refuse, refuse_each
+from finetuning.config.checks import Checked, Limits, argument, needs, refuse, refuse_each
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 QUANT_STORAGE = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
-LORA = {f.name: f.default for f in fields(ModelConfig) if f.name.startswith("lora_")}
 LORA_WITHOUT_PEFT = refuse_each(
-    LORA,
+    {f.name: f.default for f in fields(ModelConfig) if f.name.startswith("lora_")},
     lambda use_peft: not use_peft,
     "{key} has no effect without use_peft: true; add it, or leave the lora_ keys out",
 )
@@ -43,9 +42,9 @@ class ModelArguments(ModelConfig, Checked):
         refuse(lambda load_in_4bit, bnb_4bit_quant_storage: load_in_4bit
                and bnb_4bit_quant_storage not in (None, *QUANT_STORAGE),
                "bnb_4bit_quant_storage: {bnb_4bit_quant_storage} is none of " + ", ".join(QUANT_STORAGE)),
-        refuse_each({"use_bnb_nested_quant": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": None},
-                    lambda load_in_4bit: not load_in_4bit,
-                    "{key} has no effect without load_in_4bit: true; add it, or leave {key} out"),
+        needs("load_in_4bit: true",
+              {"use_bnb_nested_quant": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": None},
+              lambda load_in_4bit: not load_in_4bit),
         refuse_each({"load_in_8bit": False, "load_in_4bit": False}, lambda use_peft: not use_peft,
                     "{key} freezes the weights, so nothing would train without use_peft: true"),
         refuse_each({"use_dora": False, "use_rslora": False}, lambda use_peft: not use_peft,

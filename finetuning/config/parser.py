@@ -15,6 +15,7 @@ import typing
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 try:
     from trl import TrlParser
@@ -23,10 +24,9 @@ except ModuleNotFoundError:  # requirements-judge.txt, for steps 4 and 5
 
 from finetuning.config.arguments import OTHER_STEPS
 from finetuning.config.checks import find_faults
-from finetuning.config.problems import Problem, fail_with, find_nearest, place_of
 from finetuning.config.renames import FSDP_CONFIG_KEYS, RENAMES, Change
-from finetuning.config.values import UNWRITABLE, convert
-from finetuning.config.yaml_file import Setting, read_value, read_yaml
+from finetuning.config.values import UNWRITABLE, convert, find_nearest
+from finetuning.config.yaml_file import Problem, Setting, read_value, read_yaml
 from finetuning.credentials import MASK, holds_secret, is_secret, mask_arguments, remember
 from finetuning.errors import fail
 from finetuning.ranks import print_main
@@ -80,7 +80,7 @@ class Parser(TrlParser):
     def error(self, message: str):
         if "invalid dict value" in message:
             message += "; write a mapping in the YAML"
-        fail_with([*self.problems, Problem(COMMAND_LINE, None, message.removeprefix("argument "))])
+        _fail_with([*self.problems, Problem(COMMAND_LINE, None, message.removeprefix("argument "))])
 
     def _report(self, source: str, key: str | None, text: str, meant: str | None = None) -> None:
         self.problems.append(Problem(source, key, text, meant))
@@ -111,7 +111,7 @@ class Parser(TrlParser):
         known = {key: v for key, v in vars(namespace).items() if key in self.fields and key not in doubtful}
         self.problems += [self._problem_of(keys, text) for keys, text in find_faults(self.dataclass_types, known)]
         if self.problems:
-            fail_with(self.problems)
+            _fail_with(self.problems)
         arguments = self._build(namespace)
         for note in self.notes:
             print_main(note)
@@ -136,7 +136,7 @@ class Parser(TrlParser):
             if not keys:  # a library that looks into a mapping knows the keys in it only
                 keys = [key for key in self.settings if "dict" in str(self.hints[key])]
                 text = ": ".join([*keys[:1], text])
-            fail_with([self._problem_of(keys[:1], text)])
+            _fail_with([self._problem_of(keys[:1], text)])
 
     # The files
 
@@ -160,7 +160,7 @@ class Parser(TrlParser):
             else:
                 for new in self._apply(change, setting):
                     first = understood.get(new.key)
-                    is_second = first is not None and first.file == new.file
+                    is_second = first is not None and _place_of(first.source)[0] == _place_of(new.source)[0]
                     understood[new.key] = self._join(first, new, setting.key) if first and is_second else new
         return understood.values()
 
@@ -175,9 +175,7 @@ class Parser(TrlParser):
 
     def _change_of(self, key: str, value) -> Change | None:
         change = RENAMES.get(key)
-        if change is None or not change.applies(value) or not any(new in self.fields for new in change.new_keys):
-            return None
-        return change
+        return change if change is not None and change.new_key in self.fields and change.applies(value) else None
 
     def _apply(self, change: Change | None, setting: Setting) -> list[Setting]:
         """The settings that one with an older name or value is today, of which a note is made."""
@@ -221,7 +219,7 @@ class Parser(TrlParser):
             self._report(source, key, f"is a key of {script}, not of this step")
         else:
             names = {field: field for field in self.fields if not is_secret(field)}
-            renamed = {old: change.new_keys[0] for old, change in RENAMES.items() if change.renames_only}
+            renamed = {old: change.new_key for old, change in RENAMES.items() if change.renames_only}
             names |= {old: new for old, new in renamed.items() if new in self.fields}
             nearest = find_nearest(name, names)
             meant = None if nearest is None else names[nearest]
@@ -265,7 +263,7 @@ class Parser(TrlParser):
                 keys.add(setting.key)
                 if setting.value is not None:
                     plain = change.renames_only and not isinstance(value, bool)
-                    modern += [f"--{setting.key}", text if plain else _as_argument(setting.value)]
+                    modern += [f"--{setting.key}", text if plain else _as_text(setting.value)]
         return modern, keys
 
     def _take(self, key: str, value) -> None:
@@ -278,19 +276,17 @@ class Parser(TrlParser):
 
     def _report_unknown(self, words: list[str]) -> None:
         """One problem for each key that is not known, whose values come with it, and for each word without a key."""
-        after_key = False
-        for word in words:
+        for previous, word in zip(["", *words], words, strict=False):
             if word.startswith("--"):
                 self._report_unknown_key(COMMAND_LINE, "--" + word[2:].partition("=")[0].replace("-", "_"))
-            elif not after_key:
+            elif not previous.startswith("--"):
                 self._report(COMMAND_LINE, None, f"{word} follows no --key that takes it")
-            after_key = word.startswith("--")
 
     # Reports
 
     def _problem_of(self, keys: Iterable[str], text: str) -> Problem:
         sources = {self.settings[key].source for key in keys if key in self.settings} or {self.source}
-        return Problem(", ".join(sorted(sources, key=place_of)), None, text)
+        return Problem(", ".join(sorted(sources, key=_place_of)), None, text)
 
     def describe(self, arguments: tuple, hardware: Mapping[str, str]) -> list[str]:
         """One line for each value that is not a default: the key, the value, where it came from.
@@ -314,6 +310,18 @@ class Parser(TrlParser):
         return [f"{key:{width[0]}}  {value:{width[1]}}  {source}" for key, value, source in sorted(rows)]
 
 
+def _fail_with(problems: Iterable[Problem]) -> NoReturn:
+    """Print every problem on a line of its own, and exit with status 2."""
+    lines = [str(problem) for problem in sorted(dict.fromkeys(problems), key=lambda problem: _place_of(problem.source))]
+    fail(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines]))
+
+
+def _place_of(source: str) -> tuple[str, int]:
+    """File and line of a source, by which sources are sorted."""
+    place = re.match(r"(.*?):(\d+)(, |$)", source)
+    return (place[1], int(place[2])) if place else (source, 0)
+
+
 def _find_config(words: list[str]) -> Path | None:
     """The YAML that a command line names."""
     if "--config" not in words:
@@ -326,7 +334,7 @@ def _find_config(words: list[str]) -> Path | None:
     path = Path(words[place])
     if not os.path.isfile(path):  # Path.is_file raises for a path that is too long
         fault = "is a folder; name a YAML file in it" if os.path.isdir(path) else "no such file"
-        fail_with([Problem(str(path), None, fault)])
+        _fail_with([Problem(str(path), None, fault)])
     return path
 
 
@@ -347,10 +355,6 @@ def _suggest(nearest: str | None) -> str:
 
 def _default_of(field: dataclasses.Field) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def _as_argument(value) -> str:
-    return json.dumps(value) if isinstance(value, (dict, list, bool)) or value is None else str(value)
 
 
 def _as_text(value) -> str:

@@ -13,13 +13,13 @@ class Change:
     """What became of a key.
 
     Attributes:
-        new_keys: The keys that it sets today; of one that is gone, a key of the step that it belonged to.
+        new_key: The key that it is today; of one that is gone, a key of the step that it belonged to.
         convert: Gives today's keys and values for an old value. Raises ValueError for a value with no counterpart.
         reason: Why the value is not used any more, or how it is read.
         applies: Whether a value is an older form at all, for a key that still has its name.
     """
 
-    new_keys: tuple[str, ...]
+    new_key: str
     convert: Callable[..., dict]
     reason: str = ""
     applies: Callable[[object], bool] = lambda value: True
@@ -27,7 +27,7 @@ class Change:
 
     def describe(self, values: dict) -> str:
         if self.renames_only:
-            return f"is called {self.new_keys[0]} now{self.reason}"
+            return f"is called {self.new_key} now{self.reason}"
         read_as = ", ".join(f"{key}: {_yaml(value)}" for key, value in values.items())
         return "; ".join(part for part in (f"is read as {read_as}" if read_as else "", self.reason) if part)
 
@@ -39,16 +39,20 @@ def _yaml(value) -> str:
 
 
 def renamed(new_key: str, reason: str = "") -> Change:
-    return Change((new_key,), lambda value: {new_key: value}, reason, renames_only=True)
+    return Change(new_key, lambda value: {new_key: value}, reason, renames_only=True)
+
+
+def moved(mapping: str, key: str) -> Change:
+    return Change(mapping, lambda value: {mapping: {key: value}})
 
 
 def gone(reason: str, belongs_to: str = "max_steps") -> Change:
-    return Change((belongs_to,), lambda value: {}, f"has no effect any more: {reason}")
+    return Change(belongs_to, lambda value: {}, f"has no effect any more: {reason}")
 
 
 def switch(new_key: str, new_value: str) -> Change:
     """The change of a key that was true or false to a value of another one."""
-    return Change((new_key,), lambda value: {new_key: new_value} if as_flag(value) else {})
+    return Change(new_key, lambda value: {new_key: new_value} if as_flag(value) else {})
 
 
 def as_flag(value) -> bool:
@@ -161,17 +165,14 @@ RENAMES = {
     **{key: gone(reason) for reason, keys in GONE.items() for key in keys},
     **{key: gone(FSDP1, "fsdp_config") for key in FSDP1_KEYS},
     "gradient_checkpointing": renamed(
-        "activation_checkpointing", "; auto, its default, turns it on where memory needs it"
-    ),
+        "activation_checkpointing", "; auto, its default, turns it on where memory needs it"),
     "use_flash_attention_2": switch("attn_implementation", "flash_attention_2"),
     "use_flash_attn": switch("attn_implementation", "flash_attention_2"),
     "group_by_length": switch("train_sampling_strategy", "group_by_length"),
     "adafactor": switch("optim", "adafactor"),
-    "warmup_ratio": Change(("warmup_steps",), convert_warmup_ratio, "a warmup_steps below 1 is a share of all steps"),
-    "fsdp": Change(("fsdp",), convert_fsdp, applies=is_fsdp_words),
-    "fsdp_config": Change(("fsdp_config",), convert_fsdp_config, FSDP1, applies=is_old_fsdp_config),
-    "fsdp_transformer_layer_cls_to_wrap": Change(
-        ("fsdp_config",), lambda value: {"fsdp_config": {"transformer_layer_cls_to_wrap": value}}
-    ),
-    "fsdp_min_num_params": Change(("fsdp_config",), lambda value: {"fsdp_config": {"min_num_params": value}}),
+    "warmup_ratio": Change("warmup_steps", convert_warmup_ratio, "a warmup_steps below 1 is a share of all steps"),
+    "fsdp": Change("fsdp", convert_fsdp, applies=is_fsdp_words),
+    "fsdp_config": Change("fsdp_config", convert_fsdp_config, FSDP1, applies=is_old_fsdp_config),
+    "fsdp_transformer_layer_cls_to_wrap": moved("fsdp_config", "transformer_layer_cls_to_wrap"),
+    "fsdp_min_num_params": moved("fsdp_config", "min_num_params"),
 }  # fmt: skip

@@ -3,11 +3,10 @@ Limits and rules of the keys that step 1's arguments have from trl's SFTConfig. 
 """
 
 from finetuning.config.arguments import MAX_SEED, OUTPUT_DIR
-from finetuning.config.checks import Checked, Limits, refuse, refuse_each
+from finetuning.config.checks import Checked, Limits, needs, refuse
 
 NOT_NEGATIVE, ONE_OR_MORE, POSITIVE = Limits(at_least=0), Limits(at_least=1), Limits(more_than=0)
 SEED, BELOW_ONE = Limits(0, MAX_SEED), Limits(0, 0.9999999)
-EVALUATION = {"eval_delay": 0, "eval_packing": None, "eval_on_start": False}  # keys with the value that changes nothing
 
 
 class TrainingKeys(Checked):
@@ -39,8 +38,7 @@ class TrainingKeys(Checked):
                "it out"),
         refuse(lambda packing, padding_free: padding_free and not packing,
                "padding_free does not enforce max_length without packing: true; set packing: true, or leave it out"),
-        refuse_each({"packing_strategy": "bfd"}, lambda packing: not packing,
-                    "{key} has no effect without packing: true; add it, or leave {key} out"),
+        needs("packing: true", {"packing_strategy": "bfd"}, lambda packing: not packing),
         refuse(lambda assistant_only_loss, completion_only_loss: assistant_only_loss and completion_only_loss is False,
                "assistant_only_loss: true and completion_only_loss: false contradict each other; remove one of them"),
         refuse(lambda dataloader_persistent_workers, dataloader_num_workers: dataloader_persistent_workers
@@ -62,17 +60,13 @@ class TrainingKeys(Checked):
                "deepspeed is not used here, FSDP2 shards; write fsdp: true instead"),
         refuse(lambda dataset_kwargs: dataset_kwargs is not None,
                "dataset_kwargs would skip the preparation of the data that preflight checks; remove it"),
-        refuse_each({"eval_steps": None}, lambda eval_strategy: eval_strategy != "steps",
-                    "{key} has no effect without eval_strategy: steps; add it, or leave {key} out"),
-        refuse_each(EVALUATION, lambda eval_strategy: eval_strategy == "no",
-                    "{key} has no effect without eval_strategy: steps or epoch; add it, or leave {key} out"),
-        refuse_each({"liger_kernel_config": None}, lambda use_liger_kernel: not use_liger_kernel,
-                    "{key} has no effect without use_liger_kernel: true; add it, or leave {key} out"),
-        refuse_each({"hub_model_id": None, "hub_private_repo": None, "hub_revision": None},
-                    lambda push_to_hub: not push_to_hub,
-                    "{key} has no effect without push_to_hub: true; add it, or leave {key} out"),
-        refuse_each({"metric_for_best_model": None, "greater_is_better": None},
-                    lambda lr_scheduler_type: lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy"),
-                    "{key} has no effect without lr_scheduler_type: reduce_lr_on_plateau or greedy; add it, or leave "
-                    "{key} out"),
+        needs("eval_strategy: steps", {"eval_steps": None}, lambda eval_strategy: eval_strategy != "steps"),
+        needs("eval_strategy: steps or epoch", {"eval_delay": 0, "eval_packing": None, "eval_on_start": False},
+              lambda eval_strategy: eval_strategy == "no"),
+        needs("use_liger_kernel: true", {"liger_kernel_config": None}, lambda use_liger_kernel: not use_liger_kernel),
+        needs("push_to_hub: true", {"hub_model_id": None, "hub_private_repo": None, "hub_revision": None},
+              lambda push_to_hub: not push_to_hub),
+        needs("lr_scheduler_type: reduce_lr_on_plateau or greedy",
+              {"metric_for_best_model": None, "greater_is_better": None},
+              lambda lr_scheduler_type: lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy")),
     )  # fmt: skip

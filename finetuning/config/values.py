@@ -3,16 +3,17 @@ The value of a setting as the type of its key, or what that type needs. Imports 
 """
 
 import dataclasses
+import difflib
 import enum
 import json
 import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 
-from finetuning.config.problems import find_nearest, quote
-from finetuning.config.yaml_file import Setting
+from finetuning.config.yaml_file import Setting, quote
 
 UNWRITABLE = re.compile("[\x00\ud800-\udfff]")  # no file and no tokenizer takes these
 # what YAML 1.1 reads as another number than the one that stands there: 010 is 8, and 1:30 is 90
@@ -52,6 +53,11 @@ def convert(setting: Setting, field: dataclasses.Field, hint) -> object:
         return fitting
     wanted = " or ".join(dict.fromkeys(NAMES[kind] for kind in kinds if kind in NAMES))
     raise ValueError(f"needs {wanted}, got {quote(value)}" if wanted else "cannot be set here; leave it out")
+
+
+def find_nearest(word: object, known: Iterable[str]) -> str | None:
+    """The one of the known words that another one may be a misspelling of."""
+    return next(iter(difflib.get_close_matches(str(word).lower(), known, n=1)), None)
 
 
 def _choices(field: dataclasses.Field, kinds: list) -> list[str] | None:

@@ -4,6 +4,7 @@ A YAML with the settings of a step, one `key: value` a line, with the line of ea
 `base: other.yaml` puts a file's keys over those of another file, whose path is relative to it. Imports without torch.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from finetuning.config.problems import Problem, quote
+from finetuning.credentials import hide
+from finetuning.errors import to_line
 
 # What a YAML error says, and what to write instead.
 SYNTAX = (
@@ -44,9 +46,31 @@ class Setting:
     text: str | None = None
     written: str | None = None
 
-    @property
-    def file(self) -> str:
-        return self.source.rsplit(":", 1)[0]
+
+@dataclass(frozen=True)
+class Problem:
+    """A fault of a setting, which is printed as one line, any secret in it masked.
+
+    Attributes:
+        source: A file and line, or "command line".
+        key: The key as it stands there.
+        meant: The key of the step that it stands for, if that is another.
+    """
+
+    source: str
+    key: str | None
+    text: str
+    meant: str | None = None
+
+    def __str__(self) -> str:
+        return to_line(hide(": ".join(part for part in (self.source, self.key, self.text) if part)))
+
+
+def quote(value) -> str:
+    """A value as a message quotes it."""
+    if isinstance(value, str):
+        return f'the text "{value}"' if len(value) < 60 else f'the text "{value[:57]}..."'
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)[:60]
 
 
 class _Loader(yaml.SafeLoader):
