@@ -15,6 +15,8 @@ from finetuning.models.files import check_model_files
 # For base models without a chat template: plain words, and the end token that every tokenizer has.
 PLAIN_TEMPLATE = (Path(__file__).parent / "plain_chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
 
+EXAMPLE = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+
 # A chat template is code, which may raise these beside jinja's own; OverflowError for a range that would take for ever.
 TEMPLATE_ERRORS = (
     TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError,
@@ -35,9 +37,7 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     check_model_files(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except (
-        Exception
-    ) as error:  # the library raises many kinds, the plain one among them, for files that are none of its
+    except Exception as error:  # the library raises many kinds, plain ones too, for files that do not belong to it
         raise InputError(f"could not load the tokenizer of {name_or_path}: {describe_failure(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -123,12 +123,10 @@ def hidden_keys(
             changes = [{k: v for k, v in message.items() if k != key}]
             if key == "tool_calls":
                 calls = message[key]
+                nothing: dict | str = {} if type(calls[0]["function"]["arguments"]) is dict else ""
                 changes = [
                     {**message, key: [{**c, "function": {**c["function"], part: other}} for c in calls]}
-                    for part, other in (
-                        ("name", "?"),
-                        ("arguments", {} if type(calls[0]["function"]["arguments"]) is dict else ""),
-                    )
+                    for part, other in (("name", "?"), ("arguments", nothing))
                     if any(c["function"][part] not in (other, {}, "{}") for c in calls)
                 ]
             if any(write([*messages[:place], change, *messages[place + 1 :]]) == text for change in changes):
@@ -139,20 +137,17 @@ def hidden_keys(
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token with which the chat template ends an answer, or None where it ends in plain text."""
-    answer = "ANSWER"
-    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    if answer not in text:
+    _, found, tail = tokenizer.apply_chat_template(EXAMPLE, tokenize=False).rpartition(EXAMPLE[1]["content"])
+    if not found:
         raise ValueError("it leaves out what the assistant says")
-    tail = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
-    added = set(tokenizer.added_tokens_decoder)
-    return next((token_id for token_id in tail if token_id in added), None)
+    tail_ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((token_id for token_id in tail_ids if token_id in tokenizer.added_tokens_decoder), None)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
     """Every token at which generation must stop: the template's end of turn, the tokenizer's and the model's own."""
     declared = generation_config.eos_token_id
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    declared = declared if isinstance(declared, list) else [declared]
     candidates = [end_of_turn_id(tokenizer), tokenizer.eos_token_id, *declared]
     return list(dict.fromkeys(token_id for token_id in candidates if token_id is not None))
 
@@ -162,8 +157,7 @@ def control_token_ids(tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) ->
 
     Every other special token, such as a speaker tag that was added for the task, is part of the answer.
     """
-    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(EXAMPLE, tokenize=False, add_generation_prompt=True)
     special = set(tokenizer.all_special_ids)
     template_ids = set(tokenizer(text, add_special_tokens=False)["input_ids"]) & special
     named_ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}

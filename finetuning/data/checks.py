@@ -1,7 +1,7 @@
 """
 Faults of data that no trainer notices: empty, repeated and unreadable rows, and what a chat template makes of rows.
 
-Imports without torch.
+`where` is what stands before the text of a finding, for another split than the training set. Imports without torch.
 """
 
 import re
@@ -65,7 +65,6 @@ def check_turns(num_turns: list[int], num_learned: list[int], left_out: list[int
     Args:
         num_turns, num_learned, left_out: Of each row the assistant's turns, those that the data lets be learned, and
             those of them that the chat template writes in another way than as the last turn.
-        where: What stands before the text, for another split than the training set.
     """
     turns, missing = sum(num_turns), sum(left_out)
     learned = sum(num_learned) - missing
@@ -91,7 +90,6 @@ def check_template(hidden: list[str], begins_alike: list[bool], where: str) -> l
     Args:
         hidden: Of each row what the template does not show, separated by spaces.
         begins_alike: Of each row whether it begins with the tokens of its prompt.
-        where: What stands before the text, for another split than the training set.
     """
     findings = []
     keys = Counter(key for row in hidden for key in row.split())
@@ -118,7 +116,6 @@ def check_control_tokens(texts: list[str], tokens: list[str], where: str) -> lis
     Args:
         texts: All that is said in a row.
         tokens: The control tokens that the tokenizer does not read as text.
-        where: What stands before the text, for another split than the training set.
     """
     pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
     found = {row: set(matches) for row, text in enumerate(texts) if (matches := pattern.findall(text))}

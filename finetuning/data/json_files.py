@@ -14,7 +14,6 @@ from pathlib import Path
 from datasets import Dataset, Features, NamedSplit, Value
 from datasets.packaged_modules.generator.generator import Generator
 
-from finetuning.data.encodings import check_text
 from finetuning.data.fingerprints import fingerprint_of_result
 from finetuning.errors import InputError
 
@@ -70,7 +69,7 @@ def read_json(path: Path) -> Iterator[dict]:
     """The rows of a file of JSON lines, of an array of rows, or of one row.
 
     Raises:
-        InputError: Something is no row; says in which line.
+        InputError: Something is not a row; says in which line.
     """
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         first = next((line for line in file if line.strip()), "")
@@ -97,7 +96,6 @@ def find_columns(files: list[Path]) -> dict[str, bool]:
     """The columns of files of JSON, and whether a cell of each is a list or an object."""
     columns: dict[str, bool] = {}
     for file in files:
-        check_text(file, is_json=True)
         for row in read_json(file):
             for column, cell in row.items():
                 columns[column] = columns.get(column, False) or isinstance(cell, (dict, list))

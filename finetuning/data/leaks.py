@@ -13,14 +13,14 @@ NUM_PERMUTATIONS = 128
 CANDIDATES = 0.6  # similarity from which MinHash proposes pairs, lower than NEAR so that it misses few of those
 # Beyond these, only equal questions are looked for: near ones take a third of a second per thousand rows.
 MAX_ROWS = 200_000
+MAX_EQUAL_SHARE = 0.1  # of a held-out split that may be equal to training rows before the run is refused
 
 
-def shingles(normalized: str, size: int = 3) -> set[str]:
-    """Runs of `size` words; of characters where a script has no spaces."""
+def shingles(normalized: str) -> set[str]:
+    """Runs of three words; of five characters where a script has no spaces."""
     words = normalized.split()
     spaceless = len(normalized) > 12 * len(words)
-    pieces, size = (list(normalized), 5) if spaceless else (words, size)
-    joint = "" if spaceless else " "
+    pieces, size, joint = (list(normalized), 5, "") if spaceless else (words, 3, " ")
     return {joint.join(pieces[i : i + size]) for i in range(max(1, len(pieces) - size + 1))}
 
 
@@ -58,13 +58,12 @@ def find_leaks(train: list[str], held_out: Iterable[str]) -> tuple[dict[int, int
     return equal, near
 
 
-def check_leaks(train: list[str], splits: dict[str, list[str]], max_share: float = 0.1) -> list[Finding]:
+def check_leaks(train: list[str], splits: dict[str, list[str]]) -> list[Finding]:
     """Rows of held-out splits that are in the training set.
 
     Args:
         train: Questions of the training set.
         splits: Questions of each held-out split by name.
-        max_share: Share of a split that may be equal to training rows before the run is refused.
     """
     findings = []
     leaks = find_leaks(train, [text for questions in splits.values() for text in questions])
@@ -79,7 +78,7 @@ def check_leaks(train: list[str], splits: dict[str, list[str]], max_share: float
                 f"{len(equal)} of {len(questions)} {name} samples are training rows, so their scores say nothing; "
                 f"take them out of one of the two"
             )
-            level = "refused" if len(equal) > max_share * len(questions) else "warning"
+            level = "refused" if len(equal) > MAX_EQUAL_SHARE * len(questions) else "warning"
             findings.append(Finding("leakage", level, text, sorted(set(equal)), numbers))
         if near:
             text = (

@@ -98,14 +98,11 @@ def load_test_samples(config: dict) -> TestSamples:
 def _format_of_test(dataset: Dataset, where: str, given: dict) -> RowFormat:
     """How the rows of a test split are read. It may have no answers: of conversations, the first one shows it."""
     row_format = format_of(dataset, where, {**given, "needs_answer": False})
-    if row_format.kind == "messages" and len(dataset) and _ends_in_a_question(dataset[0][row_format.question_key]):
-        return replace(row_format, reference_keys=())
+    if row_format.kind == "messages":
+        match dataset[0][row_format.question_key]:
+            case [*_, dict(last)] if last.get("role", last.get("from")) in ASKING:
+                return replace(row_format, reference_keys=())
     return row_format
-
-
-def _ends_in_a_question(messages) -> bool:
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    return isinstance(last, dict) and last.get("role", last.get("from")) in ASKING
 
 
 def _question_of(sample: dict) -> list:

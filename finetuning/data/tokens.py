@@ -105,7 +105,7 @@ def tokenize_row(
     learned: the model would be taught to answer in a way in which nobody asks it to.
 
     Args:
-        row: With prompt, completion and, as data.to_training_row makes them, learned and conversation.
+        row: With prompt, completion and, as data.rows.to_training_row makes them, learned and conversation.
         answers_only: Whether to learn assistant's turns only, and not everything.
         marked_only: Whether to learn of them only what the template marks with {% generation %}.
 
