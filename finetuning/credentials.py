@@ -9,6 +9,7 @@ import functools
 import os
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 NAMES = re.compile(
     r"(^|_)(token|(api|access|private|secret)_?key|password|passwd|passphrase|secret|credentials?|authorization)$"
@@ -24,6 +25,7 @@ WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # also the form of a commit, which is w
 PASSWORD_IN_URL = re.compile(r"(?<=://)[^/\s@\"'<>]+@")
 MIN_LENGTH = 8  # shorter ones are placeholders ("none", "x"), and parts of ordinary words
 MASK = "***"
+Node = TypeVar("Node")
 _given: set[str] = set()  # secrets that this process was given otherwise than by its environment
 
 
@@ -46,10 +48,9 @@ def holds_secret(name: str, value) -> bool:
         return any(holds_secret(name, v) for v in value)
     if value is None or value == "":
         return False
-    if is_secret(name) or VALUES.search(str(value)):
-        return True
     is_commit = name.endswith("revision")
-    return not is_commit and WANDB_KEY.fullmatch(str(value)) is not None
+    looks_like_one = VALUES.search(str(value)) or (not is_commit and WANDB_KEY.fullmatch(str(value)))
+    return is_secret(name) or bool(looks_like_one)
 
 
 def remember(secret: str | None) -> None:
@@ -58,20 +59,14 @@ def remember(secret: str | None) -> None:
         _given.add(secret)
 
 
-def known_secrets() -> list[str]:
-    """Secrets of the environment and those remembered, the longest first, as one may be a part of another."""
-    found = {os.environ[name].strip() for name in os.environ if is_secret(name)}
-    return sorted(_given | {value for value in found if len(value) >= MIN_LENGTH}, key=len, reverse=True)
+def hide(node: Node) -> Node:
+    """A text without any secret that is known or looks like one, and without user and password of an address in it.
 
-
-def hide(text: str) -> str:
-    """A text without any secret that is known or looks like one, and without user and password of an address in it."""
-    return hide_all(text)
-
-
-def hide_all(node):
-    """The same for every text, and every key, in lists and dicts."""
-    return _hide(node, known_secrets())
+    Of lists and dicts every text, and every key, becomes one.
+    """
+    found = {value.strip() for name, value in os.environ.items() if is_secret(name)}
+    known = _given | {value for value in found if len(value) >= MIN_LENGTH}
+    return _hide(node, sorted(known, key=len, reverse=True))  # one may be a part of another
 
 
 def _hide(node, secrets: list[str]):
@@ -90,7 +85,7 @@ def _hide(node, secrets: list[str]):
 
 def without_secrets(values: dict) -> dict:
     """The values that are set, without those that are credentials, and with those within others masked."""
-    return {key: hide_all(value) for key, value in values.items() if value is not None and not holds_secret(key, value)}
+    return {key: hide(value) for key, value in values.items() if value is not None and not holds_secret(key, value)}
 
 
 def mask_arguments(arguments: Sequence[str]) -> list[str]:

@@ -47,8 +47,8 @@ def available_memory(device: torch.device, local_world_size: int) -> float | Non
     return free / local_world_size
 
 
-def flash_attention_problem() -> str | None:
-    """Why FlashAttention 2 cannot be used here, or None if it imports."""
+def _flash_attention_problem(compute_dtype: torch.dtype) -> str | None:
+    """Why FlashAttention 2 cannot be used here, or None if it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.cuda.get_device_capability()[0] < 8:
@@ -59,7 +59,7 @@ def flash_attention_problem() -> str | None:
         flash_attn.flash_attn_func(tensor, tensor, tensor)
     except (ImportError, OSError, RuntimeError) as error:  # a build for another torch or GPU fails in any of these ways
         return f"flash_attn does not run ({(str(error) or type(error).__name__).splitlines()[0]})"
-    return None
+    return "it does not compute in float32" if compute_dtype == torch.float32 else None
 
 
 def choose_dtype(requested: str | None) -> torch.dtype:
@@ -81,9 +81,5 @@ def choose_attention(requested: str | None, compute_dtype: torch.dtype) -> tuple
         except (ImportError, OSError, ValueError) as error:
             return "sdpa", f"{requested} does not load ({' '.join(str(error).split())})"
         return requested, None
-    problem = flash_attention_problem()
-    if problem is None and compute_dtype == torch.float32:
-        problem = "it does not compute in float32"
-    if problem is None:
-        return "flash_attention_2", None
-    return "sdpa", problem
+    problem = _flash_attention_problem(compute_dtype)
+    return ("flash_attention_2", None) if problem is None else ("sdpa", problem)

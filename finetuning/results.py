@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
@@ -109,7 +108,7 @@ class RowFile:
     It is a context manager, which closes the file at its end. Other ranks write files of their own,
     `parts/<name>.<rank>.jsonl` in the same folder, which `absorb` takes over.
 
-    With `overwrite`, the rows there are stand aside, as `<name>.jsonl.previous`, until the first new one is written:
+    With `overwrite`, existing rows stand aside, as `<name>.jsonl.previous`, until the first new one is written:
 
         m.jsonl            (moved)            m.jsonl  first new row     m.jsonl
         m.json       ->    m.jsonl.previous             ->
@@ -120,7 +119,7 @@ class RowFile:
     Args:
         path: The JSON lines file; it is made, with its folder, if it is missing.
         identity: What makes rows comparable (model, settings). It is written to the JSON file beside `path`.
-        overwrite: Replace the rows there are.
+        overwrite: Replace existing rows.
 
     Raises:
         InputError: There are rows that were made under another identity; says which field differs. Or another process
@@ -159,14 +158,13 @@ class RowFile:
         self.write_info(identity=identity)
         self._cut_torn_line()
 
-    def _open_rows(self) -> None:
-        # a server may send half a character, which is none
+    def _open_rows(self) -> None:  # a server may send half a character, which stands in the file as "?"
         self._file = self.path.open("a", encoding="utf-8", errors="replace")
 
     def __enter__(self) -> "RowFile":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *exception) -> None:
         self.close()
 
     def parts(self, suffix: str = ".jsonl") -> list[Path]:
@@ -232,12 +230,10 @@ class RowFile:
 
     def keep_latest(self, key: Callable[[dict], str]) -> None:
         """Of rows with the same key, remove all but the one appended last; a kill leaves all of them or none."""
-        latest, num_rows = {}, 0
-        for row in iterate_rows(self.path):
-            latest[key(row)] = num_rows
-            num_rows += 1
-        if len(latest) < num_rows:
-            self._rewrite(row for i, row in enumerate(iterate_rows(self.path)) if latest[key(row)] == i)
+        keys = [key(row) for row in iterate_rows(self.path)]
+        latest = {row_key: place for place, row_key in enumerate(keys)}
+        if len(latest) < len(keys):
+            self._rewrite(row for place, row in enumerate(iterate_rows(self.path)) if latest[keys[place]] == place)
 
     def _rewrite(self, rows: Iterable[dict]) -> None:
         partial = self.path.with_name(self.path.name + ".partial")

@@ -33,6 +33,7 @@ PREDICTIONS = "predictions"
 EVALUATIONS = "qa_evaluation_results"
 HUMAN_AGREEMENT_FILE = "human_agreement.json"  # among the evaluations: scores of people, and how far the judge agrees
 TRAINER_STATE_FILE = "trainer_state.json"  # in a checkpoint that training can go on from, which a merged one is not
+ADAPTER_CONFIG = "adapter_config.json"  # in an adapter, in place of a model's config.json
 INCOMPLETE = "INCOMPLETE"  # stands in a checkpoint's folder while it is written
 BASE = "base"
 MAX_NAME_LENGTH = 220  # bytes; file systems take 255, endings included
@@ -40,7 +41,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
 def to_json(content, **options) -> str:
-    """JSON that every reader takes: a number that is none (NaN, infinity), which JSON does not have, is null."""
+    """JSON that every reader takes: NaN and infinity, which JSON does not have, are null."""
     options |= {"ensure_ascii": False, "allow_nan": False}
     try:
         return json.dumps(content, **options)
@@ -69,7 +70,7 @@ def write_whole(path: Path, text: str, errors: str = "replace") -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write `content` as a whole, as `write_whole` does."""
+    """Write content as JSON, as `write_whole` does."""
     write_whole(path, to_json(content, indent=2) + "\n", errors="backslashreplace")  # which JSON reads as it was
 
 
@@ -138,9 +139,8 @@ def find_run(output_dir: str | None) -> Path:
 
 def read_run(run: Path, schema: TypeAdapter = RUN_RECORD) -> dict:
     """The record of the run."""
-    return read_json(
-        run / RUN_FILE, schema, "it is written by 1_train_full_fine_tuning.py: take it from a copy, or train again"
-    )
+    remedy = "it is written by 1_train_full_fine_tuning.py: take it from a copy, or train again"
+    return read_json(run / RUN_FILE, schema, remedy)
 
 
 def checkpoint_step(name: str) -> int:
@@ -186,7 +186,7 @@ def list_models(run: Path) -> list[Path]:
 
 def is_model(folder: str | Path) -> bool:
     """Whether a folder holds a model, or an adapter."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "adapter_config.json"))
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", ADAPTER_CONFIG))
 
 
 def name_of(folder: str) -> str:
@@ -232,9 +232,8 @@ def names_of_files(folder: Path, model_name: str) -> list[str]:
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"{folder} is no folder; move it away")
     names = sorted((f.stem for f in folder.glob("*.jsonl")), key=lambda name: (checkpoint_step(name), name))
-    odd = next((name for name in names if not name.isprintable()), None)
-    if odd is not None:
-        raise InputError(
-            f"{folder}: the name of {odd}.jsonl holds a line break or the like; rename it, or move it away"
-        )
+    for name in names:
+        if not name.isprintable():
+            fault = f"the name of {name}.jsonl holds a line break or the like"
+            raise InputError(f"{folder}: {fault}; rename it, or move it away")
     return [name for name in names if model_name == "all" or fnmatch.fnmatchcase(name, model_name)]

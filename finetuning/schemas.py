@@ -15,7 +15,7 @@ from finetuning.errors import InputError
 
 @with_config(ConfigDict(extra="allow", strict=True, allow_inf_nan=False))
 class Object(TypedDict):
-    """A JSON object whose values are of the kinds that are written here: "7" is no number, and NaN is none."""
+    """A JSON object whose values are of the kinds that are written here: "7" is not taken for a number, and NaN is refused."""
 
 
 ANY_OBJECT = TypeAdapter(Object)
@@ -27,10 +27,9 @@ def _as_written(value, check):
     return value
 
 
-def _check_text(text):
+def _check_text(text: str) -> str:
     try:
-        if isinstance(text, str):
-            text.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise ValueError("half a character, such as \\ud800 alone, is no text") from None
     return text
@@ -218,10 +217,9 @@ class Batch(Object):
 
 
 KEYS_OF_BATCH = {
-    "uploaded": ("endpoint", "input_file_id"),
-    "submitted": ("endpoint", "batch_id"),
+    "uploaded": ("endpoint", "input_file_id"), "submitted": ("endpoint", "batch_id"),
     "downloaded": ("endpoint", "batch_id", "ended"),
-}
+}  # fmt: skip
 
 
 def _check_batch(batch: dict) -> dict:
@@ -418,7 +416,7 @@ def check(content, schema: TypeAdapter, where: str, remedy: str):
     try:
         return schema.validate_python(content)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False)[0]
+        fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         if fault["type"] == "missing":
             text = f"has no `{key}`"

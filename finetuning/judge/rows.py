@@ -16,7 +16,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice
 from pydantic import ValidationError
 
-from finetuning.credentials import hide, hide_all
+from finetuning.credentials import hide
 from finetuning.endpoint import MAX_TOKEN_COUNT
 from finetuning.judge.form import Form
 from finetuning.judge.money import Price
@@ -90,7 +90,7 @@ def read_completion(
         return {**failure("the reply is no chat completion"), **paid}
     model = getattr(completion, "model", None)
     reply["replied_as"] = model if isinstance(model, str) else None
-    return {**hide_all(reply), **paid}  # hidden all at once, as it takes time
+    return {**hide(reply), **paid}  # hidden all at once, as it takes time
 
 
 def _read_choice(choice: Choice, form: Form) -> dict:

@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from finetuning.errors import InputError
-from finetuning.models.files import ADAPTER_CONFIG, check_model_files, is_adapter
-from finetuning.runs import BASE, read_json
+from finetuning.models.files import check_model_files, is_adapter
+from finetuning.runs import ADAPTER_CONFIG, BASE, read_json
 from finetuning.schemas import GENERATION_CONFIG, check
 
 # Classes of models that a causal language model can be loaded from only with a head that was never trained.

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetuning.errors import InputError
+from finetuning.runs import ADAPTER_CONFIG
 
 POINTER = b"version https://git-lfs"
 MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def is_adapter(name_or_path: str | Path) -> bool:

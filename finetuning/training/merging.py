@@ -18,9 +18,9 @@ from finetuning.data.prompts import encode_prompts
 from finetuning.data.samples import load_test_samples
 from finetuning.errors import InputError, make_folder
 from finetuning.models.config import base_of, load_model_config
-from finetuning.models.files import ADAPTER_CONFIG, is_adapter
+from finetuning.models.files import is_adapter
 from finetuning.models.loading import refuse_quantised
-from finetuning.runs import find_models, last_checkpoint, read_json
+from finetuning.runs import ADAPTER_CONFIG, find_models, last_checkpoint, read_json
 
 TOLERANCE_OF_SCALE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 0.0001}
 

@@ -17,12 +17,13 @@ from datasets import Dataset
 
 from finetuning.config.arguments import ScriptArguments
 from finetuning.config.model_arguments import ModelArguments
-from finetuning.credentials import hide_all, without_secrets
+from finetuning.credentials import hide, without_secrets
 from finetuning.data.fingerprints import fingerprint_rows
 from finetuning.errors import InputError, make_folder
-from finetuning.models.files import ADAPTER_CONFIG, is_adapter
+from finetuning.models.files import is_adapter
 from finetuning.ranks import get_world_size
 from finetuning.runs import (
+    ADAPTER_CONFIG,
     EDA,
     INCOMPLETE,
     PREFLIGHT_FILE,
@@ -234,7 +235,7 @@ def delete_run(run: Path) -> None:
 
 def save_record(run: Path, record: dict, **changes) -> None:
     make_folder(run)
-    write_json(run / RUN_FILE, hide_all({**record, **changes}))
+    write_json(run / RUN_FILE, hide({**record, **changes}))
 
 
 def now() -> str:
