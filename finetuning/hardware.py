@@ -63,7 +63,7 @@ def _flash_attention_problem(compute_dtype: torch.dtype) -> str | None:
 
 
 def choose_dtype(requested: str | None) -> torch.dtype:
-    """The dtype to load a model in for inference: bfloat16 if the device has it, float16 on older GPUs, else float32."""
+    """The dtype to load a model in for inference: bfloat16 if the device has it, float16 on old GPUs, else float32."""
     if requested is not None:
         return getattr(torch, requested)
     return torch.bfloat16 if bf16_available() else torch.float16 if torch.cuda.is_available() else torch.float32

@@ -15,7 +15,7 @@ from finetuning.errors import InputError
 
 @with_config(ConfigDict(extra="allow", strict=True, allow_inf_nan=False))
 class Object(TypedDict):
-    """A JSON object whose values are of the kinds that are written here: "7" is not taken for a number, and NaN is refused."""
+    """A JSON object whose values have the types that stand here: "7" is not taken for a number, and NaN is refused."""
 
 
 ANY_OBJECT = TypeAdapter(Object)

@@ -52,7 +52,9 @@ class Parser(TrlParser):
     """
 
     def __init__(self, dataclass_types: Iterable[type]):
-        super().__init__(dataclass_types, allow_abbrev=False)
+        as_module = Path(sys.argv[0]).name == "__main__.py"  # which argparse would show as it is
+        prog = f"python -m finetuning.{Path(sys.argv[0]).parent.name}" if as_module else None
+        super().__init__(dataclass_types, allow_abbrev=False, prog=prog)
         self.add_argument(
             "--config", metavar="FILE", help="YAML with any of these keys; the command line goes over it."
         )

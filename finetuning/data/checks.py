@@ -77,8 +77,8 @@ def check_turns(num_turns: list[int], num_learned: list[int], left_out: list[int
         text += (
             f"; {missing} in {count_rows(len(rows))} are not learned, as the chat template writes an earlier answer in "
             "another way than the last one, without its thinking for instance. Use one that writes them alike "
-            "(chat_template_path; trl has some in its folder chat_templates, as qwen3_training.jinja), or make a row of "
-            "each answer"
+            "(chat_template_path; trl has some in its folder chat_templates, as qwen3_training.jinja), or make a row "
+            "of each answer"
         )
     level = "warning" if rows else "ok" if learned == turns else "note"
     return [Finding("assistant_turns", level, text, rows, {"turns": turns, "learned": learned, "left_out": missing})]
@@ -102,9 +102,9 @@ def check_template(hidden: list[str], begins_alike: list[bool], where: str) -> l
     unlike = [row for row, alike in enumerate(begins_alike) if not alike]
     if unlike:
         text = (
-            f"{where}{count_rows(len(unlike))} do not begin with the tokens of their prompt, as step 3 will give it: the "
-            "chat template writes a prompt alone in another way, or a token spans the end of it and the beginning of the "
-            "answer"
+            f"{where}{count_rows(len(unlike))} do not begin with the tokens of their prompt, as step 3 will give it: "
+            "the chat template writes a prompt alone in another way, or a token spans the end of it and the beginning "
+            "of the answer"
         )
         findings.append(Finding("prompt_tokens", "warning", text, unlike))
     return findings

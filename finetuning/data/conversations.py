@@ -50,7 +50,7 @@ def read_messages(messages, key: str) -> tuple[list[dict], list[bool]]:
 
 
 def _from_sharegpt(message: dict, key: str) -> dict:
-    """A message from ShareGPT's form, where a `function_call` holds one or several calls, name and arguments, as JSON."""
+    """A message from ShareGPT's form, where `function_call` holds one or several calls, name and arguments, as JSON."""
     role, value = message["from"], message["value"]
     if role not in SHAREGPT_ROLES:
         raise InputError(f"a message of `{key}` is from {role!r}, which is none of {', '.join(SHAREGPT_ROLES)}")

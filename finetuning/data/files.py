@@ -26,7 +26,7 @@ ESCAPES = re.compile(r"(?<!\\)(?:\\\\)*((?:\\u[0-9a-fA-F]{4})+)")
 
 
 def find_split_files(folder: Path, split: str) -> list[Path]:
-    """Files of a split in a folder: `split.jsonl`, `split_dataset.json`, `split/*` or `split-00000-of-00002.parquet`."""
+    """Files of a split in a folder: `split.jsonl`, `split_dataset.json`, `split/*`, `split-00000-of-00002.parquet`."""
     pattern = re.compile(rf"{re.escape(split)}(_dataset)?(-\d+-of-\d+)?")
     files = [f for f in folder.iterdir() if f.suffix in READERS and pattern.fullmatch(f.stem)]
     if not files and (folder / split).is_dir():

@@ -101,8 +101,9 @@ def clean_jamo(text: str) -> str:
     jamo that are talked about as letters:
 
     - a single one in quotes: 'ㄱ'
-    - a single one, not right after a syllable, before 자, 받침, 발음, 소리, 모양 or a particle: ㄱ자, ㄷ자형, ㄹ 받침, ㅂ은.
-      The particles 이, 가, 도, 로, 에, 만 do not count after ㅋ ㅎ ㅠ ㅜ ㅡ ㅗ, which are more likely laughter or tears.
+    - a single one, not right after a syllable, before 자, 받침, 발음, 소리, 모양 or a particle: ㄱ자, ㄷ자형,
+      ㄹ 받침, ㅂ은. The particles 이, 가, 도, 로, 에, 만 do not count after ㅋ ㅎ ㅠ ㅜ ㅡ ㅗ, which are more likely
+      laughter or tears.
     - different single ones in a list or a range: ㄱ, ㄴ, ㄷ and ㄱ~ㅎ and ㅏ와 ㅓ
     - a label at the start of a line: ㄱ. and ㄴ)
     - the beginning of the alphabet, three letters or more: ㄱㄴㄷ

@@ -324,8 +324,8 @@ def mask_pii(text: str) -> str:
     What has a form of its own is masked wherever it stands: e-mail addresses, phone numbers, resident registration
     numbers with a date that exists, US social security numbers, cards whose check digit is right, Korean plates, street
     addresses with a number. What could be anything is masked only next to a word that says what it is: passport numbers
-    (passport, 여권), foreign plates (license plate, 번호판), birth dates (born, birthday, 생년월일, 태어난, 년생), numbers
-    without an area code (call, 전화).
+    (passport, 여권), foreign plates (license plate, 번호판), birth dates (born, birthday, 생년월일, 태어난, 년생),
+    numbers without an area code (call, 전화).
 
     A company's service number such as 1588-1234 is kept, and so are tags such as #Person1#; masking twice changes
     nothing more. Full-width digits and dashes count as plain ones, and decomposed Hangul is composed. What is glued to

@@ -164,8 +164,8 @@ class OpenAIEngine:
     def _give_up(self, prompt: Prompt, error: Exception) -> Answer:
         if isinstance(error, (*KEY_REFUSED, NotFoundError, APIConnectionError)):
             raise InputError(
-                f"{self.endpoint} stopped the test: {self.endpoint.describe(error)}. What was answered is kept; the "
-                "same command, but without --overwrite, goes on"
+                f"{self.endpoint} stopped the test: {self.endpoint.describe(error)}. What was answered is kept, and "
+                "the same command goes on (leave --overwrite out)"
             ) from error
         return Answer.failed(prompt, self.endpoint.describe(error))
 

@@ -30,7 +30,7 @@ MAX_SLOTS = 128
 SLOTS_WITHOUT_HEADS = 16  # of models whose memory cannot be told from their heads
 READ_AT_ONCE = 1 << 24  # bytes
 
-# Takes prompts, and how many are answered at once; gives each with its new tokens, or None where logits are NaN or infinite.
+# Takes prompts, and how many are answered at once; gives each with its new tokens, or None if a logit is not finite.
 Generate = Callable[[list[Prompt], int], Iterator[tuple[Prompt, list[int] | None]]]
 
 

@@ -52,7 +52,7 @@ def load_price(path: str | None, model: str) -> Price | None:
     file = Path(path) if path is not None else PRICES
     table = read_yaml(file, "prices")
     if not isinstance(table, dict) or not isinstance(table.get("models"), dict):
-        raise InputError(f"prices {file}: write `date:` and `models:`, as in {PRICES.name} of this project")
+        raise InputError(f"prices {file}: write `date:` and `models:`, as in finetuning/judge/{PRICES.name}")
     if not isinstance(table.get("date"), date):
         raise InputError(f"prices {file}: `date:` must say of which day the prices are, as in 2026-06-04")
     kinds = [field.name for field in fields(Price) if field.name != "date"]

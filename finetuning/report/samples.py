@@ -95,8 +95,8 @@ def load_samples(run: Path) -> pd.DataFrame:
 
     Returns:
         The columns of `load_predictions`, and run, status (ok, or why there is no score; None where it was not judged),
-        the cost (US dollars), judge[<criterion>] of the rubric (the score), overall (their mean), expected_overall (that
-        of the expected scores, if they were asked for), evaluation (the scores with their explanations).
+        the cost (US dollars), judge[<criterion>] of the rubric (the score), overall (their mean), expected_overall
+        (that of the expected scores, if they were asked for), evaluation (the scores with their explanations).
 
     Raises:
         InputError: Models were judged by different judges, prompts or rubrics.

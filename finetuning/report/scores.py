@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from finetuning.errors import make_folder
 from finetuning.report.headline import Headline
 from finetuning.report.opinion_sentences import say_opinions
 from finetuning.report.opinions import Opinions
@@ -33,7 +34,7 @@ def write_scores(
     """Write the tables for other tools, as CSV and JSON."""
     verdict = headline.verdict
     folder = folder / SCORES
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _write_csv(folder / "summary.csv", summary.reset_index())
     _write_csv(folder / "comparisons.csv", pd.DataFrame([asdict(c) for c in verdict.comparisons]))
     measured = [c for c in samples if c not in ("messages", "references", "prediction", "evaluation", "removed_tokens")]

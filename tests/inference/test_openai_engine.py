@@ -282,7 +282,7 @@ def test_a_server_that_is_gone_ends_the_test_and_keeps_what_was_answered(fault):
     with serve(stub) as url:
         engine = make_engine(url, max_new_tokens=16)
         engine.concurrency = 1
-        with pytest.raises(InputError, match="stopped the test.*the same command, but without --overwrite, goes on"):
+        with pytest.raises(InputError, match="stopped the test.*the same command goes on .leave --overwrite out"):
             for answer in engine.answer(demo_prompts(8, engine.reader.tokenizer)):
                 kept.append(answer)
     assert len(kept) == 3

@@ -90,3 +90,13 @@ def test_a_baseline_that_was_not_tested_is_named(run_dir):
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 2 and "no answers of `checkpoint-99`; there are those of base" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_made_is_named_in_a_line(run_dir):
+    python = [sys.executable, "-m", "finetuning.report", "--output_dir", run_dir]
+    result = subprocess.run([*python, "--report_dir", "/proc/no"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "/proc/no/scores cannot be made" in result.stderr
+    usage = subprocess.run([*python, "-h"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert usage.startswith("usage: python -m finetuning.report ")
