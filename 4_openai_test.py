@@ -105,7 +105,7 @@ def main(args: JudgeArguments) -> None:
             report(jobs, files, finished, labels, run / EVALUATIONS)
 
     if budget.exhausted:
-        print(f"--max_cost {args.max_cost}: nothing more was sent, as the next request could have passed it")
+        print(f"--max_cost {args.max_cost}: some requests were not sent, as they could have passed it")
     print(describe_rest(files, sum(len(pending_items(job.path)) for job in jobs), again), end="")
     print(f"Written to {run / EVALUATIONS}. Next: 5_score_notebook.ipynb, or make report")
 

@@ -239,6 +239,7 @@ class BatchItem(Object):
 
     custom_id: Text
     row: Asked
+    worst_cost: NotRequired[float]  # US dollars
 
 
 BATCH, BATCH_ITEM = TypeAdapter(Annotated[Batch, AfterValidator(_check_batch)]), TypeAdapter(BatchItem)

@@ -205,11 +205,26 @@ class BatchApi:
             self.delete_files(batch)
             print(f"batch {batch.key}: was never submitted, so it costs nothing and is dropped")
         else:
-            if "batch_id" in batch.state:
-                with contextlib.suppress(OpenAIError, TimeoutError, ValueError):  # it may have ended
-                    self._call(partial(self.client.batches.cancel, batch.state["batch_id"]))
-            print(f"batch {batch.state.get('batch_id', batch.key)}: given up; what it has done until now is paid for")
+            why = self._cancel(batch)
+            name, rest = batch.state.get("batch_id", batch.key), "what it has done until now is paid for"
+            if why is not None:
+                rest = f"but it could not be cancelled ({why}), so it may go on and cost more"
+            print(f"batch {name}: given up; {rest}")
         batch.finish("given up")
+
+    def _cancel(self, batch: PendingBatch) -> str | None:
+        """Cancel a batch at its endpoint; returns why it may go on there, or None if it does not."""
+        try:
+            self._check_endpoint(batch)
+            batch_id = batch.state.get("batch_id") or self._find(batch)
+            if batch_id is not None:
+                self._call(partial(self.client.batches.cancel, batch_id))
+        except InputError as error:
+            return str(error)
+        except (OpenAIError, TimeoutError, ValueError) as error:
+            has_ended = isinstance(error, APIStatusError) and error.status_code in (*ABSENT, 400, 409)
+            return None if has_ended else self.endpoint.describe(error)
+        return None
 
     @contextlib.contextmanager
     def _explained(self, batch: PendingBatch) -> Iterator[None]:

@@ -13,9 +13,10 @@ Its status:
     written ---> uploaded ---> submitted ---> downloaded ---> collected
                                    |
                                    +--------> failed            the endpoint could not read it
-    (any but the last two) ---------------->  given up
+    (any of the first four) --------------->  given up
 
-A batch that is uploaded may be submitted, too: a kill or a lost answer leaves that open.
+A batch that is uploaded may be submitted, too: a kill or a lost answer leaves that open. It is written again where the
+endpoint has refused it, and submitted again where the replies on this machine are not whole.
 """
 
 import json
@@ -66,12 +67,12 @@ class PendingBatch:
         return sum(1 for _ in iterate_rows(self.output)) >= self.state["num_requests"]
 
     def read_items(self) -> dict[str, dict]:
-        """What names the row of each request, by custom id.
+        """What each request is about, by custom id: what names its `row`, and its `worst_cost`.
 
         Raises:
             InputError: Some are missing, so that replies would be nobody's.
         """
-        items = {line["custom_id"]: line["row"] for line in iterate_rows(self.items, BATCH_ITEM)}
+        items = {line["custom_id"]: line for line in iterate_rows(self.items, BATCH_ITEM)}
         if len(items) != self.state["num_requests"]:
             raise InputError(
                 f"{self.items} names {len(items)} of the {self.state['num_requests']} requests of its batch; take it "
@@ -94,7 +95,9 @@ def list_batches(rows: Path, statuses: tuple[str, ...] = OPEN) -> list[PendingBa
 def pending_items(rows: Path) -> set[tuple[str, str]]:
     """(item key, prediction hash) of what batches of a file of rows are judging."""
     return {
-        (item_key(row), row["prediction_hash"]) for batch in list_batches(rows) for row in batch.read_items().values()
+        (item_key(item["row"]), item["row"]["prediction_hash"])
+        for batch in list_batches(rows)
+        for item in batch.read_items().values()
     }
 
 
@@ -151,7 +154,8 @@ def write_batches(job: Job, requests: Iterable[tuple[Item, dict, float]], attemp
                 if num_requests == MAX_REQUESTS or (num_requests and num_bytes + size > MAX_BYTES):
                     break
                 file.write(text)
-                items.write(json.dumps({"custom_id": custom_id, "row": item.row}, ensure_ascii=False) + "\n")
+                about = {"custom_id": custom_id, "row": item.row, "worst_cost": cost}
+                items.write(json.dumps(about, ensure_ascii=False) + "\n")
                 num_requests, num_bytes, worst_cost = num_requests + 1, num_bytes + size, worst_cost + cost
                 request = next(waiting, None)
         # only now is it a batch: what a kill leaves before this is never sent

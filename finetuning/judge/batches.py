@@ -101,7 +101,7 @@ class BatchJudging:
             yield item, self.settings.build_request(job.judge_model, job.form, item.data, max_tokens), worst_cost
 
     def _fetch(self, batch: PendingBatch, collect: bool) -> bool:
-        """Have the replies of a batch on this machine; False means that it has not ended."""
+        """Have the replies of a batch on this machine; False means that they are not there yet."""
         if batch.state["status"] == "downloaded" and not batch.is_whole():
             batch.record(status="submitted")  # the endpoint has its replies until they are rows
         if batch.state["status"] == "submitted":
@@ -121,11 +121,12 @@ class BatchJudging:
         num_replies, unread, without_schema = 0, set[str](), False
         for line in iterate_rows(batch.output):
             custom_id = line.get("custom_id")
-            item_row = items.get(custom_id) if isinstance(custom_id, str) else None
-            if item_row is None:
+            item = items.get(custom_id) if isinstance(custom_id, str) else None
+            if item is None:
                 continue
             num_replies += 1
-            row = {**item_row, **read_line(line, job.form, price, expected), "custom_id": custom_id}
+            reply = read_line(line, job.form, price, expected, item.get("worst_cost", 0.0))
+            row = {**item["row"], **reply, "custom_id": custom_id}
             before = present.get(item_key(row))
             if before is not None and before.get("custom_id") == custom_id:
                 row = before  # a kill came after it was written
@@ -158,13 +159,18 @@ def _choose(row: dict, before: dict, current: str | None) -> dict:
     return add_usage(before, row) if keep_before else add_usage(row, before)
 
 
-def read_line(line: dict, form: Form, price: Price | None, expected: bool) -> dict:
-    """What a row holds of one line of a batch's output, whatever stands in it."""
+def read_line(line: dict, form: Form, price: Price | None, expected: bool, worst_cost: float) -> dict:
+    """What a row holds of one line of a batch's output, whatever stands in it.
+
+    Args:
+        worst_cost: US dollars that a reply costs at most, as which one counts that does not say what it used.
+    """
     response, error = line.get("response"), line.get("error")
     if isinstance(response, dict):
         body = response.get("body")
         if response.get("status_code") == 200 and isinstance(body, dict):
-            return read_completion(ChatCompletion.construct(**body), form, price, expected, batch=True)
+            reply = read_completion(ChatCompletion.construct(**body), form, price, expected, batch=True)
+            return {**reply, "possible_cost": worst_cost if reply["usage"] is None else 0.0}
         error = body.get("error", body) if isinstance(body, dict) else body
         error = error or f"status {response.get('status_code')}"
     if isinstance(error, dict):

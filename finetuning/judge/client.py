@@ -41,7 +41,7 @@ class Attempt(NamedTuple):
     """What came of sending a request once."""
 
     reply: dict  # what a row holds of it
-    is_lost: bool = False  # it may have been billed, with nobody knows how much
+    is_lost: bool = False  # it may have been billed, and nobody knows how much
     wait: float | None = None  # seconds until another attempt is worth while; None means that none is
 
 

@@ -3,7 +3,7 @@ What judging costs: the table of prices, and the budget, which each attempt at a
 
     set aside ---> sent ---> settled    a reply has come that says what it used: it costs that much
         |           |
-        |           +------> refused    the endpoint has refused it: it costs nothing
+        |           +------> refused    the endpoint has refused it, by a status of 400 or more: it costs nothing
         |           |
         |           +------> lost       no reply has come, or it does not say what it used: it may have been billed, and
         |                               counts with all that was set aside, on later starts too (`possible_cost`)

@@ -318,6 +318,33 @@ def test_a_batch_under_other_conditions_is_not_mixed_in(run_dir):
     assert "평가" in stub.requests[-1]["messages"][0]["content"]
 
 
+def test_a_batch_that_is_given_up_and_cannot_be_cancelled_is_said_to_go_on(run_dir):
+    class Busy(StubBatches):
+        def post(self, path, body):
+            return (500, {}, "busy") if path.endswith("/cancel") else super().post(path, body)
+
+    with serve(stub := Busy(evaluation(6), looks=10_000)) as url:
+        start_and_leave(run_dir, stub, url, "--model_name", "checkpoint-10")
+        stub.looks = 0
+        printed = judge(run_dir, url, "--model_name", "checkpoint-10", "--overwrite", "true").printed
+    assert "could not be cancelled (InternalServerError" in printed and "so it may go on and cost more" in printed
+    assert stub.batches["batch-0"]["status"] != "cancelled"
+
+
+def test_a_reply_in_a_batch_that_does_not_say_what_it_used_counts_with_the_most(run_dir):
+    class Silent(StubBatches):
+        def end(self, batch):
+            super().end(batch)
+            self.files = {name: content.replace(b'"usage"', b'"usages"') for name, content in self.files.items()}
+
+    models = ["--model_name", "checkpoint-10", "--max_tokens", "100"]
+    with serve(Silent(evaluation(6))) as url:
+        judge(run_dir, url, *models, "--max_cost", "1")
+    rows = evaluations(run_dir)
+    assert len(rows) == 6 and all(row["cost"] is None and row["possible_cost"] > 100 * 5 / 1e6 for row in rows)
+    assert sum(row["possible_cost"] for row in rows) < 1
+
+
 def test_a_submission_whose_answer_is_lost_is_found_and_not_repeated(run_dir):
     class Cut(StubBatches):
         def post(self, path, body):
@@ -371,7 +398,7 @@ def test_a_reply_with_what_the_client_does_not_know_is_read(run_dir):
 def test_the_limit_of_money_holds_for_batches(run_dir):
     with serve(stub := StubBatches(evaluation(6))) as url:
         printed = judge(run_dir, url, "--max_cost", "0.012", "--max_tokens", "100").printed
-        assert "--max_cost 0.012: nothing more was sent" in printed
+        assert "--max_cost 0.012: some requests were not sent" in printed
         sent = len(stub.requests)
         assert 0 < sent < 9 and sent * COST <= 0.012
         judge(run_dir, url, "--max_cost", "1", "--max_tokens", "100")
