@@ -48,7 +48,7 @@ def main(args: TestArguments) -> None:
             print_table(format_metrics({name: read_info(folder / f"{name}.jsonl") for name in names}))
         return
 
-    # What answers what.
+    # The engine, the models and the samples.
     record = read_run(run, TESTED_RUN_RECORD)
     models = find_models(run, args.model_name)
     engine = choose_engine(args, list(models.values()))

@@ -2,12 +2,12 @@
 Many prompts at once, with torch and transformers alone: one wide decode batch over a cache that is allocated once.
 
 The cache has a fixed number of slots, and each sequence that is being answered sits in one. The active ones are always
-the first, so that a step takes the front of every tensor and gathers nothing. Of six slots, A to D are active here:
+the first, so that a step takes the front of every tensor and gathers nothing. Of eight slots, A to G are active here:
 
-    slot            0     1     2     3     4     5
-                  [ A ] [ B ] [ C ] [ D ] [   ] [   ]    each step gives every active sequence one token
-    B ends        [ A ] [ D ] [ C ] [   ] [   ] [   ]    B is yielded, and the last one is copied into its slot
-    E, F, G wait  [ A ] [ D ] [ C ] [ E ] [ F ] [ G ]    they are prefilled together, once enough slots are free
+    slot        0     1     2     3     4     5     6     7
+              [ A ] [ B ] [ C ] [ D ] [ E ] [ F ] [ G ] [   ]    each step gives every active sequence one token
+    B ends    [ A ] [ G ] [ C ] [ D ] [ E ] [ F ] [   ] [   ]    B is yielded, and the last one is copied into its slot
+    H, I wait [ A ] [ G ] [ C ] [ D ] [ E ] [ F ] [ H ] [ I ]    they are prefilled as a quarter of the slots is free
 
 Along the length of the cache, one slot holds the keys and values of its sequence, of all tokens but the last:
 
@@ -15,9 +15,9 @@ Along the length of the cache, one slot holds the keys and values of its sequenc
                   of p prompt tokens    | of new tokens         | old values, which the mask hides
 
 A step takes in that last token, writes its key and value at position n, and gives the logits of the next token. So the
-prefill of a prompt leaves out its last token: it takes a chunk of prompts of like length, padded on the right, where
-causal attention does not look, and without the language model's head. A slot is free as soon as its sequence has ended;
-memory is freed when all have.
+prefill of a prompt leaves out its last token (n is p - 1 then): it takes a chunk of prompts of like length, padded on
+the right, where causal attention does not look, and without the language model's head. A slot is free as soon as its
+sequence has ended; memory is freed when all have.
 
 Greedy tokens are those of `model.generate` for each prompt alone (docs/generation.md).
 """
@@ -49,7 +49,7 @@ SLOT_ATTENTION = "slots"
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 PREFILL_TOKENS_ELSEWHERE = 4096  # on other devices
 # On a CPU attention runs per group of 8 slots, up to the longest sequence of the group; slots are filled longest first,
-# so neighbours are of like length.
+# so neighbours are of like length, until one that is moved makes its group as slow as itself.
 SLOTS_PER_GROUP = 8
 REFILL = 0.25  # share of the slots that has to be free before waiting prompts are prefilled
 
@@ -92,7 +92,7 @@ class LayerCache:
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Keys before those of this call of the model: none of a prompt, which starts from nothing; see SlotCache."""
+        """How many keys were cached before this call of the model: none in a prefill. SlotCache has those of a step."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

@@ -1,8 +1,8 @@
 """
 One model's rows over several ranks: the first one keeps them, the others write parts that it takes over.
 
-    rank 0    opens <model>.jsonl, finds the samples without a row  |  answers its share,  |  waits for all, and takes
-    others    wait for the ids of these samples                     |  and they theirs     |  over their parts
+    rank 0    opens <model>.jsonl, finds the samples without a row  |  answers its share  |  waits, takes over the parts
+    others    wait for the ids of these samples                     |  answer theirs      |  wait
 
 Without torchrun there is one rank, and the same code. Where a rank fails, torchrun ends those that wait for it.
 """
@@ -55,13 +55,13 @@ def shared_rows(
         _wait_for_all()
         return
     with RowFile(folder / f"{model.name}.jsonl", model.identity, overwrite) as file:
-        # metrics come when all is answered; until then step 5 says that this step has not finished
-        file.write_info(path=model.path, seconds=file.info.get("seconds", 0.0), metrics=None)
         file.absorb()  # of a start that was killed
         if model.served is not None:
-            # the server may have had a bad moment; what a model fails at here, it fails at again
+            # the server may have had a bad moment; what a model fails at here, it mostly fails at again
             file.drop(lambda row: row["finish_reason"] == "error")
         missing = _find_missing(file, ids, all_ids)
+        # metrics come when all is answered; until then step 5 says that this step has not finished
+        file.write_info(path=model.path, seconds=file.info.get("seconds", 0.0), metrics=None)
         if not missing:
             print(f"{model.name}: all {len(ids)} samples have their row already")
         _send(missing)

@@ -55,9 +55,9 @@ def find_served(endpoint: Endpoint, models: dict[str, str], model_name: str) -> 
     for name, path in models.items():
         names = (name, path, str(Path(path).resolve()))
         # the last part alone may be another run's checkpoint
-        ending = "/".join(Path(path).parts[-2:])
-        matching = [i for i in served if i in names] or [i for i in served if i.endswith(ending)]
-        if len(matching) == 1:
+        ending = Path(path).parts[-2:]
+        matching = [i for i in served if i in names] or [i for i in served if Path(i).parts[-2:] == ending]
+        if matching and (matching[0] in names or len(matching) == 1):
             found[name] = ServedModel(endpoint, matching[0])
             print(f"{name}: served as {to_line(matching[0])}")
     missing = [name for name in models if name not in found]

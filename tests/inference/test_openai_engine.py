@@ -175,6 +175,27 @@ def test_a_usage_that_is_none_leaves_the_tokens_to_be_counted(usage):
 
 
 @pytest.mark.parametrize(
+    ("served", "expected"),
+    [
+        (["/runs/demo/checkpoint-7"], "/runs/demo/checkpoint-7"),
+        (["/runs/my-demo/checkpoint-7"], None),  # another run's
+        (["/a/demo/checkpoint-7", "/b/demo/checkpoint-7"], None),
+        (["checkpoint-7", "outputs/demo/checkpoint-7"], "checkpoint-7"),
+    ],
+)
+def test_a_server_s_model_is_known_by_name_and_by_whole_parts_of_its_path(served, expected):
+    stub = StubJudge("x")
+    stub.get = lambda path: {"object": "list", "data": [{"id": name, "object": "model"} for name in served]}
+    with serve(stub) as url:
+        models, endpoint = {"checkpoint-7": "outputs/demo/checkpoint-7"}, Endpoint(url, 5)
+        if expected is not None:
+            assert find_served(endpoint, models, "all") == {"checkpoint-7": ServedModel(endpoint, expected)}
+        else:
+            with pytest.raises(InputError, match="and not checkpoint-7"):
+                find_served(endpoint, models, "all")
+
+
+@pytest.mark.parametrize(
     "models", ["null", "[]", "5", '{"data": [{}]}', '{"data": [null]}', '{"data": [{"id": 5}]}', "[" * 5000]
 )
 def test_a_server_without_a_list_of_models_is_named(models):
