@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, read_table
 
 PACKAGE = ROOT / "finetuning"
@@ -127,6 +128,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_modules_that_the_table_lists_without_torch_do_not_import_it():
     names = [name for name, torch in modules_by_design().items() if torch == "no"]
     result = subprocess.run([sys.executable, "-c", IMPORTS, *names], cwd=ROOT, capture_output=True, text=True)
