@@ -10,10 +10,12 @@ Step 3: let checkpoints answer the test samples, and measure ROUGE, chrF, stoppi
 Reads   <output_dir>/run.json                     test data, columns, system prompt and chat template, as in training
 Writes  <output_dir>/predictions/<model>.jsonl    one row a sample, appended as it is finished
         <output_dir>/predictions/<model>.json     how they were made, and the metrics
+        <output_dir>/predictions/parts/           rows of the other ranks, until the first one takes them over
         <submission>                              ids and answers of one model as a CSV, if it is asked for
 
 Stop it and start it again at any time: samples already answered are not answered again, and a larger --num_samples
-adds to them. A sample that cannot be answered is a row with its error, and does not stop the others.
+adds to them. A sample that cannot be answered is a row with its error, and does not stop the others; a server is asked
+for it again on the next start, a local model only with --overwrite true.
 """
 
 from finetuning.config.arguments import TestArguments

@@ -12,13 +12,14 @@ Writes  <output_dir>/qa_evaluation_results/<model>.jsonl     one row a judged an
         <output_dir>/qa_evaluation_results/<model>.json      judge, criteria, coverage, tokens and cost
         ... /judges/<judge>/<model>.jsonl                    each judge of a jury; its mean is in the file above
         ... /pairs/<A>--<B>.jsonl                            --compare: one row a pair and order
-        ... /batches/                                        --mode batch: the batches that have not been collected
+        ... /batches/                                        --mode batch: how far each batch is, beside its rows
 
 The answers and their questions are sent to the endpoint. What the judge is asked is in finetuning/judge/form.py, how
 far it can be trusted in docs/judging.md.
 
 Stop it and start it again at any time: answers already judged are not sent twice, and failed ones are tried again.
-Ctrl-C waits for the requests in flight, which are paid for, and keeps their replies; a batch goes on at the endpoint.
+Ctrl-C waits for the requests in flight, which are paid for, and keeps their replies, a second one ends at once; a batch
+goes on at the endpoint.
 Without a key it says so and ends with status 0, since all other steps work without a judge.
 """
 
@@ -81,12 +82,13 @@ def main(args: JudgeArguments) -> None:
     from finetuning.judge.live import LiveJudging
     from finetuning.judge.summary import describe_rest, report
 
-    again, finished = same_command(args.overwrite), set[Path]()  # files that have been summed up
+    again = same_command(args.overwrite)
+    finished: set[Path] = set()  # files of rows that have been summed up
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(RowFile(job.path, job.identity, args.overwrite)) for job in jobs]
         for file in files:
             file.keep_latest(item_key)  # a kill may have left a failed row beside its success
-        if not work.waits_for_reply:
+        if not work.waits_for_reply:  # else after the first reply, which is the first row to replace the earlier ones
             work.write_known(files)
         budget = Budget(args.max_cost, sum(cost_of(iterate_rows(file.path)) for file in files))
         settings = RequestSettings(args.max_tokens, args.temperature, args.expected_scores, args.max_retries)

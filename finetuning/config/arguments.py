@@ -285,7 +285,9 @@ class JudgeArguments(RunArguments):
     )
     dry_run: bool = argument(False, "Print what would be sent, what it would cost and one prompt, and send nothing.")
     max_cost: float | None = argument(
-        None, "Most US dollars that these evaluations may cost, those of earlier starts included.", more_than=0
+        None,
+        "Most US dollars that these evaluations may cost, with those of earlier starts that are kept.",
+        more_than=0,
     )
     prices: str | None = argument(None, "Price table. Unset: finetuning/judge/prices.yaml, which you can edit.")
     concurrency: int | None = argument(

@@ -19,7 +19,7 @@ prefill of a prompt leaves out its last token (n is p - 1 then): it takes a chun
 the right, where causal attention does not look, and without the language model's head. A slot is free as soon as its
 sequence has ended; memory is freed when all have.
 
-Greedy tokens are those of `model.generate` for each prompt alone (docs/generation.md).
+Greedy tokens are those of `model.generate` for each prompt alone, but for rounding (docs/generation.md).
 """
 
 import itertools
@@ -60,9 +60,8 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
     Shapes: query (slots, heads, 1, dim), key and value (slots, key heads, length, dim), mask (slots, 1, 1, length).
 
     Args:
-        slot_groups: [(first slot, last slot + 1, length), ...]; no slot of a group has more keys than its length. The
-            model hands on keywords that it does not know, so `Decoder._step` gives it. None in a prefill, which is the
-            library's own way: causal attention needs no other mask.
+        slot_groups: [(first slot, last slot + 1, length), ...]; no slot of a group has more keys than its length.
+            None in a prefill, which is the library's own way: causal attention needs no other mask.
     """
     if slot_groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -175,7 +174,7 @@ class Running:
 
 
 def unsupported_reason(model: PreTrainedModel, config: GenerationConfig, longest: int) -> str | None:
-    """Why the slots cannot hold this model exactly, or None where they can.
+    """Why this loop would not give the model's own answers, or None where it does.
 
     Args:
         longest: Tokens of the prompt and its longest answer.
@@ -359,7 +358,7 @@ class Decoder:
         output = self.model(
             input_ids=tokens,
             attention_mask=mask[:, None, None],
-            slot_groups=groups,  # for slot_attention
+            slot_groups=groups,  # the model hands on what it does not know, to slot_attention
             position_ids=positions[:, None],
             past_key_values=cache,
             use_cache=True,

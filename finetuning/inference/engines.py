@@ -1,5 +1,5 @@
 """
-Which engine answers, and one model as it is handed to it.
+Which engine answers, and a model as an engine takes it.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class ModelUnderTest:
     tokenizer_hash: str  # models with the same one share their prompts
     options: dict  # trust_remote_code and revision, as from_pretrained takes them
     identity: dict  # what its rows are made under
-    served: ServedModel | None  # by a server, which answers then
+    served: ServedModel | None  # where a server answers; else None
 
 
 def choose_engine(args: TestArguments, models: list[str]) -> str:
@@ -88,7 +88,7 @@ def prepare_model(
     """Read all of a model but its weights, and print the settings that it answers with.
 
     Args:
-        record: The run's. The chat template of training is that of its models, and of no others.
+        record: The run's. Its chat template is used for the run's own models only.
         path: Folder or Hub id of the model.
     """
     in_run = name == BASE or Path(path).parent == run

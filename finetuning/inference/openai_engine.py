@@ -26,7 +26,7 @@ from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.interrupts import SoftStop
 
 NUM_RETRIES = 2  # of a request, where the server is busy or the connection breaks
-# unless the arguments say otherwise
+# Defaults of --concurrency and --timeout
 CONCURRENCY = 64  # requests in flight at once
 TIMEOUT = 600.0  # seconds that a reply may take
 
@@ -107,11 +107,11 @@ class OpenAIEngine:
     def answer(self, prompts: list[Prompt]) -> Iterator[Answer]:
         """Answer prompts, `concurrency` at once, and yield each answer as it arrives.
 
-        A request that the server refuses is an error of that sample.
+        A request that the server refuses is an error of that sample, but for one that no request can get around.
 
         Raises:
             KeyboardInterrupt: A first SIGINT or SIGTERM has come, and all that was in flight has been yielded.
-            InputError: The server cannot be reached any more, or refuses the key.
+            InputError: The server cannot be reached any more, refuses the key, or does not know the model (404).
         """
         waiting = iter(prompts)
         running: set[asyncio.Task] = set()

@@ -44,7 +44,7 @@ def answer_share(
         return
     good, faulty = check_prompts(mine, model.path, model.reader.tokenizer, args.max_new_tokens, **model.options)
     engine = start_engine(args, model, samples, good) if good else None
-    for answer in faulty:  # after the model is loaded, as the first row replaces those of an earlier start
+    for answer in faulty:  # only now: under --overwrite the first row deletes the earlier ones, and loading may fail
         append_answer(file, samples, answer)
     if engine is None:
         return

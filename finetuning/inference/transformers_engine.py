@@ -115,7 +115,7 @@ class TransformersEngine:
 
         Greedy answers depend on the batch only by rounding. Sampled ones depend on the seed and the sample alone, not
         on the batch, the order or a start in the middle. Where memory runs out, the batch is halved. Logits that are
-        NaN or infinite are an error of that sample.
+        NaN or infinite are an error of that sample; the library's own loop does not look at them.
         """
         groups: dict[str | None, list[Prompt]] = collections.defaultdict(list)
         for prompt in prompts:  # the way is chosen for each by itself, so that it does not depend on the other prompts
@@ -129,6 +129,8 @@ class TransformersEngine:
     def _answer_group(self, prompts: list[Prompt], generate: Generate) -> Iterator[Answer]:
         longest = max(len(prompt.token_ids) for prompt in prompts) + self.config.max_new_tokens
         size = self.batch_size or choose_num_slots(self.model, longest, self.config.num_beams or 1)
+        if generate == self._generate_batches and self.config.do_sample:
+            size = 1  # the library draws for a whole batch at once, so the others would have a say
         todo = {prompt.id: prompt for prompt in prompts}
         while todo:
             try:
@@ -161,9 +163,8 @@ class TransformersEngine:
             yield prompts[place], new_ids
 
     def _generate_batches(self, prompts: list[Prompt], size: int) -> Iterator[tuple[Prompt, list[int] | None]]:
-        """The library's own loop, on prompts of one length, which need no padding; one by one where it samples."""
+        """The library's own loop, on prompts of one length, which need no padding."""
         self.model.generation_config = self.config
-        size = 1 if self.config.do_sample else size
         prompts = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
         for length, group in itertools.groupby(prompts, key=lambda prompt: len(prompt.token_ids)):
             alike = list(group)

@@ -57,7 +57,8 @@ class BatchJudging:
     def run(self, collect: bool) -> None:
         """Send what is missing, wait, and write the rows; to `collect`, send nothing and wait for nothing.
 
-        Replies that were cut off or do not fit the form go into a second batch, with twice the limit.
+        Replies that were cut off or do not fit the form go into a second batch, with twice the limit. After `collect`
+        they are missing, and the next start asks for them with the single limit again.
         """
         unread: set[tuple[Path, str]] = set()  # rows of first attempts, collected now, that cannot be read
         for attempt in range(1, NUM_ATTEMPTS + 1):

@@ -68,7 +68,8 @@ class Judge:
         """The evaluation row of one item, for whose first attempt money has been set aside.
 
         A reply that was cut off or does not fit is asked for once more, with twice the limit. None means that nothing
-        was sent that may have been billed: all was stopped before, or `fault` says why no request can succeed.
+        was sent that may have been billed: all was stopped before, or `fault`, which LiveJudging looks at, says why no
+        request can succeed.
         """
         reply = await self._get_reply(item, form, self.settings.max_tokens)
         if reply is not None and reply["status"] in ("truncated", "invalid"):

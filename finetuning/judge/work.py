@@ -51,7 +51,7 @@ class Work:
         self._takers = {key: takers for key, takers in wanting.items() if len(takers) > 1 or key in self._known}
         num_pending = sum(key in self._pending for key in wanting)
         self.num_requests = sum(key not in self._known and key not in self._pending for key in wanting)
-        # missing, and another model's too
+        # missing, but asked for another model or judged there
         self.num_shared = sum(map(len, wanting.values())) - self.num_requests - num_pending
 
     def _missing(self) -> Iterator[tuple[Job, Item]]:
@@ -63,7 +63,7 @@ class Work:
         )
 
     def takers(self, job: Job, item: Item) -> list[Job]:
-        """The jobs that what is said of an item is for; the first one's is asked."""
+        """The jobs that have this answer, and take the same judgement; it is asked for the first one."""
         return self._takers.get(_key(job, item.row)) or [job]
 
     def requests(self) -> Iterator[tuple[Job, Item]]:
