@@ -5,24 +5,30 @@ Which process this is of those that torchrun has started, and what only the firs
 import os
 
 
+def _read(name: str, alone: int) -> int:
+    """A number that torchrun sets; `alone` without it, and where some other launcher has left no number there."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else alone
+
+
 def get_world_size() -> int:
     """The number of processes on all machines together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _read("WORLD_SIZE", 1)
 
 
 def get_local_world_size() -> int:
     """The number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _read("LOCAL_WORLD_SIZE", 1)
 
 
 def get_rank() -> int:
     """The number of this process among all of them; the first one is 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _read("RANK", 0)
 
 
 def get_local_rank() -> int:
     """The number of this process among those of its machine, which is the number of its device."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _read("LOCAL_RANK", 0)
 
 
 def is_main_process() -> bool:

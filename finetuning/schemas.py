@@ -239,7 +239,7 @@ class BatchItem(Object):
 
     custom_id: Text
     row: Asked
-    worst_cost: NotRequired[float]  # US dollars
+    worst_cost: NotRequired[Amount]  # US dollars
 
 
 BATCH, BATCH_ITEM = TypeAdapter(Annotated[Batch, AfterValidator(_check_batch)]), TypeAdapter(BatchItem)

@@ -214,14 +214,15 @@ class BatchApi:
 
     def _cancel(self, batch: PendingBatch) -> str | None:
         """Cancel a batch at its endpoint; returns why it may go on there, or None if it does not."""
+        if batch.state["status"] == "downloaded":
+            return None
+        if batch.state["endpoint"] != self.address:
+            return f"it is at {batch.state['endpoint']}, and this start asks {self.address}"
         try:
-            self._check_endpoint(batch)
             batch_id = batch.state.get("batch_id") or self._find(batch)
             if batch_id is not None:
                 self._call(partial(self.client.batches.cancel, batch_id))
-        except InputError as error:
-            return str(error)
-        except (OpenAIError, TimeoutError, ValueError) as error:
+        except (OpenAIError, TimeoutError, AttributeError, TypeError, ValueError) as error:  # of a page, too
             has_ended = isinstance(error, APIStatusError) and error.status_code in (*ABSENT, 400, 409)
             return None if has_ended else self.endpoint.describe(error)
         return None

@@ -32,6 +32,7 @@ from finetuning.results import read_rows
 pytestmark = pytest.mark.slow
 STEP = "4_openai_test.py"
 COST = judge_runs.COST / 2  # of each reply of the stub
+PAGE = (200, {"Content-Type": "text/html"}, "<html>log in</html>")
 CUT_OFF = {"finish_reason": "length", "message": {"content": '{"rel'}}
 
 
@@ -331,6 +332,26 @@ def test_a_batch_that_is_given_up_and_cannot_be_cancelled_is_said_to_go_on(run_d
     assert stub.batches["batch-0"]["status"] != "cancelled"
 
 
+def test_an_upload_that_is_given_up_and_cannot_be_looked_for_is_said_to_go_on(run_dir):
+    class Cut(StubBatches):
+        """Loses what is submitted, and gives a page in place of a list of batches."""
+
+        loses = True
+
+        def post(self, path, body):
+            return "hang up" if self.loses and path.endswith("/batches") else super().post(path, body)
+
+        def get(self, path):
+            return PAGE[2] if path.split("?")[0].endswith("/batches") else super().get(path)
+
+    with serve(stub := Cut(evaluation(6))) as url:
+        assert judge(run_dir, url, "--model_name", "checkpoint-10", check=False).returncode == 2
+        assert [state["status"] for state in states(run_dir)] == ["uploaded"]
+        stub.loses = False
+        printed = judge(run_dir, url, "--model_name", "checkpoint-10", "--overwrite", "true").printed
+    assert "given up; but it could not be cancelled" in printed and len(evaluations(run_dir)) == 6
+
+
 def test_a_reply_in_a_batch_that_does_not_say_what_it_used_counts_with_the_most(run_dir):
     class Silent(StubBatches):
         def end(self, batch):
@@ -413,9 +434,6 @@ def test_a_jury_and_a_comparison_go_in_batches_too(run_dir):
         printed = judge(run_dir, url, "--compare", "base", "checkpoint-10").printed
     assert len(stub.batches) == 3 and "flip rate 100%" in printed
     assert {row["evaluation"]["clarity"]["score"] for row in evaluations(run_dir)} == {6}
-
-
-PAGE = (200, {"Content-Type": "text/html"}, "<html>log in</html>")
 
 
 class WithoutBatches(StubBatches):
