@@ -332,9 +332,10 @@ def test_a_batch_that_is_given_up_and_cannot_be_cancelled_is_said_to_go_on(run_d
     assert stub.batches["batch-0"]["status"] != "cancelled"
 
 
-def test_an_upload_that_is_given_up_and_cannot_be_looked_for_is_said_to_go_on(run_dir):
+@pytest.mark.parametrize("listed", [PAGE[2], {"object": "list", "data": [5]}])
+def test_an_upload_that_is_given_up_and_cannot_be_looked_for_is_said_to_go_on(run_dir, listed):
     class Cut(StubBatches):
-        """Loses what is submitted, and gives a page in place of a list of batches."""
+        """Loses what is submitted, and gives something else than a list of batches."""
 
         loses = True
 
@@ -342,7 +343,7 @@ def test_an_upload_that_is_given_up_and_cannot_be_looked_for_is_said_to_go_on(ru
             return "hang up" if self.loses and path.endswith("/batches") else super().post(path, body)
 
         def get(self, path):
-            return PAGE[2] if path.split("?")[0].endswith("/batches") else super().get(path)
+            return listed if path.split("?")[0].endswith("/batches") else super().get(path)
 
     with serve(stub := Cut(evaluation(6))) as url:
         assert judge(run_dir, url, "--model_name", "checkpoint-10", check=False).returncode == 2
