@@ -182,6 +182,9 @@ def open_run(
             f"{run} holds another run: {differences}. Choose another output_dir, "
             "or start over with --overwrite true, which deletes it"
         )
+    was, is_now = (precision_of(settings["config"]) for settings in (old, record))
+    if was != is_now and old["finished"] is None:
+        print(f"bf16: {run} has computed in {was}, and goes on in {is_now}; set bf16 or fp16 to say which", flush=True)
     for marker in [] if look_only else run.glob(f"checkpoint-*/{INCOMPLETE}"):
         shutil.rmtree(marker.parent)
     last = last_checkpoint(run)
@@ -192,6 +195,10 @@ def open_run(
             f"{run} has {last.name}, which is later than {checkpoint}; delete it, or choose another output_dir"
         )
     return checkpoint, False
+
+
+def precision_of(config: dict) -> str:
+    return "bfloat16" if config.get("bf16") else "float16" if config.get("fp16") else "float32"
 
 
 def check_folder(run: Path, config: dict) -> None:

@@ -294,3 +294,13 @@ def test_what_a_checkpoint_of_another_run_differs_in_is_said(fsdp_run, tmp_path,
         go_on(learning_rate=0.1)
     checkpoint = shutil.copytree(checkpoint, tmp_path / "checkpoint-5")
     assert "no run.json beside" in go_on()
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(fsdp_run, tmp_path, capsys):
+    stopped = {**json.loads((fsdp_run / "run.json").read_text()), "finished": None}
+    (tmp_path / "run.json").write_text(json.dumps(stopped))
+    for computes, said in ((False, ""), (True, f"bf16: {tmp_path} has computed in float32, and goes on in bfloat16")):
+        record = {**stopped, "config": {**stopped["config"], "output_dir": str(tmp_path), "bf16": computes}}
+        assert open_run(tmp_path, record, False, None) == (None, False)
+        printed = capsys.readouterr().out
+        assert printed.startswith(said) and bool(printed) == bool(said)

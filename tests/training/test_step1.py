@@ -326,8 +326,8 @@ def test_a_yaml_for_trl_0_8_trains_as_it_is(tmp_path):
     for said in (
         "model_id: is called model_name_or_path now", "max_seq_length: is called max_length now",
         "warmup_ratio: is read as warmup_steps: 0.03", "overwrite_output_dir: has no effect any more",
-        "fsdp: is read as fsdp: true", "tf32: off, this machine has no GPU", "bf16: off, training on the CPU in float32",
-        "report_to: without tensorboard, which is not installed", "dtype: float32, this machine does not compute",
+        "fsdp: is read as fsdp: true", "tf32: off, this machine has no GPU", "bf16: on as asked, bfloat16 is ",
+        "report_to: without tensorboard, which is not installed", "weights bfloat16, compute bfloat16",
     ):  # fmt: skip
         assert result.stdout.count(said) == 1, said
 
