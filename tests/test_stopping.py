@@ -10,8 +10,8 @@ from experiments.stopping.train import RESPONSE_TEMPLATE, OldScriptArguments
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.parser import Parser
 from finetuning.data.chat import load_tokenizer
-from finetuning.data.rows import load_training_rows
 from finetuning.data.tokens import IGNORED
+from finetuning.data.training_rows import load_training_rows
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.preflight import inspect, prepare_rows

@@ -25,8 +25,8 @@ import torch
 from experiments.stopping.old_collator import OldAnswerOnlyCollator
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.checks import question_of
-from finetuning.data.rows import load_training_rows
 from finetuning.data.samples import load_test_samples
+from finetuning.data.training_rows import load_training_rows
 from finetuning.hardware import choose_attention
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments

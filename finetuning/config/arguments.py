@@ -74,6 +74,11 @@ class ScriptArguments(Checked):
         "one sample; training uses the first.",
     )
     system_prompt: str | None = argument(None, "System message put in front of rows that have none of their own.")
+    drop_leaks: bool = argument(
+        False,
+        "Leave out training rows whose question equals, or nearly equals, one of the test or the validation split, and "
+        "validation rows that a test sample equals so. Without it preflight warns of them.",
+    )
     mask_history: bool = argument(
         False, "Learn only the last answer of a conversation, and not the earlier ones that it builds on."
     )

@@ -35,7 +35,7 @@ class RowPreparation(SFTTrainer):
             raise InputError(f"assistant_only_loss: the chat template does not mark answers: {error}") from error
 
     def tokenize(self, rows: Dataset, name: str) -> Dataset:
-        """Add what tokenize_row gives to rows of data.rows.load_training_rows."""
+        """Add what tokenize_row gives to rows of data.training_rows.load_training_rows."""
         settings = {
             "tokenizer": self._tokenizer,
             "chat_template": self.chat_template,

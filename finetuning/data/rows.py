@@ -6,29 +6,11 @@ Imports without torch.
 
 import json
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 
-from finetuning.config.arguments import ScriptArguments
 from finetuning.data.conversations import as_texts, prepare_message, read_messages, read_tools, text_of
-from finetuning.data.files import load_split
-from finetuning.data.fingerprints import fingerprint_of_result
-from finetuning.data.pii import PII_TOKENS
-from finetuning.data.row_format import FORMAT_KEYS, RowFormat, format_of
+from finetuning.data.row_format import RowFormat
 from finetuning.errors import InputError
-
-TRAINING_FEATURES = Features(
-    {
-        "prompt": [{"role": Value("string"), "content": Value("string")}],
-        "completion": [{"role": Value("string"), "content": Value("string")}],
-        "learned": [Value("int32")],
-        "conversation": Value("string"),
-    }
-)
-
-
-def tokens_to_add(args: ScriptArguments) -> list[str]:
-    """Tokens that the vocabulary needs for these rows: `special_tokens`, and those that stand for personal data."""
-    return list(dict.fromkeys([*(args.special_tokens or []), *(PII_TOKENS.values() if args.mask_pii else [])]))
 
 
 def _text(row: dict, key: str) -> str:
@@ -128,24 +110,6 @@ def to_training_row(row: dict, row_format: RowFormat) -> dict:
     return {"prompt": texts[:-1], "completion": texts[-1:], "learned": learned, "conversation": whole}
 
 
-def _load_prompts_and_completions(args: ScriptArguments, split: str) -> tuple[Dataset, RowFormat]:
-    """Load a split as training rows, which `datasets` caches on disk, with the format in which its rows were read."""
-    dataset, where = load_split(args.dataset_name, split, args.dataset_config), f"{args.dataset_name} ({split})"
-    row_format = format_of(dataset, where, {key: getattr(args, key) for key in FORMAT_KEYS})
-    try:
-        rows = dataset.map(
-            to_training_row,
-            fn_kwargs={"row_format": row_format},
-            remove_columns=dataset.column_names,
-            features=TRAINING_FEATURES,
-            new_fingerprint=fingerprint_of_result(dataset._fingerprint, row_format),
-            desc=f"Reading {split}",
-        )
-    except InputError:
-        raise InputError(describe_bad_rows(dataset, row_format, where)) from None
-    return rows.with_format(None), row_format
-
-
 def describe_bad_rows(dataset: Dataset, row_format: RowFormat, where: str) -> str:
     """Every row that cannot be read, by what is wrong with it."""
     bad: dict[str, list[int]] = {}
@@ -159,11 +123,3 @@ def describe_bad_rows(dataset: Dataset, row_format: RowFormat, where: str) -> st
         shown = ", ".join(str(row) for row in rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
         faults.append(f"row{'s' if len(rows) > 1 else ''} {shown}: {fault}")
     return f"{where}, {'; '.join(faults)}. Correct or delete them (the first row is 0)"
-
-
-def load_training_rows(args: ScriptArguments) -> tuple[Dataset, Dataset | None, RowFormat]:
-    """Load the training split, and the validation split if there is one, as prompts and completions."""
-    train_rows, row_format = _load_prompts_and_completions(args, args.dataset_train_split)
-    if args.dataset_eval_split is None:
-        return train_rows, None, row_format
-    return train_rows, _load_prompts_and_completions(args, args.dataset_eval_split)[0], row_format

@@ -29,11 +29,11 @@ from finetuning.data.checks import (
     question_of,
 )
 from finetuning.data.leaks import check_leaks
-from finetuning.data.rows import tokens_to_add
 from finetuning.data.samples import load_test_samples
+from finetuning.data.training_rows import tokens_to_add
 from finetuning.errors import InputError
 from finetuning.models.config import load_generation_config, load_model_config
-from finetuning.runs import EDA, RUN_FILE
+from finetuning.runs import EDA, is_planned
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.labels import check_labels, count_labels
 from finetuning.training.lengths import (
@@ -171,7 +171,7 @@ def run_preflight(
     print(render(report, colour), file=sys.__stdout__ if colour else sys.stdout, flush=True)
 
     # a finished or stopped run in the folder keeps its report until training replaces it
-    if not (run / RUN_FILE).is_file() or not (report.refused or script_args.preflight_only):
+    if is_planned(run) or not (report.refused or script_args.preflight_only):
         report.save(run)
         plot_lengths(per_row, args.max_length, run / EDA)
     if report.refused:

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,12 +25,14 @@ from finetuning.models.files import is_adapter
 from finetuning.ranks import get_world_size
 from finetuning.runs import (
     ADAPTER_CONFIG,
+    BASE,
     EDA,
     INCOMPLETE,
     PREFLIGHT_FILE,
     RUN_FILE,
     TRAINER_STATE_FILE,
     checkpoint_step,
+    is_planned,
     last_checkpoint,
     read_json,
     read_run,
@@ -177,7 +180,7 @@ def open_run(
     if switch == "false":
         raise InputError(f"{run} holds a run that resume_from_checkpoint: false would mix with; use --overwrite true")
     old = read_run(run, TRAINED_RUN_RECORD)
-    if differences := find_differences(old, record):
+    if not is_planned(run) and (differences := find_differences(old, record)):
         raise InputError(
             f"{run} holds another run: {differences}. Choose another output_dir, "
             "or start over with --overwrite true, which deletes it"
@@ -238,6 +241,20 @@ def delete_run(run: Path) -> None:
     for path in run.iterdir() if (run / RUN_FILE).is_file() else ():
         if path.name not in (PREFLIGHT_FILE, EDA, "wandb"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def save_plan(run: Path, record: dict) -> str:
+    """Make the folder one that steps 3 to 5 find a run in, with the model that it starts from, unless one is there.
+
+    Returns:
+        What to say of it.
+    """
+    if not is_planned(run):
+        return "nothing is written, the folder holds a run"
+    parallelism = {"kind": "planned", "world_size": record["hardware"]["world_size"]}
+    save_record(run, record, parallelism=parallelism)
+    test = f"python 3_test.py --output_dir {shlex.quote(str(run))} --model_name {BASE}"
+    return f"see {run / EDA}. The model as it is can be tested before: {test}"
 
 
 def save_record(run: Path, record: dict, **changes) -> None:

@@ -23,8 +23,9 @@ from finetuning.data.checks import check_rows
 from finetuning.data.conversations import ROLES
 from finetuning.data.files import load_split
 from finetuning.data.row_format import find_row_format
-from finetuning.data.rows import load_training_rows, to_sample
+from finetuning.data.rows import to_sample
 from finetuning.data.samples import load_test_samples
+from finetuning.data.training_rows import load_training_rows
 from finetuning.errors import InputError
 
 generated = settings(derandomize=True, deadline=None, max_examples=25, database=None)

@@ -7,8 +7,9 @@ from datasets import load_dataset
 from finetuning.config.arguments import ScriptArguments
 from finetuning.data.files import load_split
 from finetuning.data.row_format import find_row_format, format_of
-from finetuning.data.rows import load_training_rows, to_sample, to_training_row
+from finetuning.data.rows import to_sample, to_training_row
 from finetuning.data.samples import load_test_samples
+from finetuning.data.training_rows import load_training_rows
 from finetuning.errors import InputError
 
 ROWS = [{"dialogue": f"#Person1#: 안녕 {i}", "summary": f"요약 {i}"} for i in range(10)]
@@ -187,6 +188,45 @@ def test_an_edited_file_is_read_anew(tmp_path):
     write(tmp_path / "train.jsonl", [{"dialogue": "new", "summary": "neu"}])
     second, _, _ = load_training_rows(arguments)
     assert len(first) == 10 and second["completion"] == [[{"role": "assistant", "content": "neu"}]]
+
+
+def sentence(number: int) -> str:
+    return " ".join(f"word{number}x{i}" for i in range(40))
+
+
+def test_drop_leaks_leaves_out_what_held_out_samples_ask_and_nothing_else(tmp_path, capsys):
+    rows = [{"dialogue": sentence(number), "summary": f"summary {number}"} for number in range(6)]
+    write(tmp_path / "train.jsonl", rows)
+    near = {"dialogue": sentence(2) + " and an end", "summary": "near"}
+    write(tmp_path / "dev.jsonl", [{**rows[4], "summary": "other"}, {"dialogue": sentence(7), "summary": "s"}])
+    write(tmp_path / "test.jsonl", [rows[0], near, {"dialogue": sentence(7).upper() + "!", "summary": "t"}])
+    asked = {"dataset_eval_split": "dev", "question_key": "dialogue", "answer_key": "summary"}
+    train, validation, _ = load_training_rows(ScriptArguments(dataset_name=str(tmp_path), drop_leaks=True, **asked))
+    assert [row["completion"][0]["content"] for row in train] == ["summary 1", "summary 3", "summary 5"]
+    assert validation["completion"][0][0]["content"] == "other" and len(validation) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "1 of 2 rows for validation are left out, as a held-out sample equals (1) or nearly equals (0) them: 1."
+        in printed
+    )
+    assert (
+        "3 of 6 rows for training are left out, as a held-out sample equals (2) or nearly equals (1) them: 0, 2, 4."
+        in printed
+    )
+    whole, _, _ = load_training_rows(ScriptArguments(dataset_name=str(tmp_path), **asked))
+    assert len(whole) == 6
+
+
+def test_drop_leaks_says_so_where_nothing_leaks_or_nothing_is_left(tmp_path, capsys):
+    write(tmp_path / "train.jsonl", [{"dialogue": sentence(number), "summary": "s"} for number in range(2)])
+    asked = {"dataset_name": str(tmp_path), "question_key": "dialogue", "answer_key": "summary", "drop_leaks": True}
+    with pytest.raises(InputError, match="test"):
+        load_training_rows(ScriptArguments(**asked))
+    write(tmp_path / "test.jsonl", [{"dialogue": sentence(3), "summary": "s"}])
+    assert len(load_training_rows(ScriptArguments(**asked))[0]) == 2
+    assert "no training row equals or nearly equals a held-out sample" in capsys.readouterr().out
+    with pytest.raises(InputError, match="every training row equals"):
+        load_training_rows(ScriptArguments(dataset_test_split="train", **asked))
 
 
 CALL = {

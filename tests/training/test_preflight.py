@@ -1,10 +1,11 @@
 """Each failure is shown first: the trainer takes the rows and says nothing. Then preflight finds it in the same rows."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, train
+from conftest import ROOT, fork_step, run, train
 from datasets import Dataset
 from transformers import GenerationConfig
 from trl import SFTTrainer
@@ -14,7 +15,8 @@ from finetuning.data.chat import load_tokenizer
 from finetuning.data.checks import check_rows, normalize
 from finetuning.data.leaks import check_leaks, find_leaks
 from finetuning.data.row_format import find_row_format
-from finetuning.data.rows import TRAINING_FEATURES, to_training_row
+from finetuning.data.rows import to_training_row
+from finetuning.data.training_rows import TRAINING_FEATURES
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.preflight import check_conversations, inspect, prepare_rows
 from finetuning.training.report import preview_row, render, render_preview
@@ -360,11 +362,29 @@ def test_step_1_refuses_before_it_loads_anything_and_says_why(tmp_path):
 def test_preflight_only_writes_its_report_and_trains_nothing(tmp_path):
     result = train(tmp_path, "--preflight_only", "true", "--max_length", 512)
     assert "plan: 10 steps" in result.stdout
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["eda", "preflight.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["eda", "preflight.json", "run.json"]
     assert sorted(f.name for f in (tmp_path / "eda").iterdir()) == ["characters.png", "tokens.png"]
     report = json.loads((tmp_path / "preflight.json").read_text())
     assert report["plan"]["steps"] == 10 and report["memory"]["model_parameters"] == 1_151_744
     assert {f["level"] for f in report["findings"]} == {"ok"}
+
+    # The base model is tested before any training, and the page shows it.
+    test = ("--output_dir", str(tmp_path), "--model_name", "base", "--num_samples", "3", "--max_new_tokens", "4")
+    assert f"3_test.py --output_dir {tmp_path} --model_name base" in result.stdout
+    assert fork_step("3_test.py", *test).returncode == 0
+    run([sys.executable, "-m", "finetuning.report", "--output_dir", str(tmp_path)])
+    assert "planned on\n1 process" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    # Other settings are another plan and no other run, as there is nothing to mix them with; the answers stay.
+    answers = (tmp_path / "predictions/base.jsonl").read_bytes()
+    assert "see" in train(tmp_path, "--preflight_only", "true", "--max_length", 256, "--learning_rate", 1e-3).stdout
+    result = train(tmp_path, "--max_length", 128, "--max_steps", 1, "--save_steps", 1)
+    assert "finished" in result.stdout
+    assert json.loads((tmp_path / "run.json").read_text())["parallelism"]["kind"] == "single process"
+    assert fork_step("3_test.py", *test).returncode == 0
+    assert (tmp_path / "predictions/base.jsonl").read_bytes() == answers
+    refused = train(tmp_path, "--max_length", 256, "--max_steps", 1, "--save_steps", 1, check=False)
+    assert "holds another run" in refused.stderr
 
 
 def test_a_refused_overwrite_leaves_the_run_as_it_was(copy_of_run, tmp_path):
