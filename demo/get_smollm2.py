@@ -96,7 +96,7 @@ def main() -> None:
     try:
         import gguf  # noqa: F401  transformers reads the file with it
     except ImportError:
-        sys.exit(f"error: gguf is not installed: pip install -r requirements-smollm2.txt")
+        sys.exit("error: gguf is not installed: pip install -r requirements-smollm2.txt")
     partial = FOLDER.with_name(FOLDER.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

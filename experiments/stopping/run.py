@@ -1,22 +1,27 @@
 """
-Which way of training makes a model repeat itself or never end? Four arms on the demo model, three seeds each.
+Which way of training makes a model repeat itself or never end? Four arms, on the demo model or on SmolLM2.
 
-    python experiments/stopping/run.py       # 14 minutes on one core; docs/stopping.md has the results
+    python experiments/stopping/run.py       # the demo model, three seeds: 14 minutes on one core
+    python experiments/stopping/run.py --arms experiments/stopping/smollm2 --seeds 1 --dataset_name <folder>
 
-Reads   experiments/stopping/<arm>.yaml            what each arm trains
-Writes  outputs/stopping/<arm>/preflight.json      what preflight says to the arm
-        outputs/stopping/<arm>/seed-<n>/           a run as step 1 writes it, with the predictions of step 3
-        experiments/stopping/results.json          means and intervals of the table that is printed at the end
+docs/stopping.md has the results of both.
+
+Reads   experiments/<arms>/<arm>.yaml            what each arm trains; <arms> is stopping, or stopping/smollm2
+Writes  outputs/<arms>/<arm>/preflight.json      what preflight says to the arm
+        outputs/<arms>/<arm>/seed-<n>/           a run as step 1 writes it, with the predictions of step 3
+        experiments/<arms>/results.json          means and intervals of the table that is printed at the end
 
 An arm that preflight refuses is trained all the same, with --allow, which its run records. Stop it and start it again at
-any time: what is finished is not done twice. To start over, delete outputs/stopping.
+any time: what is finished is not done twice. To start over, delete outputs/<arms>.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -32,15 +37,9 @@ from finetuning.report.samples import load_predictions, load_training_log
 from finetuning.resampling import share_interval
 from finetuning.runs import PREFLIGHT_FILE, RUN_FILE, read_run, write_json
 
-HERE = Path("experiments/stopping")
-OUTPUTS = Path("outputs/stopping")
-RESULTS = HERE / "results.json"
-SETTINGS = OUTPUTS / "settings.json"
-
 STEP_1 = ["1_train_full_fine_tuning.py"]
 OLD_COLLATOR = ["-m", "experiments.stopping.train"]
 ARMS = {"whole_text": STEP_1, "pad_is_eos": OLD_COLLATOR, "own_pad": OLD_COLLATOR, "default": STEP_1}
-SEEDS = (1, 2, 3)
 NUM_SAMPLES = 50
 NUM_CHECKPOINTS = 3
 MEASURES = {  # column of load_predictions: (title, decimals)
@@ -50,6 +49,22 @@ MEASURES = {  # column of load_predictions: (title, decimals)
     "num_new_tokens": ("tokens", 1),
 }
 NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run: the arms of a folder, with some seeds."""
+
+    folder: Path  # with the YAML of each arm
+    seeds: list[int]
+    dataset_name: str | None  # in place of that of the YAMLs
+
+    @property
+    def outputs(self) -> Path:
+        return Path("outputs", self.folder.resolve().relative_to(ROOT / "experiments"))
+
+    def run(self, arm: str, seed: int) -> Path:
+        return self.outputs / arm / f"seed-{seed}"
 
 
 def run_command(arguments: list[str], log: Path, allowed_codes: tuple[int, ...] = (0,)) -> int:
@@ -65,25 +80,28 @@ def run_command(arguments: list[str], log: Path, allowed_codes: tuple[int, ...] 
     return result.returncode
 
 
-def check_settings() -> None:
+def check_settings(experiment: Experiment) -> None:
     """Refuse to go on with runs that were made from other YAMLs."""
-    settings = {arm: {s.key: s.value for s in read_yaml(HERE / f"{arm}.yaml", [])} for arm in ARMS}
-    if SETTINGS.is_file() and json.loads(SETTINGS.read_text(encoding="utf-8")) != settings:
-        raise InputError(f"{OUTPUTS} holds runs of other settings than the YAMLs have; delete it to start over")
-    OUTPUTS.mkdir(parents=True, exist_ok=True)
-    write_json(SETTINGS, settings)
+    settings = {arm: {s.key: s.value for s in read_yaml(experiment.folder / f"{arm}.yaml", [])} for arm in ARMS}
+    file = experiment.outputs / "settings.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
+        raise InputError(f"{file.parent} holds runs of other settings than the YAMLs have; delete it to start over")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
 
 
-def arguments_of(arm: str, output_dir: Path) -> list[str]:
-    return [*ARMS[arm], "--config", str(HERE / f"{arm}.yaml"), "--output_dir", str(output_dir), "--preview_rows", "0"]
+def arguments_of(experiment: Experiment, arm: str, output_dir: Path) -> list[str]:
+    data = [] if experiment.dataset_name is None else ["--dataset_name", experiment.dataset_name]
+    config = ["--config", str(experiment.folder / f"{arm}.yaml"), *data]
+    return [*ARMS[arm], *config, "--output_dir", str(output_dir), "--preview_rows", "0"]
 
 
-def inspect_arm(arm: str) -> list[dict]:
+def inspect_arm(experiment: Experiment, arm: str) -> list[dict]:
     """What preflight finds in the batches of an arm; exit code 2 means that it refuses to train."""
-    report = OUTPUTS / arm / PREFLIGHT_FILE
+    report = experiment.outputs / arm / PREFLIGHT_FILE
     if not report.is_file():
-        command = [*arguments_of(arm, OUTPUTS / arm), "--preflight_only", "true"]
-        run_command(command, OUTPUTS / arm / "preflight.log", allowed_codes=(0, 2))
+        command = [*arguments_of(experiment, arm, report.parent), "--preflight_only", "true"]
+        run_command(command, report.parent / "preflight.log", allowed_codes=(0, 2))
     return json.loads(report.read_text(encoding="utf-8"))["findings"]
 
 
@@ -98,12 +116,12 @@ def is_finished(run: Path) -> bool:
     return len(predictions) == (1 + NUM_CHECKPOINTS) * NUM_SAMPLES
 
 
-def train_and_test(arm: str, seed: int, refused: list[str]) -> None:
-    run = OUTPUTS / arm / f"seed-{seed}"
+def train_and_test(experiment: Experiment, arm: str, seed: int, refused: list[str]) -> None:
+    run = experiment.run(arm, seed)
     allow = ["--allow", *refused] if refused else []
-    run_command([*arguments_of(arm, run), "--seed", str(seed), *allow], OUTPUTS / arm / f"seed-{seed}-train.log")
+    run_command([*arguments_of(experiment, arm, run), "--seed", str(seed), *allow], Path(f"{run}-train.log"))
     test = ["3_test.py", "--output_dir", str(run), "--model_name", "all", "--num_samples", str(NUM_SAMPLES)]
-    run_command(test, OUTPUTS / arm / f"seed-{seed}-test.log")
+    run_command(test, Path(f"{run}-test.log"))
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -138,14 +156,14 @@ def measure(runs: list[pd.DataFrame]) -> dict:
     return result
 
 
-def collect(findings: dict[str, list[dict]]) -> dict:
+def collect(experiment: Experiment, findings: dict[str, list[dict]]) -> dict:
     """The results of all arms, as results.json has them."""
     arms = {}
     for arm in ARMS:
-        runs = [OUTPUTS / arm / f"seed-{seed}" for seed in SEEDS]
+        runs = [experiment.run(arm, seed) for seed in experiment.seeds]
         predictions = [load_predictions(run) for run in runs]
         losses = pd.concat([load_training_log(run).dropna(subset="loss").set_index("step")["loss"] for run in runs])
-        report = json.loads((OUTPUTS / arm / PREFLIGHT_FILE).read_text(encoding="utf-8"))
+        report = json.loads((experiment.outputs / arm / PREFLIGHT_FILE).read_text(encoding="utf-8"))
         num_steps, rows_per_step = report["plan"]["steps"], report["plan"]["rows_per_step"]
         num_rows = read_run(runs[0])["data"]["train"]["rows"]
         arms[arm] = {
@@ -158,7 +176,7 @@ def collect(findings: dict[str, list[dict]]) -> dict:
             ],
             "training_loss": {str(step): round(loss, 4) for step, loss in losses.groupby(level=0).mean().items()},
         }  # fmt: skip
-    return {"seeds": len(SEEDS), "samples": NUM_SAMPLES, "arms": arms}
+    return {"seeds": len(experiment.seeds), "samples": NUM_SAMPLES, "arms": arms}
 
 
 def format_results(results: dict) -> pd.DataFrame:
@@ -176,32 +194,38 @@ def format_results(results: dict) -> pd.DataFrame:
 
 
 def main() -> None:
-    check_settings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", type=Path, default=Path("experiments/stopping"), help="folder with the YAMLs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--dataset_name", help="data in place of that of the YAMLs")
+    args = parser.parse_args()
+    experiment = Experiment(args.arms, args.seeds, args.dataset_name)
+    check_settings(experiment)
     findings = {}
     for arm in ARMS:
-        findings[arm] = inspect_arm(arm)
+        findings[arm] = inspect_arm(experiment, arm)
         faults = [f for f in findings[arm] if f["level"] != "ok"]
         print(f"preflight of {arm}: " + ("" if faults else "ok"), flush=True)
         for fault in faults:
             print(f"    {fault['level']} {fault['check']}: {fault['text']}", flush=True)
 
-    runs = [(arm, seed) for seed in SEEDS for arm in ARMS]
-    todo = [(arm, seed) for arm, seed in runs if not is_finished(OUTPUTS / arm / f"seed-{seed}")]
+    runs = [(arm, seed) for seed in experiment.seeds for arm in ARMS]
+    todo = [(arm, seed) for arm, seed in runs if not is_finished(experiment.run(arm, seed))]
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
     start = time.perf_counter()
     for done, (arm, seed) in enumerate(todo, start=1):
-        train_and_test(arm, seed, [f["check"] for f in findings[arm] if f["level"] == "refused"])
+        train_and_test(experiment, arm, seed, [f["check"] for f in findings[arm] if f["level"] == "refused"])
         seconds = time.perf_counter() - start
         eta = seconds / done * (len(todo) - done)
         print(
             f"{done}/{len(todo)}  {arm}, seed {seed}: trained and tested  {seconds:.0f} s  ETA {eta:.0f} s", flush=True
         )
 
-    results = collect(findings)
-    write_json(RESULTS, results)
+    results, file = collect(experiment, findings), experiment.folder / "results.json"
+    write_json(file, results)
     print_table(format_results(results))
-    print(f"means over {len(SEEDS)} seeds and {NUM_SAMPLES} samples [95 % interval]; step 0 is the base model")
-    print(f"Written to {RESULTS}; the runs are under {OUTPUTS}")
+    print(f"means over {len(args.seeds)} seeds and {NUM_SAMPLES} samples [95 % interval]; step 0 is the base model")
+    print(f"Written to {file}; the runs are under {experiment.outputs}")
 
 
 if __name__ == "__main__":

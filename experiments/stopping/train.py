@@ -23,7 +23,6 @@ quiet_libraries()
 import torch
 
 from experiments.stopping.old_collator import OldAnswerOnlyCollator
-from finetuning.data.chat import load_tokenizer
 from finetuning.data.checks import question_of
 from finetuning.data.samples import load_test_samples
 from finetuning.data.training_rows import load_training_rows
@@ -31,6 +30,7 @@ from finetuning.hardware import choose_attention
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.callbacks import RecordShares
+from finetuning.training.model import prepare_tokenizer
 from finetuning.training.preflight import inspect, prepare_rows
 from finetuning.training.records import build_record, delete_run, now, open_run, save_record
 from finetuning.training.report import render, use_colour
@@ -50,7 +50,8 @@ def main(script_args: OldScriptArguments, training_args: TrainingArguments, mode
     quiet_weight_bars()
     run = Path(training_args.output_dir)
     train_rows, _, _ = load_training_rows(script_args)
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    tokenizer, _ = prepare_tokenizer(model_args.model_name_or_path, training_args, [], **source)
     if script_args.pad_is_eos:
         tokenizer.pad_token = tokenizer.eos_token
     record = build_record((training_args, model_args, script_args), tokenizer.chat_template, train_rows, None)
