@@ -64,12 +64,11 @@ def download(folder: Path) -> None:
 
 def convert(source: Path, folder: Path) -> None:
     """Write the checkpoint that from_pretrained reads."""
+    os.environ["TQDM_DISABLE"] = "1"  # bars of seconds
     # late, so that a folder which is complete is seen in no time
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     # its config says that it is quantised, which it is no longer, and which save_pretrained refuses

