@@ -37,9 +37,8 @@ from finetuning.models.config import load_model_config
 from finetuning.ranks import get_world_size, is_main_process
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-MIN_BF16_GAIN = (
-    1.3  # over float32, for which a CPU computes in bfloat16: less is lost again outside the matrix products
-)
+# Over float32, for which a CPU computes in bfloat16. Less than that is lost again outside of the matrix products.
+MIN_BF16_GAIN = 1.3
 MIN_BF16_WIDTH = 256  # hidden_size below which the matrix products are too small a part of the time
 ONE_PROCESS = "off, there is only one process (start more with torchrun)"
 

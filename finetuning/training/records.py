@@ -179,14 +179,14 @@ def open_run(
         return checkpoint, False
     if switch == "false":
         raise InputError(f"{run} holds a run that resume_from_checkpoint: false would mix with; use --overwrite true")
-    old = read_run(run, TRAINED_RUN_RECORD)
-    if not is_planned(run) and (differences := find_differences(old, record)):
+    old, planned = read_run(run, TRAINED_RUN_RECORD), is_planned(run)
+    if not planned and (differences := find_differences(old, record)):
         raise InputError(
             f"{run} holds another run: {differences}. Choose another output_dir, "
             "or start over with --overwrite true, which deletes it"
         )
     was, is_now = (precision_of(settings["config"]) for settings in (old, record))
-    if was != is_now and old["finished"] is None:
+    if was != is_now and not planned and old["finished"] is None:
         print(f"bf16: {run} has computed in {was}, and goes on in {is_now}; set bf16 or fp16 to say which", flush=True)
     for marker in [] if look_only else run.glob(f"checkpoint-*/{INCOMPLETE}"):
         shutil.rmtree(marker.parent)
