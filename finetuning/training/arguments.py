@@ -35,6 +35,7 @@ from finetuning.hardware import (
 )
 from finetuning.models.config import load_model_config
 from finetuning.ranks import get_world_size, is_main_process
+from finetuning.training.attention import ROW_ATTENTION
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # Over float32, for which a CPU computes in bfloat16. Less than that is lost again outside of the matrix products.
@@ -197,7 +198,8 @@ def fit_to_hardware(
     attention, problem = choose_attention(model_args.attn_implementation, compute_dtype)
     if model_args.attn_implementation is not None and problem:
         reasons["attn_implementation"] = f"sdpa, {problem}"
-    model_args.attn_implementation = attention
+    unset = model_args.attn_implementation is None
+    model_args.attn_implementation = ROW_ATTENTION if unset and attention == "sdpa" else attention
     if training_args.eval_strategy != "no" and script_args.dataset_eval_split is None:
         script_args.dataset_eval_split = script_args.dataset_test_split
         reasons["dataset_eval_split"] = f"{script_args.dataset_test_split}, as eval_strategy needs a split to measure"

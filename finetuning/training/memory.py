@@ -22,6 +22,7 @@ from finetuning.hardware import available_memory
 from finetuning.models.config import load_model_config
 from finetuning.ranks import get_local_world_size, get_world_size
 from finetuning.training.arguments import TrainingArguments
+from finetuning.training.attention import ROW_ATTENTION
 from finetuning.training.model import ModelPlan, add_adapter, build_planned_model
 
 GIB = 2**30
@@ -85,10 +86,9 @@ def measure_shapes(
         trained = model if plan.peft_config is None else add_adapter(model, plan.peft_config)
     model.train()
     text_config = config.get_text_config()
-    masked = not plan.settings["attn_implementation"].startswith("flash")
     activations, unmeasured = 0, None
     try:
-        activations = measure_activations(model.base_model, batch, args.device.type, compute, masked)
+        activations = measure_activations(model.base_model, batch, args.device.type, compute)
     except (RuntimeError, TypeError, ValueError) as error:  # the model's own code may read values, and there are none
         unmeasured = str(error).splitlines()[0] if str(error) else type(error).__name__
     return Shapes(
@@ -103,9 +103,7 @@ def measure_shapes(
     )
 
 
-def measure_activations(
-    backbone: torch.nn.Module, batch: Batch, device: str, compute: torch.dtype | None, masked: bool
-) -> int:
+def measure_activations(backbone: torch.nn.Module, batch: Batch, device: str, compute: torch.dtype | None) -> int:
     """Bytes that autograd keeps from the forward pass of a model on the meta device, without the model's parameters."""
     kept: dict[int, int] = {}
     tensors = []  # while these live, no other storage gets the address of one of them
@@ -127,7 +125,7 @@ def measure_activations(
             return tensor
 
         inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long), "position_ids": torch.arange(length)[None]}
-        if masked:
+        if backbone.config._attn_implementation != ROW_ATTENTION:
             inputs["attention_mask"] = torch.zeros(rows, 1, length, length, dtype=torch.bool)
             if backbone.config._attn_implementation == "eager":
                 inputs["attention_mask"] = inputs["attention_mask"].to(compute or torch.float32)

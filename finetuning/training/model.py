@@ -20,6 +20,7 @@ from finetuning.models.files import is_adapter
 from finetuning.models.loading import load_adapter, refuse_quantised
 from finetuning.ranks import print_main
 from finetuning.training.arguments import TrainingArguments
+from finetuning.training.attention import ROW_ATTENTION, unsupported_reason
 
 
 def check_model(name_or_path: str, **source) -> None:
@@ -59,9 +60,15 @@ def plan_model(model_args: ModelArguments, training_args: TrainingArguments, add
     Raises:
         InputError: It cannot be trained, or not as the arguments ask.
     """
-    name, settings = model_args.model_name_or_path, choose_model_settings(model_args, training_args)
+    name = model_args.model_name_or_path
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     check_model(name, **source)
+    if model_args.attn_implementation == ROW_ATTENTION:
+        reason = unsupported_reason(build_without_weights(load_model_config(name, **source), **source))
+        if reason is not None:
+            model_args.attn_implementation = "sdpa"
+            training_args.hardware_choices["attn_implementation"] = f"sdpa, as {reason}"
+    settings = choose_model_settings(model_args, training_args)
     tokenizer, new_ids = prepare_tokenizer(name, training_args, added_tokens, **source)
     return ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, **source))
 
@@ -78,7 +85,7 @@ def choose_model_settings(model_args: ModelArguments, training_args: TrainingArg
         "dtype": dtype,
         "attn_implementation": model_args.attn_implementation,
     }
-    quantization_config = get_quantization_config(dataclasses.replace(model_args, dtype=None))
+    quantization_config = get_quantization_config(dataclasses.replace(model_args, dtype=None, attn_implementation=None))
     if quantization_config is not None:
         quantization_config.bnb_4bit_compute_dtype = training_args.compute_dtype
         settings |= {"quantization_config": quantization_config, "device_map": {"": training_args.device}}
@@ -196,8 +203,9 @@ def build_without_weights(
 
 def build_planned_model(plan: ModelPlan, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without its weights, with embeddings for the tokens that are added."""
-    # FlashAttention's own kernels do not run without data; sdpa without a mask keeps the same tensors
-    attention = "eager" if plan.settings["attn_implementation"] == "eager" else "sdpa"
+    # FlashAttention's own kernels do not run without data; sdpa by rows keeps the same tensors
+    planned = plan.settings["attn_implementation"]
+    attention = planned if planned in ("eager", "sdpa") else ROW_ATTENTION
     try:
         model = build_without_weights(config, **plan.source, dtype=dtype, attn_implementation=attention)
     except ValueError as error:  # loading the model would raise the same error

@@ -39,6 +39,7 @@ from finetuning.data.tokens import IGNORED
 from finetuning.errors import InputError
 from finetuning.models.config import load_generation_config
 from finetuning.training.arguments import TrainingArguments
+from finetuning.training.attention import ROW_ATTENTION
 from finetuning.training.trainer import ResumableSFTTrainer
 
 CHAT = [
@@ -286,7 +287,7 @@ FLEX = pytest.param(
 )
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", FLEX])  # all that run without a GPU
+@pytest.mark.parametrize("attention", [ROW_ATTENTION, "sdpa", "eager", FLEX])  # all that run without a GPU
 def test_rows_packed_into_one_sequence_do_not_see_each_other(tokenizer, attention):
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -311,7 +312,7 @@ def test_rows_packed_into_one_sequence_do_not_see_each_other(tokenizer, attentio
         start += len(rows[index])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [ROW_ATTENTION, "sdpa", "eager"])
 def test_the_trainer_has_the_same_loss_packed_and_padded(tmp_path, tokenizer, attention):
     losses = []
     for packing in (True, False):

@@ -43,6 +43,8 @@ def test_the_command_of_the_readme_works_word_for_word(fsdp_run, tmp_path):
 
 def test_a_checkpoint_is_complete_and_holds_the_weights_once(fsdp_run):
     checkpoint = fsdp_run / "checkpoint-10"
+    assert "attention sdpa_by_rows" in (fsdp_run / "printed.txt").read_text()
+    assert "by_rows" not in (checkpoint / "config.json").read_text()  # it loads where nobody knows that name
     names = {f.name for f in checkpoint.iterdir()}
     assert {
         "model.safetensors",
