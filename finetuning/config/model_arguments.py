@@ -22,13 +22,18 @@ LORA_WITHOUT_PEFT = refuse_each(
 
 @dataclass
 class ModelArguments(ModelConfig, Checked):
-    """trl's ModelConfig, whose dtype is chosen for the hardware unless it is set."""
+    """trl's ModelConfig, whose dtype and attention are chosen for the hardware unless they are set."""
 
     dtype: str | None = argument(
         None,
         "dtype of the weights while training. Unset: float32 for full fine-tuning (bf16 or fp16 mixed precision "
         "computes in the lower one), the compute dtype for the frozen base of LoRA.",
         ["auto", "bfloat16", "float16", "float32"],
+    )
+    attn_implementation: str | None = argument(
+        None,
+        f"{', '.join(ATTENTION)}, or a kernel of the Hub. Unset: FlashAttention 2 where it runs, and elsewhere torch's "
+        "SDPA, row by row where rows are packed.",
     )
 
     LIMITS = {"lora_r": Limits(at_least=1), "lora_alpha": Limits(at_least=1), "lora_dropout": Limits(0, 0.9999999)}
