@@ -40,7 +40,6 @@ from finetuning.training.merging import (
     logits_of,
     measure_difference,
     partial_folder,
-    round_merged,
 )
 
 MAX_NEW_TOKENS = 64
@@ -75,7 +74,7 @@ def main(args: MergeArguments) -> None:
             raise InputError(f"{path} answers like {base_of(path)} itself: it has learned nothing that could be merged")
 
         # The merged model is written, and compared as later steps will load it.
-        model = round_merged(model.merge_and_unload(safe_merge=True), path, base_dtype, args.rounding, partial_dir)
+        model = model.merge_and_unload(safe_merge=True).to(base_dtype)
         model.generation_config = own_config
         model.config.use_cache = True
         model.save_pretrained(partial_dir)

@@ -3,12 +3,11 @@ The files of a model's folder: whether they are whole, before a library trips ov
 Imports without torch.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-
-from huggingface_hub import try_to_load_from_cache
 
 from finetuning.errors import InputError
 from finetuning.runs import ADAPTER_CONFIG
@@ -38,7 +37,8 @@ def check_model_files(name_or_path: str) -> None:
         return
     for pattern in ("*.safetensors", "*model*.bin", "tokenizer.model", "*.json"):
         for path in sorted(folder.glob(pattern)):
-            problem = _find_problem(path)
+            state = path.stat()
+            problem = _find_problem(path, state.st_size, state.st_mtime_ns)
             if problem is not None:
                 raise InputError(f"{path} {problem}")
     for path in sorted(folder.glob("*.index.json")):
@@ -50,8 +50,8 @@ def check_model_files(name_or_path: str) -> None:
             )
 
 
-def _find_problem(path: Path) -> str | None:
-    size = path.stat().st_size
+@functools.lru_cache(maxsize=1024)  # a step looks at a model's files several times, and a tokenizer's take long to read
+def _find_problem(path: Path, size: int, changed: int) -> str | None:
     with path.open("rb") as file:
         start = file.read(64)
     if size == 0:
@@ -100,25 +100,16 @@ def _read_pieces(path: Path, begin: int, end: int, number: int, size: int) -> It
             yield file.read(min(size, end - place))
 
 
-def find_tensors(name_or_path: str, revision: str | None = None) -> dict[str, tuple[Path, int, dict]]:
-    """File, offset and header of each tensor of a model; none without safetensors, or if it is not on this machine."""
-    folder = Path(name_or_path)
-    if not folder.is_dir():  # a Hub id, of which all that was downloaded stands in one folder
-        config = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
-        folder = Path(config).parent if isinstance(config, str) else folder
-    tensors: dict[str, tuple[Path, int, dict]] = {}
-    for path in folder.glob("model*.safetensors"):
-        header_size, in_file = read_header(path)
-        tensors |= {name: (path, 8 + header_size, tensor) for name, tensor in in_file.items()}
-    return tensors
-
-
 def fingerprint_weights(name_or_path: str) -> str | None:
     """Hash of a model's weights, however they are spread over files: of each tensor name, form and four pieces.
 
     None for a Hub id, whose revision says which weights these are, and for a folder without safetensors.
     """
-    tensors = find_tensors(name_or_path) if Path(name_or_path).is_dir() else {}
+    folder = Path(name_or_path)
+    tensors: dict[str, tuple[Path, int, dict]] = {}
+    for path in folder.glob("model*.safetensors") if folder.is_dir() else ():
+        header_size, in_file = read_header(path)
+        tensors |= {name: (path, 8 + header_size, tensor) for name, tensor in in_file.items()}
     digest = hashlib.sha256()
     for name, (path, start, tensor) in sorted(tensors.items()):
         digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())

@@ -20,7 +20,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
-from finetuning.config.arguments import ROUNDING, ROUNDING_HELP, ScriptArguments
+from finetuning.config.arguments import ScriptArguments
 from finetuning.config.checks import argument
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.training_keys import TrainingKeys
@@ -63,18 +63,10 @@ class TrainingArguments(SFTConfig, TrainingKeys):
         "Compute in bfloat16; weights and optimizer stay in float32. Unset: on GPUs that have it, and on CPUs that a "
         "measurement at the start shows to be at least 1.3 times as fast in it at the model's shapes.",
     )
-    save_dtype: str | None = argument(
-        None,
-        "dtype of the weights in checkpoints. Unset: that of training. The optimizer's state then holds those that "
-        "training goes on from.",
-        ["float32", "bfloat16", "float16"],
-    )
-    rounding: str = argument("auto", ROUNDING_HELP, ROUNDING)
     gradient_checkpointing: bool = argument(False, "Older name of activation_checkpointing, which decides.")
 
     def __post_init__(self):
         self.hardware_choices: dict[str, str] = {}
-        self.base_model: tuple[str, str | None] | None = None  # name and revision; load_model sets them
         self.gradient_checkpointing = False  # the memory plan decides later
         world_size = get_world_size()
         if not accelerator_available():
@@ -114,7 +106,7 @@ class TrainingArguments(SFTConfig, TrainingKeys):
     def _choose_precision(self) -> None:
         if self.tf32 and not tf32_available():
             self._replace("tf32", None, "off, this machine has no GPU that can")
-        self.measures_bf16 = self.use_cpu and self.bf16 is not False  # choose_cpu_precision does
+        self.measures_bf16 = self.bf16 is not False  # choose_cpu_precision does, on a CPU
         if self.use_cpu:
             if self.fp16:
                 self._replace("fp16", False, "off, a CPU trains in float32 or bfloat16")
@@ -219,6 +211,8 @@ def choose_cpu_precision(args: TrainingArguments, model_args: ModelArguments) ->
 
     The first rank measures for all of them, since ranks that differ would not train the same model.
     """
+    if not args.use_cpu:
+        return
     gains: list[float | None] = [None]
     if args.measures_bf16 and is_main_process():
         source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -235,7 +229,7 @@ def choose_cpu_precision(args: TrainingArguments, model_args: ModelArguments) ->
         asked, args.bf16 = args.bf16, args.bf16 or gain >= MIN_BF16_GAIN
         state = "on as asked" if asked else "on" if args.bf16 else "off"
         args.hardware_choices["bf16"] = f"{state}, bfloat16 is {gain:.1f} times as fast as float32 on this CPU"
-    if args.use_cpu and args.bf16:
+    if args.bf16:
         args.mixed_precision = "bf16"
         if args.fsdp:  # accelerate alone would add up the ranks' gradients in bfloat16
             policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "output_dtype": torch.bfloat16}

@@ -53,3 +53,11 @@ def test_a_damaged_file_of_a_model_is_named_in_one_line(tmp_path, name, content,
         check_prompts([], str(folder), load_tokenizer(DEMO), 8)
         load_model(str(folder), torch.float32)
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_changed_is_looked_at_again(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    check_model_files(str(tmp_path))
+    (tmp_path / "config.json").write_text("{ ")
+    with pytest.raises(InputError, match="is no JSON, or is cut off"):
+        check_model_files(str(tmp_path))
