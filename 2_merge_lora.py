@@ -40,6 +40,7 @@ from finetuning.training.merging import (
     logits_of,
     measure_difference,
     partial_folder,
+    round_merged,
 )
 
 MAX_NEW_TOKENS = 64
@@ -74,7 +75,7 @@ def main(args: MergeArguments) -> None:
             raise InputError(f"{path} answers like {base_of(path)} itself: it has learned nothing that could be merged")
 
         # The merged model is written, and compared as later steps will load it.
-        model = model.merge_and_unload(safe_merge=True).to(base_dtype)
+        model = round_merged(model.merge_and_unload(safe_merge=True), path, base_dtype, args.rounding, partial_dir)
         model.generation_config = own_config
         model.config.use_cache = True
         model.save_pretrained(partial_dir)

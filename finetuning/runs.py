@@ -34,6 +34,7 @@ EVALUATIONS = "qa_evaluation_results"
 HUMAN_AGREEMENT_FILE = "human_agreement.json"  # among the evaluations: scores of people, and how far the judge agrees
 TRAINER_STATE_FILE = "trainer_state.json"  # in a checkpoint that training can go on from, which a merged one is not
 ADAPTER_CONFIG = "adapter_config.json"  # in an adapter, in place of a model's config.json
+PRECISION_FILE = "precision.json"  # beside weights: in which form they are, and what of the update survives others
 INCOMPLETE = "INCOMPLETE"  # stands in a checkpoint's folder while it is written
 BASE = "base"
 MAX_NAME_LENGTH = 220  # bytes; file systems take 255, endings included

@@ -7,6 +7,7 @@ Imports without torch.
 from collections.abc import Mapping
 
 LEVEL = 0.05  # a difference is shown where its p is under it
+MIN_KEPT = 0.9  # share of what was learned; where rounding keeps less, a warning says so
 
 
 def say_number(value: float, decimals: int, sign: str = "") -> str:

@@ -13,8 +13,14 @@ MAX_SEED = 2**32 - 1
 # checks of preflight that refuse a run
 REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory", "positions")
 JUDGE_MODEL = "gpt-5.4-mini"
+ROUNDING = ("auto", "nearest", "stochastic")
+ROUNDING_HELP = (
+    "How float32 weights become those of a lower dtype (docs/precision.md). auto: stochastic where rounding to nearest "
+    "would keep less than 0.95 of what was learned."
+)
 NOT_OF_VLLM = {
     "load_in_8bit": False, "load_in_4bit": False, "device_map": None, "num_beams": 1, "no_repeat_ngram_size": 0,
+    "rounding": "auto",
 }  # fmt: skip
 NOT_OF_ENGINE = {  # keys of step 3 that an engine cannot obey, and their neutral values
     "vllm": NOT_OF_VLLM,
@@ -145,6 +151,7 @@ class MergeArguments(RunArguments):
         "float16, 0.0001 float32, and at most a tenth of what the adapter changes.",
         more_than=0,
     )
+    rounding: str = argument("auto", ROUNDING_HELP, ROUNDING)
 
 
 @dataclass
@@ -180,6 +187,7 @@ class TestArguments(RunArguments):
         "dtype to load models in. Unset: bfloat16 on GPUs that have it, float16 on older ones, else float32.",
         ["bfloat16", "float16", "float32"],
     )
+    rounding: str = argument("auto", ROUNDING_HELP, ROUNDING)
     load_in_8bit: bool = argument(False, "Quantise the weights to 8 bits (bitsandbytes).")
     load_in_4bit: bool = argument(False, "Quantise the weights to 4 bits (bitsandbytes, nf4).")
     trust_remote_code: bool = argument(
@@ -242,6 +250,8 @@ class TestArguments(RunArguments):
                     "{key} is not known to the engine vllm; use engine: transformers, or leave it out"),
         refuse_each(NOT_OF_ENGINE["openai"], lambda engine, base_url: engine == "openai" or base_url,
                     "{key} is not known to the engine openai; use engine: transformers, or leave it out"),
+        refuse_each({"rounding": "auto"}, lambda load_in_8bit, load_in_4bit: load_in_8bit or load_in_4bit,
+                    "{key} has no effect with load_in_8bit or load_in_4bit, which quantise the weights; leave it out"),
         refuse(lambda rescore, submission: rescore and submission is not None,
                "rescore writes no submission; leave rescore out: what is answered is not answered again"),
         refuse(lambda rescore, overwrite: rescore and overwrite,

@@ -23,6 +23,7 @@ from finetuning.inference.settings import build_generation_config, describe_gene
 from finetuning.inference.transformers_engine import TransformersEngine, load_model
 from finetuning.models.config import is_plain_lora, load_generation_config, loading_options
 from finetuning.models.files import fingerprint_model, is_adapter
+from finetuning.models.rounding import describe_plan, name_of, plan_loading, round_loaded
 from finetuning.ranks import get_world_size
 from finetuning.runs import BASE
 
@@ -37,6 +38,7 @@ class ModelUnderTest:
     reader: AnswerReader  # with its tokenizer and its settings of generation
     tokenizer_hash: str  # models with the same one share their prompts
     options: dict  # trust_remote_code and revision, as from_pretrained takes them
+    precision: dict  # how its weights are rounded, as models.rounding.plan_loading gives it
     identity: dict  # what its rows are made under
     served: ServedModel | None  # where a server answers; else None
 
@@ -100,7 +102,17 @@ def prepare_model(
     if ignored := ignored_settings(own_config):
         print(f"{name}: without effect here, from its generation_config.json: {json.dumps(ignored, default=str)}")
     quantised = "8bit " if args.load_in_8bit else "4bit " if args.load_in_4bit else ""
-    weights = quantised + str(choose_dtype(args.dtype)).removeprefix("torch.")  # in which form they are computed with
+    dtype, asked = name_of(choose_dtype(args.dtype)), args.rounding if engine == "transformers" else "nearest"
+    if asked == "stochastic" and dtype == "float32":
+        raise InputError(
+            "rounding has no effect, as weights are computed with in float32 here; set dtype, or leave it out"
+        )
+    base = (record["config"]["model_name_or_path"], record["config"].get("model_revision"))
+    precision = plan_loading(path, base, "float32" if quantised or served is not None else dtype, asked)
+    if precision["kept"]:
+        print(f"{name}: {describe_plan(precision)}")
+    # in which form they are computed with
+    weights = quantised + dtype + (" rounded stochastically" if precision["rounding"] == "stochastic" else "")
     tokenizer_hash = fingerprint_tokenizer(tokenizer)
     identity = {
         "model": fingerprint_model(path),
@@ -111,7 +123,7 @@ def prepare_model(
         "tokenizer": tokenizer_hash,
     }
     reader = AnswerReader(tokenizer, config)
-    return ModelUnderTest(name, path, engine, reader, tokenizer_hash, options, identity, served)
+    return ModelUnderTest(name, path, engine, reader, tokenizer_hash, options, precision, identity, served)
 
 
 def start_engine(args: TestArguments, model: ModelUnderTest, samples: TestSamples, prompts: list[Prompt]) -> Engine:
@@ -134,6 +146,8 @@ def start_engine(args: TestArguments, model: ModelUnderTest, samples: TestSample
         return VllmEngine(model.path, model.reader, dtype, longest, args.batch_size, args.seed, model.options)
     quantised = {"load_in_8bit": args.load_in_8bit, "load_in_4bit": args.load_in_4bit}
     loaded = load_model(model.path, dtype, device_map=args.device_map, **quantised, **model.options)
+    if model.precision["rounding"] == "stochastic":
+        round_loaded(loaded, model.path)
     return TransformersEngine(loaded, model.reader, args.batch_size, args.seed)
 
 

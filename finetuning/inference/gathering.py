@@ -61,7 +61,8 @@ def shared_rows(
             file.drop(lambda row: row["finish_reason"] == "error")
         missing = _find_missing(file, ids, all_ids)
         # metrics come when all is answered; until then step 5 says that this step has not finished
-        file.write_info(path=model.path, seconds=file.info.get("seconds", 0.0), metrics=None)
+        seconds = file.info.get("seconds", 0.0)
+        file.write_info(path=model.path, kept=model.precision["kept"], seconds=seconds, metrics=None)
         if not missing:
             print(f"{model.name}: all {len(ids)} samples have their row already")
         _send(missing)

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from finetuning.errors import InputError
 from finetuning.runs import ADAPTER_CONFIG
 
@@ -100,16 +102,25 @@ def _read_pieces(path: Path, begin: int, end: int, number: int, size: int) -> It
             yield file.read(min(size, end - place))
 
 
+def find_tensors(name_or_path: str, revision: str | None = None) -> dict[str, tuple[Path, int, dict]]:
+    """File, offset and header of each tensor of a model; none without safetensors, or if it is not on this machine."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():  # a Hub id, of which all that was downloaded stands in one folder
+        config = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+        folder = Path(config).parent if isinstance(config, str) else folder
+    tensors: dict[str, tuple[Path, int, dict]] = {}
+    for path in folder.glob("model*.safetensors"):
+        header_size, in_file = read_header(path)
+        tensors |= {name: (path, 8 + header_size, tensor) for name, tensor in in_file.items()}
+    return tensors
+
+
 def fingerprint_weights(name_or_path: str) -> str | None:
     """Hash of a model's weights, however they are spread over files: of each tensor name, form and four pieces.
 
     None for a Hub id, whose revision says which weights these are, and for a folder without safetensors.
     """
-    folder = Path(name_or_path)
-    tensors: dict[str, tuple[Path, int, dict]] = {}
-    for path in folder.glob("model*.safetensors") if folder.is_dir() else ():
-        header_size, in_file = read_header(path)
-        tensors |= {name: (path, 8 + header_size, tensor) for name, tensor in in_file.items()}
+    tensors = find_tensors(name_or_path) if Path(name_or_path).is_dir() else {}
     digest = hashlib.sha256()
     for name, (path, start, tensor) in sorted(tensors.items()):
         digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())

@@ -159,7 +159,7 @@ def load_predictions(run: Path) -> pd.DataFrame:
     Returns:
         One row a model and sample: model, step, id, messages, references, prediction, finish_reason, error,
         num_new_tokens, stopped (1 or 0), rouge1, rouge2, rougeL, chrf, seq_rep_4, length_ratio, seconds (of the whole
-        model). NaN where there is no answer or nothing defines it.
+        model), kept (as in predictions/<model>.json). NaN where there is no answer or nothing defines it.
 
     Raises:
         InputError: There are no predictions, or a model's answers were not scored because step 3 was stopped; or a
@@ -199,6 +199,7 @@ def load_predictions(run: Path) -> pd.DataFrame:
                     "num_new_tokens": row["num_new_tokens"] if measured else None,
                     "prediction_hash": prediction_hash(row),
                     "seconds": info["seconds"],
+                    "kept": info.get("kept") or {},
                 }
             )
     if not records:

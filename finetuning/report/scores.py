@@ -37,7 +37,8 @@ def write_scores(
     make_folder(folder)
     _write_csv(folder / "summary.csv", summary.reset_index())
     _write_csv(folder / "comparisons.csv", pd.DataFrame([asdict(c) for c in verdict.comparisons]))
-    measured = [c for c in samples if c not in ("messages", "references", "prediction", "evaluation", "removed_tokens")]
+    no_measures = ("messages", "references", "prediction", "evaluation", "removed_tokens", "kept")
+    measured = [c for c in samples if c not in no_measures]
     _write_csv(folder / "samples.csv", samples[measured])
     tables = opinions.tables()
     for name in ("pairs", "jury", "people"):

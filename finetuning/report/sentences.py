@@ -13,7 +13,7 @@ from finetuning.report.headline import Headline, training_step
 from finetuning.report.opinion_sentences import say_pair
 from finetuning.report.verdict import COVERAGE_NEEDED, SAMPLES_NEEDED, STOPPING_NEEDED, Verdict
 from finetuning.report.words import Words
-from finetuning.wording import say_number, say_p, say_share
+from finetuning.wording import MIN_KEPT, say_number, say_p, say_share
 
 MAX_NAMED = 4  # models in one sentence; the table has all
 
@@ -48,6 +48,12 @@ class _Speaker:
         if share < STOPPING_NEEDED:
             yield self.words("not stopping", best=model, share=say_share(share, STOPPING_NEEDED))
 
+    def losing(self, model: str, needed: float) -> Iterator[str]:
+        """The dtypes in which rounding to nearest keeps less of what a model has learned than is needed."""
+        for dtype, share in self.verdict.kept.get(model, {}).items():
+            if share < needed:
+                yield self.words("kept", best=model, dtype=dtype, share=say_share(min(share, 1.0), MIN_KEPT))
+
 
 class _VerdictSpeaker(_Speaker):
     def sentences(self) -> Iterator[str]:
@@ -74,6 +80,7 @@ class _VerdictSpeaker(_Speaker):
         else:
             yield words("alone", best=verdict.best)
         yield from self.not_stopping(verdict.best, verdict.stop_rate)
+        yield from self.losing(verdict.best, math.inf)
         agreement = verdict.agreement
         if not math.isnan(agreement.value):
             value, low, high = (say_number(number, 2) for number in (agreement.value, agreement.low, agreement.high))
@@ -181,6 +188,7 @@ class _HeadlineSpeaker(_Speaker):
         for against in self.headline.against:
             yield say_pair(against, self.verdict, self.language)
         yield from self.not_stopping(self.use, self.headline.stop_rate)
+        yield from self.losing(self.use, MIN_KEPT)
 
     def _headline(self) -> str:
         verdict, words, headline = self.verdict, self.words, self.headline

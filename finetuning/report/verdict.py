@@ -34,6 +34,7 @@ class Verdict:
         num_undefined: Samples that were answered, of which the measure is undefined for every model.
         num_chosen_on: Samples that the best was chosen on, if they are not those that are reported.
         holdout: The share that was asked for; 0 if there is none.
+        kept: The share of what each model has learned that rounding to nearest keeps, by dtype, where it is known.
         agreement: Rank correlation of ROUGE-1 and the judge's overall score within models, with its 95 % interval.
     """
 
@@ -52,6 +53,7 @@ class Verdict:
     num_chosen_on: int | None = None
     holdout: float = 0.0
     stop_rate: float = math.nan
+    kept: dict[str, dict[str, float]] = field(default_factory=dict)
     agreement: Estimate = field(default_factory=Estimate)
 
     def against(self, model: str) -> list[Comparison]:
@@ -147,6 +149,7 @@ def decide(samples: pd.DataFrame, baseline: str = "base", holdout: float = 0.0) 
     verdict.comparisons = compare_all(reported)
     stopped = samples[(samples["model"] == verdict.best) & samples["id"].isin(reported.index)]["stopped"]
     verdict.stop_rate = float(stopped.mean())
+    verdict.kept = dict(zip(samples["model"], samples.get("kept", []), strict=False))
     verdict.agreement = correlation_within_models(
         *(tables[name][list(verdict.means)] for name in ("rouge1", "overall"))
     )

@@ -20,7 +20,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
-from finetuning.config.arguments import ScriptArguments
+from finetuning.config.arguments import ROUNDING, ROUNDING_HELP, ScriptArguments
 from finetuning.config.checks import argument
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.training_keys import TrainingKeys
@@ -63,10 +63,18 @@ class TrainingArguments(SFTConfig, TrainingKeys):
         "Compute in bfloat16; weights and optimizer stay in float32. Unset: on GPUs that have it, and on CPUs that a "
         "measurement at the start shows to be at least 1.3 times as fast in it at the model's shapes.",
     )
+    save_dtype: str | None = argument(
+        None,
+        "dtype of the weights in checkpoints. Unset: that of training. The optimizer's state then holds those that "
+        "training goes on from.",
+        ["float32", "bfloat16", "float16"],
+    )
+    rounding: str = argument("auto", ROUNDING_HELP, ROUNDING)
     gradient_checkpointing: bool = argument(False, "Older name of activation_checkpointing, which decides.")
 
     def __post_init__(self):
         self.hardware_choices: dict[str, str] = {}
+        self.base_model: tuple[str, str | None] | None = None  # name and revision; load_model sets them
         self.gradient_checkpointing = False  # the memory plan decides later
         world_size = get_world_size()
         if not accelerator_available():

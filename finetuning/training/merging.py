@@ -17,10 +17,11 @@ from finetuning.config.arguments import MergeArguments
 from finetuning.data.prompts import encode_prompts
 from finetuning.data.samples import load_test_samples
 from finetuning.errors import InputError, make_folder
-from finetuning.models.config import base_of, load_model_config
+from finetuning.models.config import base_of, find_base, load_model_config
 from finetuning.models.files import is_adapter
 from finetuning.models.loading import refuse_quantised
-from finetuning.runs import ADAPTER_CONFIG, find_models, last_checkpoint, read_json
+from finetuning.models.rounding import describe_plan, name_of, plan_rounding, round_weights
+from finetuning.runs import ADAPTER_CONFIG, PRECISION_FILE, find_models, last_checkpoint, read_json, write_json
 
 TOLERANCE_OF_SCALE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 0.0001}
 
@@ -137,3 +138,15 @@ def choose_tolerance(asked: float | None, dtype: torch.dtype, scale: float, adap
     """The largest difference of a logit that is accepted: the one that is asked for, else what rounding may make of the
     largest logit (`scale`), but at most a tenth of what the adapter changes."""
     return min(TOLERANCE_OF_SCALE[dtype] * scale, adapter_effect / 10) if asked is None else asked
+
+
+def round_merged(model: PreTrainedModel, adapter: str, dtype: torch.dtype, asked: str, folder: Path) -> PreTrainedModel:
+    """The merged model in the dtype of its base, rounded once from float32; what that keeps is printed, and recorded in
+    the folder."""
+    base, source = find_base(adapter)
+    plan = plan_rounding(model.named_parameters(), (base, source["revision"]), name_of(dtype), asked)
+    for name, parameter in model.named_parameters():
+        parameter.data = round_weights(parameter.data, dtype, name, plan["rounding"])
+    print(describe_plan(plan))
+    write_json(folder / PRECISION_FILE, plan)
+    return model.to(dtype)

@@ -167,6 +167,7 @@ def load_model(
     Args:
         checkpoint: Training goes on from it; None means that it starts from the model itself.
     """
+    args.base_model = None if plan.peft_config else (plan.name_or_path, plan.settings["revision"])
     if checkpoint is not None and plan.peft_config is not None:
         # the revision is that of the base model, which the adapter names itself
         settings = {key: value for key, value in plan.settings.items() if key != "revision"}

@@ -28,6 +28,7 @@ from finetuning.runs import (
     BASE,
     EDA,
     INCOMPLETE,
+    PRECISION_FILE,
     PREFLIGHT_FILE,
     RUN_FILE,
     TRAINER_STATE_FILE,
@@ -53,7 +54,7 @@ MAY_CHANGE = set(
     gradient_accumulation_steps per_device_eval_batch_size dataloader_num_workers fsdp fsdp_config use_cpu local_rank
     attn_implementation gradient_checkpointing activation_checkpointing dtype preflight_only allow preview_rows
     do_eval bf16 fp16 tf32 dataset_test_split dataset_num_proc dataset_name dataset_config dataset_train_split
-    dataset_eval_split hub_token token
+    dataset_eval_split hub_token token save_dtype rounding
     """.split()
 )
 
@@ -259,7 +260,8 @@ def save_plan(run: Path, record: dict) -> str:
 
 def save_record(run: Path, record: dict, **changes) -> None:
     make_folder(run)
-    write_json(run / RUN_FILE, hide({**record, **changes}))
+    precision = {path.parent.name: read_json(path) for path in run.glob(f"checkpoint-*/{PRECISION_FILE}")}
+    write_json(run / RUN_FILE, hide({**record, "precision": precision, **changes}))
 
 
 def now() -> str:

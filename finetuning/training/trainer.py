@@ -21,13 +21,15 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from tqdm.auto import tqdm
 from trl import SFTTrainer
 
 from finetuning.data.chat import end_token_ids
 from finetuning.errors import InputError
 from finetuning.models.loading import record_base
+from finetuning.models.rounding import describe_plan, name_of, plan_rounding, round_weights
 from finetuning.ranks import is_main_process
-from finetuning.runs import INCOMPLETE, list_checkpoints
+from finetuning.runs import INCOMPLETE, PRECISION_FILE, list_checkpoints, write_json
 from finetuning.training.checkpoints import (
     OPTIMIZER_FOLDER,
     SCHEDULER_FILE,
@@ -102,7 +104,8 @@ class ResumableSFTTrainer(SFTTrainer):
     """SFTTrainer with other checkpoints: weights as from_pretrained reads them, the tokenizer, a generation config with
     every end token, and the optimizer's state in torch's distributed format, of which each rank writes its share.
 
-    There is no second copy of the weights: training goes on from those that from_pretrained reads.
+    There is no second copy of the weights: training goes on from those that from_pretrained reads, unless they were
+    rounded (save_dtype). Then those before stand beside the optimizer's state.
     """
 
     def __init__(self, *args, **kwargs):
@@ -110,6 +113,7 @@ class ResumableSFTTrainer(SFTTrainer):
             super().__init__(*args, **kwargs)
         except (ValueError, ImportError) as error:  # some settings are refused by the libraries only here
             raise InputError(" ".join(str(error).split())) from error
+        self.precision: dict = {"rounding": None}  # what the last checkpoint keeps of what was learned
         for module in self.model.modules():
             # On a CPU with bfloat16, bitsandbytes 0.50 packs 4-bit weights for answering at the first evaluation.
             # Training would go on without gradients through them, and without a word.
@@ -164,8 +168,20 @@ class ResumableSFTTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # also within _save_checkpoint: the other ranks would go on to the optimizer, and wait there
-        with failing_together(Path(output_dir or self.args.output_dir)):
+        folder = Path(output_dir or self.args.output_dir)
+        with failing_together(folder):
+            if self.args.base_model is not None:
+                dtype, weights = self.args.save_dtype or name_of(self.model.dtype), self.own_weights().items()
+                self.precision = plan_rounding(weights, self.args.base_model, dtype, self.args.rounding)
             super().save_model(output_dir, _internal_call)
+            if self.args.base_model is not None and self.args.should_save:
+                write_json(folder / PRECISION_FILE, self.precision)
+                tqdm.write(f"{folder.name}: {describe_plan(self.precision)}")
+
+    def own_weights(self) -> dict[str, torch.Tensor]:
+        """The weights as they are, this rank's shares where they are sharded, by their names in a checkpoint."""
+        model = self.accelerator.unwrap_model(self.model)
+        return without_tied_copies(model, model.state_dict())
 
     def train(self, *args, **kwargs):
         """Train, and save what was trained last, also where a checkpoint of another folder leaves nothing to train."""
@@ -184,26 +200,36 @@ class ResumableSFTTrainer(SFTTrainer):
         generation_config.pad_token_id = self.processing_class.pad_token_id
         generation_config.use_cache = True
         base_model.config.use_cache = True
+        if self.args.save_dtype is not None:
+            state_dict, dtype = state_dict or self.own_weights(), getattr(torch, self.args.save_dtype)
+            for name, tensor in state_dict.items():  # in place, so that what was gathered goes as it is rounded
+                if tensor.is_floating_point():
+                    state_dict[name] = round_weights(tensor, dtype, name, self.precision["rounding"])
         if state_dict is not None:
             state_dict = without_tied_copies(base_model, state_dict)
         if isinstance(unwrapped, PeftModel) and unwrapped.active_peft_config.modules_to_save:
             # peft would save resized embeddings twice, as they were and as they are
             unwrapped.save_pretrained = partial(PeftModel.save_pretrained, unwrapped, save_embedding_layers=False)
         super()._save(str(folder), state_dict)
+        if self.args.save_dtype is not None:
+            base_model.config.dtype = dtype
+            base_model.config.save_pretrained(folder)
         if isinstance(unwrapped, PeftModel):
             record_base(folder, unwrapped.active_peft_config.base_model_name_or_path)
         base_model.config.use_cache = self.args.use_cache
         generation_config.save_pretrained(folder)  # peft saves none beside an adapter
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = get_optimizer_state_dict(self.model_wrapped, self.optimizer.optimizer)
+        state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, self.optimizer.optimizer)}
+        if self.args.save_dtype not in (None, name_of(self.model.dtype)):
+            state["weights"] = self.own_weights()
         with warnings.catch_warnings(action="ignore"):  # the warning that a single process saves alone
-            dcp.save({"optimizer": state}, checkpoint_id=Path(output_dir, OPTIMIZER_FOLDER))
+            dcp.save(state, checkpoint_id=Path(output_dir, OPTIMIZER_FOLDER))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Nothing to do: step 1 built the model from the checkpoint's own weights."""
+        """Nothing to do: step 1 built the model from the checkpoint's own weights; what these were comes below."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -213,6 +239,8 @@ class ResumableSFTTrainer(SFTTrainer):
         optimizer = self.optimizer.optimizer
         state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, optimizer)}
         with warnings.catch_warnings(action="ignore"), named_file(folder, Path(checkpoint)):
+            if any(name.startswith("weights.") for name in SafeReader(folder).read_metadata().state_dict_metadata):
+                state["weights"] = self.own_weights()
             dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())  # each rank its share, in place
             set_optimizer_state_dict(self.model_wrapped, optimizer, state["optimizer"])
         with named_file(scheduler, Path(checkpoint)):

@@ -88,6 +88,23 @@ def test_other_settings_are_not_mixed_in(answered_run, tmp_path):
     assert len(predictions(run_dir, "base")) == 4
 
 
+def test_rows_of_weights_that_were_rounded_in_another_way_are_not_mixed(fsdp_run, tmp_path):
+    run_dir = shutil.copytree(fsdp_run, tmp_path / "run")
+    asked = ["--model_name", "checkpoint-10", "--num_samples", 2, "--max_new_tokens", 4]
+    status, printed = answer(run_dir, *asked, "--rounding", "stochastic", check=False)
+    assert status == 2 and "rounding has no effect, as weights are computed with in float32" in printed
+    asked += ["--dtype", "bfloat16"]
+    record = read_json(run_dir / "checkpoint-10" / "precision.json")
+    assert record["kept"]["bfloat16"] > 0.95  # the small model learns in large steps
+    assert "checkpoint-10: of what was learned, rounding to nearest keeps" in answer(run_dir, *asked)[1]
+    info = read_json(run_dir / "predictions" / "checkpoint-10.json")
+    assert info["identity"]["weights"] == "bfloat16" and info["kept"] == record["kept"]
+    record["kept"]["bfloat16"] = 0.5
+    write_json(run_dir / "checkpoint-10" / "precision.json", record)
+    status, printed = answer(run_dir, *asked, check=False)
+    assert status == 2 and "weights was 'bfloat16' and is 'bfloat16 rounded stochastically'" in printed
+
+
 def test_thirty_kills_at_random_moments_change_nothing(answered_run, tmp_path):
     """Sampled, so that any dependence on what was running would show."""
     arguments = ["--model_name", "base", "--num_samples", 250, "--do_sample", "true", "--batch_size", 2]
@@ -259,6 +276,10 @@ def test_an_adapter_is_trained_under_fsdp_merged_and_answers_alike(tmp_path):
     assert not list(run_dir.glob("*merged*"))
     merged = run(command("2_merge_lora.py", *merge))
     assert re.search(r"largest logit difference \d+\.\d+ over \d+ tokens", merged.stdout), merged.stdout
+    precision = read_json(run_dir / "checkpoint-10-merged" / "precision.json")
+    assert precision["dtype"] == "bfloat16" and precision["rounding"] == "nearest" and precision["left_out"] == []
+    share = f"rounding to nearest keeps {precision['kept']['bfloat16']:.0%} in bfloat16"
+    assert precision["kept"]["bfloat16"] > 0.95 and share in merged.stdout
     again = run(command("2_merge_lora.py", *merge), check=False)
     assert again.returncode == 2 and "exists" in again.stderr
 

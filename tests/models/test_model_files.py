@@ -11,7 +11,7 @@ from finetuning.data.chat import load_tokenizer
 from finetuning.errors import InputError
 from finetuning.inference.answers import check_prompts
 from finetuning.inference.transformers_engine import load_model
-from finetuning.models.files import fingerprint_model
+from finetuning.models.files import check_model_files, fingerprint_model
 
 DEMO = str(ROOT / "demo/model")
 

@@ -156,3 +156,18 @@ def test_few_samples_models_and_others_are_spoken_of_in_sentences(num):
         for holdout in (0.0, 0.5):
             verdict, text = sentences(models, holdout=holdout)
             assert num == 0 or "left out: 1 sample." in text
+
+
+def test_what_rounding_loses_is_said_and_warned_of_where_it_is_too_much():
+    scores = {"base": [0.1] * 20, "checkpoint-1": [0.5] * 20}
+    for share, number_of_warnings in ((0.513, 1), (0.8996, 1), (0.93, 0)):
+        kept = {"base": [{}] * 20, "checkpoint-1": [{"bfloat16": share, "float16": 1.0001}] * 20}
+        verdict, text = sentences(scores, kept=kept)
+        shown = {0.513: "51%", 0.8996: "89.96%", 0.93: "93%"}[share]
+        assert f"Rounded to bfloat16, to nearest as most tools do, checkpoint-1 keeps {shown} of what it has" in text
+        assert "Rounded to float16, to nearest as most tools do, checkpoint-1 keeps 100% of what" in text
+        headline = build_headline(verdict, pd.DataFrame({"stopped": 1.0}, index=list(scores)), [])
+        for language in ("en", "ko"):
+            lines = say_headline(headline, language)
+            assert len(lines) == 2 + number_of_warnings and all(shown in line for line in lines[2:])
+    assert "Rounded to" not in sentences(scores)[1]

@@ -10,11 +10,15 @@ import time
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import CONFIG, FSDP, ROOT, SMALL, TRAIN, command, kill_all, read_losses, run, run_step, train
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, GenerationConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BartConfig, GenerationConfig
 
 from finetuning.data.chat import load_tokenizer
+from finetuning.models.rounding import round_weights
+from finetuning.training.checkpoints import SafeReader
 
 MODEL = str(ROOT / "demo/model")
 
@@ -116,9 +120,62 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(fsdp_run, copy
     shutil.rmtree(copy_of_run / "checkpoint-10")
     record = json.loads((copy_of_run / "run.json").read_text())
     (copy_of_run / "run.json").write_text(json.dumps({**record, "finished": None}))
-    result = train(copy_of_run, "--resume_from_checkpoint", "true", num_processes=2, **FSDP)
+    given = ("--resume_from_checkpoint", "true", "--save_dtype", "bfloat16", "--rounding", "stochastic")
+    result = train(copy_of_run, *given, num_processes=2, **FSDP)
     assert f"going on from {copy_of_run}/checkpoint-5" in result.stdout
     assert read_losses(copy_of_run) == pytest.approx(read_losses(fsdp_run), abs=1e-6)
+    # two ranks have rounded as one process does, and kept what they had
+    undisturbed, rounded = (load_file(run / "checkpoint-10/model.safetensors") for run in (fsdp_run, copy_of_run))
+    assert undisturbed.keys() == rounded.keys()
+    for name, weights in read_full_weights(copy_of_run / "checkpoint-10").items():
+        assert torch.allclose(weights, undisturbed[name], atol=1e-6, rtol=0), name
+        assert torch.equal(rounded[name], round_weights(weights, torch.bfloat16, name, "stochastic")), name
+    assert AutoConfig.from_pretrained(copy_of_run / "checkpoint-10").dtype == torch.bfloat16
+
+
+def read_full_weights(checkpoint) -> dict[str, torch.Tensor]:
+    """The weights beside the optimizer's state, from which a checkpoint's own were rounded."""
+    metadata = SafeReader(checkpoint / "optimizer").read_metadata().state_dict_metadata
+    weights = {
+        name.removeprefix("weights."): torch.empty(tensor.size, dtype=tensor.properties.dtype)
+        for name, tensor in metadata.items()
+        if name.startswith("weights.")
+    }
+    dcp.load({"weights": weights}, storage_reader=SafeReader(checkpoint / "optimizer"))
+    return weights
+
+
+def test_a_run_that_was_killed_goes_on_from_what_its_checkpoint_was_rounded_from(tmp_path):
+    given = ("--max_steps", 4, "--save_steps", 2, "--save_dtype", "bfloat16", "--rounding", "stochastic")
+    last, ended = tmp_path / "run" / "checkpoint-4", []
+    for said in ("parallelism: single process", f"going on from {tmp_path}/run/checkpoint-2\n"):
+        assert said in train(tmp_path / "run", *given).stdout
+        ended.append((load_file(last / "model.safetensors"), read_full_weights(last)))
+        shutil.rmtree(last)
+        record = json.loads((tmp_path / "run" / "run.json").read_text())
+        (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "finished": None}))
+    assert {tensor.dtype for tensor in ended[0][0].values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in ended[0][1].values()} == {torch.float32}
+    for undisturbed, resumed in zip(*ended, strict=True):
+        assert [name for name in undisturbed if not torch.equal(undisturbed[name], resumed[name])] == []
+
+
+def test_what_rounding_keeps_stands_beside_each_checkpoint_and_in_the_record(fsdp_run):
+    after = load_file(fsdp_run / "checkpoint-5/model.safetensors")
+    before = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).state_dict()
+    update = torch.cat([(after[name] - before[name]).flatten() for name in after]).double()
+    precision = json.loads((fsdp_run / "checkpoint-5/precision.json").read_text())
+    for dtype in (torch.bfloat16, torch.float16):
+        kept = torch.cat([(after[name].to(dtype).float() - before[name]).flatten() for name in after]).double()
+        expected = float(kept.dot(update) / update.dot(update))
+        assert precision["kept"][str(dtype).removeprefix("torch.")] == pytest.approx(expected, rel=1e-5)
+    assert precision["left_out"] == [] and precision["dtype"] == "float32" and precision["rounding"] is None
+    assert json.loads((fsdp_run / "run.json").read_text())["precision"]["checkpoint-5"] == precision
+    share = f"{precision['kept']['bfloat16']:.0%}"
+    assert (
+        f"checkpoint-5: of what was learned, rounding to nearest keeps {share}"
+        in (fsdp_run / "printed.txt").read_text()
+    )
 
 
 def test_a_sharded_run_goes_on_in_a_single_process(fsdp_run, copy_of_run):
@@ -234,6 +291,9 @@ def test_an_overwrite_that_cannot_load_its_model_leaves_the_run_as_it_was(copy_o
         (("--allow", "leakge"), "allow: leakge is none of the checks that refuse"),
         (("--pad_token", "<|nope|>"), "pad_token: <|nope|> is not in the vocabulary"),
         (("--use_peft", "true", "--lora_target_modules", "nope"), "lora_target_modules: "),
+        (("--use_peft", "true", "--save_dtype", "float16"), "save_dtype has no effect with use_peft: true"),
+        (("--save_dtype", "float16", "--dtype", "auto"), "save_dtype and dtype: auto contradict each other"),
+        (("--rounding", "nearest"), "rounding has no effect without save_dtype: bfloat16 or float16"),
         (("--lora_r", 64), "lora_r has no effect without use_peft: true"),
         (("--model_init_kwargs", '{"token": "x"}'), "model_init_kwargs is not used here"),
         (("--assistant_only_loss", "true"), "assistant_only_loss: the chat template does not mark answers"),
