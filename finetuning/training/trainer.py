@@ -119,7 +119,6 @@ class ResumableSFTTrainer(SFTTrainer):
             # Training would go on without gradients through them, and without a word.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        self.precision: dict = {"rounding": None}  # what the last checkpoint keeps of what was learned
         self._logged_tokens = 0
         self._logged_at = time.perf_counter()
 
