@@ -5,6 +5,7 @@ Step 4: let an LLM judge every answer of step 3, through the OpenAI API or any s
     OPENAI_API_KEY=... python 4_openai_test.py --dry_run true                 # what it would send, and cost
     OPENAI_API_KEY=... python 4_openai_test.py --mode batch --max_cost 2.50   # half the price, within a day
     OPENAI_API_KEY=... python 4_openai_test.py --compare checkpoint-148 checkpoint-296
+    OPENAI_API_KEY=... python 4_openai_test.py --audit true                   # tests the judge, not the answers
     python 4_openai_test.py --base_url http://localhost:8000/v1 --judge_model Qwen/Qwen3-32B
 
 Reads   <output_dir>/predictions/<model>.jsonl               the answers
@@ -12,6 +13,7 @@ Writes  <output_dir>/qa_evaluation_results/<model>.jsonl     one row a judged an
         <output_dir>/qa_evaluation_results/<model>.json      judge, criteria, coverage, tokens and cost
         ... /judges/<judge>/<model>.jsonl                    each judge of a jury; its mean is in the file above
         ... /pairs/<A>--<B>.jsonl                            --compare: one row a pair and order
+        ... /audit/<judge>/<text>.jsonl                      --audit: one row a reference, or a text that is worse
         ... /batches/                                        --mode batch: how far each batch is, beside its rows
 
 The answers and their questions are sent to the endpoint. What the judge is asked is in finetuning/judge/form.py, how

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -86,9 +87,12 @@ async def loop(url: str, predictions: Path, concurrency: int) -> None:
 
     from finetuning.judge.form import Evaluation, RequestSettings, build_form
     from finetuning.judge.jobs import answers_to_judge
+    from finetuning.results import iterate_rows
 
     form, settings = build_form(Evaluation, "en"), RequestSettings(max_tokens=2048)
-    items = (item for path in sorted(predictions.glob("*.jsonl")) for item in answers_to_judge(path))
+    items = (
+        item for path in sorted(predictions.glob("*.jsonl")) for item in answers_to_judge(partial(iterate_rows, path))
+    )
     async with AsyncOpenAI(base_url=url, api_key="none") as client:
 
         async def work() -> None:

@@ -113,6 +113,11 @@ def file_name(name: str) -> str:
     return shorten(quoted)
 
 
+def audit_file(evaluations: Path, judge: str, kind: str = "reference") -> Path:
+    """Where a judge's scores of texts of one kind are, by which it is audited; how it does stands beside the first."""
+    return evaluations / "audit" / file_name(judge) / f"{kind}.jsonl"
+
+
 def is_there(path: Path) -> bool:
     """Whether there is such a file.
 

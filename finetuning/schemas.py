@@ -182,6 +182,20 @@ class Judgements(Object, Generic[Identity]):
     identity: Identity
 
 
+class Share(Object):
+    value: Number
+    low: Number
+    high: Number
+    num_samples: Count
+
+
+class Audit(Object):
+    """Beside a judge's scores of references: how often these are the higher ones, by the kind of the other text."""
+
+    identity: dict[str, Any]
+    preferred: NotRequired[dict[Text, dict[Text, Share]]]  # by score and by expected score
+
+
 class HumanRow(Object):
     id: Text
     model: Text
@@ -246,7 +260,7 @@ class BatchItem(Object):
 BATCH, BATCH_ITEM = TypeAdapter(Annotated[Batch, AfterValidator(_check_batch)]), TypeAdapter(BatchItem)
 INFO, PREDICTION_INFO = TypeAdapter(Info), TypeAdapter(PredictionInfo)
 EVALUATION_INFO, JUDGES_INFO = TypeAdapter(Judgements[Criteria]), TypeAdapter(Judgements[Judges])
-COMPARISON_INFO = TypeAdapter(Judgements[Compared])
+COMPARISON_INFO, AUDIT_INFO = TypeAdapter(Judgements[Compared]), TypeAdapter(Audit)
 HUMAN_AGREEMENT = TypeAdapter(HumanAgreement)
 
 

@@ -283,6 +283,11 @@ class JudgeArguments(RunArguments):
     human: str | None = argument(
         None, "A csv of scores that people gave (columns id, model, and score or criteria), to measure the judge by."
     )
+    audit: bool = argument(
+        False,
+        "Test the judge in place of the answers: how often it scores a reference higher than another sample's, than "
+        "itself with its speakers swapped, and than a half of itself.",
+    )
     expected_scores: bool = argument(
         False, "Also take the mean score under the judge's log-probabilities, where the endpoint gives them."
     )
@@ -353,6 +358,8 @@ class JudgeArguments(RunArguments):
                "compare gives no scores, so expected_scores has no effect; leave one of them out"),
         refuse(lambda compare, model_name: compare is not None and model_name != "all",
                "compare names the models itself; leave model_name out"),
+        refuse_each({"compare": None, "human": None, "model_name": "all"}, lambda audit: audit,
+                    "{key} has no effect with audit, which asks about references; leave one of them out"),
         refuse(lambda mode, collect: mode == "live" and collect,
                "collect has no effect without mode: batch; set both, or neither"),
         refuse(lambda dry_run, collect: dry_run and collect,

@@ -16,17 +16,18 @@ What is to be judged: which answers of step 3, by which judge, under which ident
 
 import functools
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from finetuning.config.arguments import JudgeArguments, split_names
 from finetuning.errors import InputError
+from finetuning.judge.audit import build_texts
 from finetuning.judge.form import Form, build_form, to_data
 from finetuning.judge.rubric import load_rubric
 from finetuning.results import check_identity, item_key, iterate_rows, pair_hash, prediction_hash, read_info
-from finetuning.runs import EVALUATIONS, PREDICTIONS, file_name, names_of_files, shorten
+from finetuning.runs import EVALUATIONS, PREDICTIONS, audit_file, file_name, names_of_files, shorten
 from finetuning.schemas import COMPARISON, EVALUATION, PREDICTION
 
 TIE = {"explanation": "Both answers are the same.", "better": "tie"}  # without asking
@@ -66,6 +67,7 @@ class Job:
     limit: int | None = None  # answers of each model that are judged at most; None means all
     compares: list[str] | None = None  # the names of the two models, if it is two
     jury: Path | None = None  # the file of the mean, if the judge is one of several
+    audits: bool = False  # the judge itself, by texts that are made of references
 
     def missing(self, retry_failed: bool, overwrite: bool = False) -> Iterator[Item]:
         """The items that have no evaluation, or one that failed; all of them if existing rows are to be deleted."""
@@ -91,16 +93,22 @@ def build_jobs(run: Path, args: JudgeArguments, mask: Mask | None) -> list[Job]:
         raise InputError(f"no predictions of `{args.model_name}` in {run / PREDICTIONS}; run 3_test.py first")
     paths = [run / PREDICTIONS / f"{name}.jsonl" for name in names]
     ids = _first_ids(paths, args.limit)
+    answers = {name: functools.partial(_read_answers, path, ids) for name, path in zip(names, paths, strict=True)}
+    if args.audit:
+        rows = {row["id"]: row for path in paths for row in iterate_rows(path, PREDICTION)}
+        answers = {kind: functools.partial(iter, texts) for kind, texts in build_texts(rows, ids).items()}
     jobs = []
     for judge_model in [args.judge_model] if args.judges is None else dict.fromkeys(split_names(args.judges)):
         identity = _build_identity(judge_model, form, args)
-        for name, predictions in zip(names, paths, strict=True):
-            items = functools.partial(answers_to_judge, predictions, ids, mask)
-            path, label, jury = run / EVALUATIONS / predictions.name, name, None
-            if args.judges is not None:
+        for name, read in answers.items():
+            items = functools.partial(answers_to_judge, read, mask)
+            path, label, jury = run / EVALUATIONS / f"{name}.jsonl", name, None
+            if args.audit:
+                label, path = f"{name} by {judge_model}", audit_file(run / EVALUATIONS, judge_model, name)
+            elif args.judges is not None:
                 label, jury = f"{name} by {judge_model}", path
                 path = run / EVALUATIONS / "judges" / file_name(judge_model) / path.name
-            jobs.append(Job(label, path, judge_model, form, identity, items, args.limit, jury=jury))
+            jobs.append(Job(label, path, judge_model, form, identity, items, args.limit, jury=jury, audits=args.audit))
     return jobs
 
 
@@ -152,7 +160,7 @@ def check_identities(run: Path, jobs: list[Job], overwrite: bool) -> None:
             # the mean is made anew, of other judges too, but no rows of a single judge are replaced by it
             members = read_info(path)["identity"].get("judge_model") if path.with_suffix(".json").is_file() else None
             check_identity(path, {**identity, "judge_model": members} if isinstance(members, list) else identity)
-    if jobs[0].compares is None:
+    if jobs[0].compares is None and not jobs[0].audits:
         identity = next(iter(means.values()), jobs[0].identity)
         for name in names_of_files(run / EVALUATIONS, "all"):
             path = run / EVALUATIONS / f"{name}.jsonl"
@@ -160,9 +168,9 @@ def check_identities(run: Path, jobs: list[Job], overwrite: bool) -> None:
                 check_identity(path, identity, "All models are judged in the same way (--model_name all)")
 
 
-def answers_to_judge(predictions: Path, ids: set[str] | None = None, mask: Mask | None = None) -> Iterator[Item]:
-    """The answers of one model to the samples with some `ids`; None means all of them."""
-    for row in _read_answers(predictions, ids):
+def answers_to_judge(read: Callable[[], Iterable[dict]], mask: Mask | None = None) -> Iterator[Item]:
+    """The answers of one model, from rows of predictions that are read anew."""
+    for row in read():
         material = {"task": _task(row), "references": row["references"], "answer": row["prediction"]}
         yield Item({"id": row["id"], "prediction_hash": prediction_hash(row)}, material, mask)
 

@@ -6,19 +6,22 @@ Imports without torch.
 """
 
 import math
-import statistics
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from finetuning.agreement import count_pairs, measure_jury, rank_correlation
 from finetuning.errors import to_line
+from finetuning.judge.audit import measure_preferences
 from finetuning.judge.jobs import Item, Job, identity_of_jury, juries
 from finetuning.judge.people import Labels, compare_with_people
 from finetuning.judge.rows import add_usage
 from finetuning.results import RowFile, item_key, iterate_rows, read_info
 from finetuning.wording import plural, say_p, say_share
+
+AUDITED = "in {value:.1%} of {num_samples} pairs (95 % {low:.1%} to {high:.1%})"
 
 
 def report(jobs: list[Job], files: list[RowFile], finished: set[Path], labels: Labels | None, folder: Path) -> None:
@@ -41,6 +44,9 @@ def report(jobs: list[Job], files: list[RowFile], finished: set[Path], labels: L
         print(f"warning: {names} all replied as {to_line(model)}: one model asked several times is no jury")
     if labels is not None:
         print(compare_with_people(labels, folder))
+    for judge in dict.fromkeys(job.judge_model for job in jobs if job.audits):
+        asked = zip(jobs, files, strict=True)
+        print(_report_audit(judge, [(job, file) for job, file in asked if job.judge_model == judge]))
     costs = [file.info["cost"] for file in files if file.info["cost"] is not None]
     possible = sum(file.info["possible_cost"] for file in files)
     if costs or possible:
@@ -78,10 +84,10 @@ def summarize(job: Job, file: RowFile) -> str:
         if row["status"] == "error":
             first_error = first_error or row["error"]
         if row["status"] == "ok" and job.compares is None:
-            scores.append(statistics.fmean(judged["score"] for judged in row["evaluation"].values()))
+            scores.append(fmean(judged["score"] for judged in row["evaluation"].values()))
             lengths.append(length)
             if row["expected"] is not None:
-                expected.append(statistics.fmean(row["expected"].values()))
+                expected.append(fmean(row["expected"].values()))
     info = {
         "num_predictions": len(current),
         "statuses": dict(statuses),
@@ -95,15 +101,15 @@ def summarize(job: Job, file: RowFile) -> str:
     }
     means, below = [], ""
     if job.compares is None:
-        means.append(f"mean {statistics.fmean(scores):.2f} of 10" if scores else "no score")
+        means.append(f"mean {fmean(scores):.2f} of 10" if scores else "no score")
         by_length = rank_correlation(scores, lengths)
         info["length_correlation"] = asdict(by_length)
         below = f"\n  rank correlation of the score with the length of the answer: {by_length}" if scores else ""
     else:
-        below = "\n" + _summarize_pairs(job, job.compares, file, info)
+        below = "\n" + _summarize_pairs(job, job.compares, info)
     if job.identity["expected_scores"] and scores:
         info["num_expected"] = len(expected)
-        mean = f"expected {statistics.fmean(expected):.2f}" if expected else "no log-probabilities from the endpoint"
+        mean = f"expected {fmean(expected):.2f}" if expected else "no log-probabilities from the endpoint"
         means.append(mean)
     file.write_info(**info)
     return _describe(job.name, info, means, first_error) + below
@@ -123,14 +129,12 @@ def _describe(name: str, info: dict, means: list[str], first_error: str | None) 
     return ", ".join(parts) + (f"; failed: {failed}" if failed else "") + (f" ({first_error})" if first_error else "")
 
 
-def _summarize_pairs(job: Job, names: list[str], file: RowFile, info: dict) -> str:
+def _summarize_pairs(job: Job, names: list[str], info: dict) -> str:
     """Who won, and how often the judge looked at the place rather than at the answer."""
-    current = {item.key: item.row["prediction_hash"] for item in job.items()}
     same = {item.row["id"] for item in job.items() if item.known_evaluation is not None}
     replies: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in iterate_rows(file.path):
-        if row["status"] == "ok" and current.get(item_key(row)) == row["prediction_hash"]:
-            replies[row["id"]][row["order"]] = row["evaluation"]["better"]
+    for row in _scored_rows(job):
+        replies[row["id"]][row["order"]] = row["evaluation"]["better"]
     both = {sample: (orders["AB"], orders["BA"]) for sample, orders in replies.items() if len(orders) == 2}
     counts = count_pairs(both.values())
     info["pairs"] = asdict(counts)
@@ -153,6 +157,31 @@ def _summarize_pairs(job: Job, names: list[str], file: RowFile, info: dict) -> s
             f"\n  flip rate {flips}: so often the other answer was preferred once their order changed, which is a tie"
         )
     return line
+
+
+def _scored_rows(job: Job) -> list[dict]:
+    """The rows with a judgement of what is to be judged as it is now."""
+    current = {item.key: item.row["prediction_hash"] for item in job.items()}
+    rows = (row for row in iterate_rows(job.path) if row["status"] == "ok")
+    return [row for row in rows if current.get(item_key(row)) == row["prediction_hash"]]
+
+
+def _report_audit(judge: str, asked: list[tuple[Job, RowFile]]) -> str:
+    """Write how often a judge prefers the references, which it was asked first, beside its scores of them; in lines."""
+    scores: dict[str, dict[str, dict[str, float]]] = {"score": {}, "expected score": {}}
+    for job, _ in asked:
+        rows, kind = _scored_rows(job), job.path.stem
+        scores["score"][kind] = {r["id"]: fmean(j["score"] for j in r["evaluation"].values()) for r in rows}
+        scores["expected score"][kind] = {r["id"]: fmean(r["expected"].values()) for r in rows if r["expected"]}
+    preferred = {name: measure_preferences(its) for name, its in scores.items()}
+    asked[0][1].write_info(preferred=preferred)
+    text = f"audit of {judge}: how often it prefers the true reference, a tie counting one half"
+    for job, file in asked[1:]:
+        num_left_out = asked[0][1].info["num_predictions"] - file.info["num_predictions"]
+        text += f"\n  to `{job.path.stem}`" + (f", which {num_left_out} samples cannot have" if num_left_out else "")
+        for name, its in preferred.items():
+            text += f"; by {name} {AUDITED.format(**its[job.path.stem])}" if job.path.stem in its else ""
+    return text
 
 
 def combine_jury(path: Path, jobs: list[Job]) -> str:
@@ -216,13 +245,12 @@ def _mean_row(item: Item, found: dict[str, dict]) -> dict:
                 f"{judge} ({judged[criterion]['score']}): {judged[criterion]['explanation']}"
                 for judge, judged in evaluations.items()
             ),
-            "score": statistics.fmean(judged[criterion]["score"] for judged in evaluations.values()),
+            "score": fmean(judged[criterion]["score"] for judged in evaluations.values()),
         }
         for criterion in next(iter(evaluations.values()))
     }
     if all(row["expected"] is not None for row in found.values()):
         result["expected"] = {
-            criterion: statistics.fmean(row["expected"][criterion] for row in found.values())
-            for criterion in result["evaluation"]
+            criterion: fmean(row["expected"][criterion] for row in found.values()) for criterion in result["evaluation"]
         }
     return result

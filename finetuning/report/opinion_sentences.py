@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from finetuning.report.opinions import ALL_MODELS, Opinions, PairResult
-from finetuning.report.verdict import Verdict
+from finetuning.report.verdict import CHANCE, Verdict
 from finetuning.report.words import Words
 from finetuning.wording import say_number, say_p, say_share
 
@@ -24,6 +24,7 @@ def say_opinions(opinions: Opinions, verdict: Verdict, language: str = "en") -> 
         if not math.isnan(counts.first_place):  # something was preferred
             first_place = say_share(counts.first_place)
             found.append(words("order", flips=counts.flips, num=counts.num_pairs, first_place=first_place))
+    found += [_say_audit(judge, shares, words) for judge, shares in opinions.audits.items()]
     if len(opinions.jury):
         found += _say_jury(opinions.jury, words)
     found += [words("people again", file=str(file)) for file in opinions.lacking]
@@ -63,6 +64,13 @@ def say_pair(pair: PairResult, verdict: Verdict, language: str) -> str:
     if pair.is_clear:
         return text + words("as the scores" if better == pair.winner else "unlike the scores", second=pair.loser)
     return text + words("but the scores", better=better)
+
+
+def _say_audit(judge: str, shares: dict[str, dict], words: Words) -> str:
+    if "other" not in shares:
+        return words("audit unknown", judge=judge)
+    kinds = ", ".join(words(f"audit {kind}", **share) for kind, share in shares.items())
+    return words("audit passed" if shares["other"]["low"] > CHANCE else "audit failed", judge=judge, kinds=kinds)
 
 
 def _say_jury(jury: pd.DataFrame, words: Words) -> Iterator[str]:

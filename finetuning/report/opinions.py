@@ -7,6 +7,7 @@ Imports without torch.
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from finetuning.report.comparison import holm
 from finetuning.report.samples import name_runs
 from finetuning.resampling import bootstrap_interval, share_interval
 from finetuning.results import iterate_rows, pair_hash, read_info
-from finetuning.runs import EVALUATIONS, HUMAN_AGREEMENT_FILE, is_there, read_json
-from finetuning.schemas import COMPARISON, COMPARISON_INFO, EVALUATION, HUMAN_AGREEMENT, JUDGES_INFO
+from finetuning.runs import EVALUATIONS, HUMAN_AGREEMENT_FILE, audit_file, is_there, names_of_files, read_json
+from finetuning.schemas import AUDIT_INFO, COMPARISON, COMPARISON_INFO, EVALUATION, HUMAN_AGREEMENT, JUDGES_INFO
 from finetuning.wording import LEVEL
 
 ALL_MODELS = "all models"
+ASKED_BY = ("prompt", "temperature", "mask_pii")  # the same where a judge was audited as it has scored
 TURNED = {"first": "second", "second": "first", "tie": "tie"}
 Hashes = dict[tuple[str, str], str]  # of each answer as it is now, by model and id of the sample
 
@@ -91,6 +93,8 @@ class Opinions:
         scores: Of people: model, id, measure, score.
         num_changed: Scores of people of answers that have changed since.
         lacking: Files without the scores of people that they are about.
+        audits: By judge, how often it scores a reference higher than a worse text, by the kind of that text. Nothing is
+            known where the audit has not ended, or asked in another way than the scores were asked for.
     """
 
     pairs: list[PairResult] = field(default_factory=list)
@@ -99,6 +103,7 @@ class Opinions:
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)
     num_changed: int = 0
     lacking: list[Path] = field(default_factory=list)
+    audits: dict[str, dict[str, dict]] = field(default_factory=dict)
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """What there is of pairs, jury and people, for other tools."""
@@ -127,6 +132,7 @@ def load_opinions(runs: list[Path], samples: pd.DataFrame) -> Opinions:
         prefix = f"{run_name}/" if len(runs) > 1 else ""
         opinions.pairs += _load_pairs(run / EVALUATIONS / "pairs", prefix, hashes)
         juries += _load_jury(run / EVALUATIONS, prefix, hashes)
+        opinions.audits |= {prefix + judge: shares for judge, shares in _load_audits(run / EVALUATIONS)}
         path = run / EVALUATIONS / HUMAN_AGREEMENT_FILE
         if is_there(path):
             written = read_json(path, HUMAN_AGREEMENT, "start 4_openai_test.py with --human again")
@@ -212,6 +218,19 @@ def _load_jury(folder: Path, prefix: str, hashes: Hashes) -> list[dict]:
                 }
             )  # fmt: skip
     return rows
+
+
+def _load_audits(folder: Path) -> Iterator[tuple[str, dict[str, dict]]]:
+    """Each audited judge of those whose scores there are, with what its audit found."""
+    for name in names_of_files(folder, "all")[:1]:  # all models are judged in the same way
+        identity = read_info(folder / f"{name}.jsonl", JUDGES_INFO)["identity"]
+        judges = identity["judge_model"]
+        for judge in judges if isinstance(judges, list) else [judges]:
+            path = audit_file(folder, judge)
+            if is_there(path):
+                audit = read_info(path, AUDIT_INFO)
+                is_same = all(audit["identity"].get(key) == identity.get(key) for key in ASKED_BY)
+                yield judge, audit.get("preferred", {}).get("score", {}) if is_same else {}
 
 
 def _measure_people(scores: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:

@@ -96,7 +96,7 @@ def write_report(
         comparisons=build_comparisons(verdict),
         opinion_tables=build_opinions(opinions),
         has_pairs=bool(opinions.pairs),
-        has_opinions=bool(opinions.tables() or opinions.lacking),
+        has_opinions=bool(say_opinions(opinions, verdict)),
         plots=_to_svgs(plots),
         preflights={name: found for name, run in named.items() if (found := read_preflight(run)) is not None},
         lengths=[_to_data_uri(plot) for run in runs for plot in sorted((run / EDA).glob("*.png")) if is_there(plot)],

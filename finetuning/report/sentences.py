@@ -213,7 +213,7 @@ class _HeadlineSpeaker(_Speaker):
         verdict, words = self.verdict, self.words
         why = ""
         if verdict.measure != "overall":
-            why = words("not judged" if verdict.reason[0] == "not judged" else "few judged")
+            why = words(verdict.reason[0] if verdict.reason[0] in words else "few judged")
         mean = words(
             "mean", measure=words(verdict.measure).replace("the judge", "The judge"), why=why, use=self.use,
             points=self.points, mean=self.number(verdict.means[self.use]),

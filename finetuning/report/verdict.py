@@ -4,6 +4,7 @@ Which models are ranked, by which measure, and which is the best of them. Import
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -16,6 +17,7 @@ from finetuning.wording import say_share
 COVERAGE_NEEDED = 0.95  # of its answers a model must have a score of, to be ranked
 SAMPLES_NEEDED = 0.8  # of the samples that are compared a model must have a score of, to be ranked
 STOPPING_NEEDED = 0.95
+CHANCE = 0.5  # the share of pairs in which a judge that sees nothing prefers the reference to another sample's
 
 
 @dataclass
@@ -67,15 +69,16 @@ class Verdict:
         return next(c for c in self.against(first) if c.other == second)
 
 
-def choose_measure(samples: pd.DataFrame) -> tuple[str, tuple[str, dict], dict[str, float]]:
+def choose_measure(samples: pd.DataFrame, audits: Mapping = {}) -> tuple[str, tuple[str, dict], dict[str, float]]:
     """The measure that models are ranked by, and why; and the coverage of the models that it leaves out.
 
-    The judge's overall score, if nearly all answers of at least two models (or of the only one) have one. Else ROUGE-1,
-    or chrF where no reference has the words that ROUGE counts.
+    The judge's overall score, if nearly all answers of at least two models (or of the only one) have one, and
+    no audit says that it means nothing. Else ROUGE-1, or chrF where no reference has the words that ROUGE counts.
     """
     answered = samples[samples["finish_reason"] != "error"]
     coverage = answered.groupby("model", sort=False)["overall"].apply(lambda scores: scores.notna().mean())
-    covered = coverage[coverage >= COVERAGE_NEEDED]
+    failed = [judge for judge, shares in audits.items() if "other" in shares and shares["other"]["low"] <= CHANCE]
+    covered = coverage[coverage >= (math.inf if failed else COVERAGE_NEEDED)]
     if len(covered) and len(covered) == len(coverage):
         return "overall", ("judged", {}), {}
     if len(covered) >= 2:
@@ -83,6 +86,8 @@ def choose_measure(samples: pd.DataFrame) -> tuple[str, tuple[str, dict], dict[s
     measure = "chrf" if answered["rouge1"].isna().all() and answered["chrf"].notna().any() else "rouge1"
     if answered["overall"].isna().all():
         return measure, ("not judged" if answered["status"].isna().all() else "none judged", {}), {}
+    if failed:
+        return measure, ("audit failed", {"judge": failed[0], **audits[failed[0]]["other"]}), {}
     worst = coverage.idxmin()
     figures = {"coverage": say_share(coverage[worst], COVERAGE_NEEDED), "model": worst}
     return measure, ("few judged", figures), {}
@@ -109,7 +114,7 @@ def is_held_out(sample_id: str, holdout: float) -> bool:
     return int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) < holdout * 2**32
 
 
-def decide(samples: pd.DataFrame, baseline: str = "base", holdout: float = 0.0) -> Verdict:
+def decide(samples: pd.DataFrame, baseline: str = "base", holdout: float = 0.0, audits: Mapping = {}) -> Verdict:
     """Name the best model and say what the samples can and cannot show.
 
     Args:
@@ -117,8 +122,9 @@ def decide(samples: pd.DataFrame, baseline: str = "base", holdout: float = 0.0) 
         baseline: The model that all are compared with, if it is there.
         holdout: Share of the samples that have no part in choosing the best, and are reported on. 0 chooses and
             reports on all of them.
+        audits: Of the judges, as opinions.load_opinions gives them.
     """
-    measure, reason, unranked = choose_measure(samples)
+    measure, reason, unranked = choose_measure(samples, audits)
     tables = {name: samples.pivot(index="id", columns="model", values=name) for name in ("overall", "rouge1", "chrf")}
     table = tables[measure][[name for name in samples["model"].unique() if name not in unranked]]
     lacking = find_lacking(table)

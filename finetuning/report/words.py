@@ -25,7 +25,7 @@ class Words:
     def __init__(self, part: str, language: str):
         self._texts = {**read_words("common", language), **read_words(part, language)}
 
-    def __call__(self, key: str, **figures: str | int | None) -> str:
+    def __call__(self, key: str, **figures: str | float | None) -> str:
         """The sentence of this name, with these figures in it."""
         return self._texts[key].format(**figures)
 
