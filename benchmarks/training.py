@@ -1,13 +1,17 @@
 """
 Speed of step 1 beside trl's own `sft` script with its defaults, on the same data and model, at the same losses.
 
-    python benchmarks/training.py                 # a Llama of 17 million parameters with random weights
+    python benchmarks/training.py                 # a Llama of 17 million parameters with random weights, the demo's data
     python benchmarks/training.py --rounds 5 --steps 30
+    python benchmarks/training.py --model models/smollm2-135m-instruct --data data/dialogsum/dev.jsonl --max_length 1024 \\
+        --arms packed "packed, dense mask" --rounds 1 --steps 4
 
-Both train on the same batches in the same order, in turns, each round in a new process; the time is that between the
-first and the last line of the log, so neither start nor saving counts. What step 1 does otherwise than trl's defaults:
-activations are not recomputed where memory allows (activation_checkpointing: auto), and on a CPU only the positions that
-have a label are projected onto the vocabulary. A third arm packs rows, which changes the batches and so the losses.
+The arms of a kind train on the same batches in the same order, in turns, each round in a new process; the time is that
+between the first and the last line of the log, so neither start nor saving counts. What step 1 does otherwise than trl's
+defaults: activations are not recomputed where memory allows (activation_checkpointing: auto), and on a CPU only the
+positions that have a label are projected onto the vocabulary. Packed arms take 2 sequences a step, filled with several
+rows each, where the others take 8 rows: other batches, so other losses. They attend within each row, where the dense
+mask computes all tokens against all. All arms compute in float32 but for the one that says bf16.
 """
 
 import argparse
@@ -29,11 +33,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,
          "vocab_size": 8192, "tie_word_embeddings": True, "max_position_embeddings": 2048}  # fmt: skip
 TRL = [sys.executable, "-m", "trl.scripts.sft", "--use_cpu", "true", "--bf16", "false"]
-OURS = [sys.executable, "1_train_full_fine_tuning.py", "--overwrite", "true"]
+OURS = [sys.executable, "1_train_full_fine_tuning.py", "--overwrite", "true", "--bf16"]
+PACKED = ["--per_device_train_batch_size", "2", "--packing", "true"]
+# Name: which batches it gets, and its command
 ARMS = {
-    "trl sft, defaults": TRL,
-    "step 1, same batches": [*OURS, "--packing", "false"],
-    "step 1, packed as the demo is": [*OURS, "--per_device_train_batch_size", "2", "--max_length", "512"],
+    "trl sft, defaults": ("rows", TRL),
+    "unpacked": ("rows", [*OURS, "false", "--packing", "false"]),
+    "packed": ("packed", [*OURS, "false", *PACKED]),
+    "packed, dense mask": ("packed", [*OURS, "false", *PACKED, "--attn_implementation", "sdpa"]),
+    "packed, bf16": ("packed", [*OURS, "true", *PACKED]),
 }
 
 
@@ -44,16 +52,19 @@ def save_random_model(folder: Path, **shape) -> None:
         shutil.copy(ROOT / "demo/model" / file, folder)
 
 
-def prepare(folder: Path) -> tuple[Path, Path]:
-    """A model with random weights, and the demo's training data as trl reads it: prompt and completion."""
-    model, data = folder / "model", folder / "data"
-    logging.disable_progress_bar()
-    save_random_model(model)
-    data.mkdir()
-    rows = [row["messages"] for row in json.loads((ROOT / "demo/data/train_dataset.json").read_text())]
-    lines = [json.dumps({"prompt": row[:-1], "completion": row[-1:]}, ensure_ascii=False) + "\n" for row in rows]
-    (data / "train.jsonl").write_text("".join(lines), encoding="utf-8")
-    return model, data
+def read_rows(file: Path | None) -> list[dict]:
+    """Rows as trl reads them, prompt and completion: the demo's, or those of a file of DialogSum."""
+    if file is None:
+        conversations = [row["messages"] for row in json.loads((ROOT / "demo/data/train_dataset.json").read_text())]
+        return [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in conversations]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["dialogue"]}],
+            "completion": [{"role": "assistant", "content": row["summary"]}],
+        }
+        for row in rows
+    ]
 
 
 def train(command: list, output_dir: Path) -> tuple[float, dict[int, float]]:
@@ -82,31 +93,53 @@ def train(command: list, output_dir: Path) -> tuple[float, dict[int, float]]:
     return tokens / (times[-1] - times[0]), {entry["step"]: entry["loss"] for entry in log}
 
 
+def report(speeds: dict[str, list[float]], losses: dict[str, dict[int, float]]) -> None:
+    """Print the median of each arm beside the last one's, and how far the losses of equal batches are apart."""
+    slowest = statistics.median(list(speeds.values())[-1])
+    print(f"\n{'medians':<24}tokens/s   ratio")
+    for name, values in speeds.items():
+        print(f"{name:<24}{statistics.median(values):>8,.0f}{statistics.median(values) / slowest:>8.2f}")
+    for batches in ("rows", "packed"):
+        first, *others = [losses[name] for name in losses if ARMS[name][0] == batches] or [{}]
+        apart = [abs(other[step] / first[step] - 1) for other in others for step in first]
+        if apart:
+            print(f"largest difference of a step's loss between arms of equal batches ({batches}): {max(apart):.4%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--model", type=Path, help="folder of a model; left out: random weights")
+    parser.add_argument("--data", type=Path, help="JSON lines with dialogue and summary; left out: the demo's rows")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of a sequence, which packed rows fill")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[3::-1], help="ratios are to the last one")
     args = parser.parse_args()
-    speeds: dict[str, list[float]] = {name: [] for name in ARMS}
+    speeds: dict[str, list[float]] = {name: [] for name in args.arms}
     losses: dict[str, dict[int, float]] = {}
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        model, data = prepare(Path(folder))
+        model, data, run = (
+            Path(args.model or Path(folder, "model")).absolute(),
+            Path(folder, "data"),
+            Path(folder, "run"),
+        )
+        if args.model is None:
+            save_random_model(model)
+        data.mkdir()
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in read_rows(args.data)]
+        (data / "train.jsonl").write_text("".join(lines), encoding="utf-8")
         for round_number in range(args.rounds):
-            for name, arm in ARMS.items():
-                run = Path(folder, "run")
+            for name in args.arms:
                 settings = {"--model_name_or_path": model, "--dataset_name": data, "--output_dir": run,
                             "--max_steps": args.steps, "--save_steps": args.steps, "--logging_steps": 1,
-                            "--learning_rate": 5e-4, "--seed": 42, "--report_to": "none"}  # fmt: skip
-                speed, losses[name] = train([*arm, *(part for pair in settings.items() for part in pair)], run)
+                            "--max_length": args.max_length, "--learning_rate": 2e-5 if args.model else 5e-4,
+                            "--seed": 42, "--report_to": "none"}  # fmt: skip
+                command = [*ARMS[name][1], *(part for pair in settings.items() for part in pair)]
+                speed, losses[name] = train(command, run)
                 speeds[name].append(speed)
-                print(f"round {round_number + 1}: {name:<30}{speed:>8,.0f} tokens/s", flush=True)
-    reference, same = list(ARMS)[:2]
-    apart = max(abs(losses[same][step] / losses[reference][step] - 1) for step in losses[reference])
-    print(f"\n{'median of ' + str(args.rounds) + ' rounds':<32}tokens/s   ratio")
-    for name, values in speeds.items():
-        ratio = statistics.median(values) / statistics.median(speeds[reference])
-        print(f"{name:<32}{statistics.median(values):>8,.0f}{ratio:>8.2f}")
-    print(f"largest difference of a step's loss between the first two: {apart:.4%} over {args.steps} steps")
+                print(f"round {round_number + 1}: {name:<24}{speed:>8,.0f} tokens/s", flush=True)
+    report(speeds, losses)
 
 
 if __name__ == "__main__":
