@@ -13,6 +13,7 @@ in about 4 bits, so they are not those of the Hub to the last digit. What is the
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -92,9 +93,7 @@ def main() -> None:
     if is_complete(FOLDER):
         print(f"{FOLDER} is complete; nothing to do")
         return
-    try:
-        import gguf  # noqa: F401  transformers reads the file with it
-    except ImportError:
+    if importlib.util.find_spec("gguf") is None:  # transformers reads the file with it
         sys.exit("error: gguf is not installed: pip install -r requirements-smollm2.txt")
     partial = FOLDER.with_name(FOLDER.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
