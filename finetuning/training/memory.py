@@ -28,9 +28,16 @@ from finetuning.training.model import ModelPlan, add_adapter, build_planned_mode
 GIB = 2**30
 USABLE = 0.92  # share of the free memory; the rest is left to fragmentation and to other programs
 CPU_BUFFERS = 0.06 * GIB  # for threads, oneDNN, and pages that training touches first
+# On a CPU, glibc's malloc leaves holes between the tensors that live on, and gives none back to the system. A run with
+# MALLOC_MMAP_THRESHOLD_=1048576 has none, and takes a third to a half more of the CPU's time. This share is fitted to
+# runs of SmolLM2 and not derived: docs/preflight.md has them.
+HOLES_PER_ACTIVATION = 0.3
+MAPPED = 32 * 2**20  # bytes from which malloc always maps a buffer of its own, which leaves no hole
 # The fused LM head of trl projects tiles of this many tokens and words (trl/kernels/chunked_logprob.py)
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
-HEAD_COPIES_ON_CPU = 9  # temporaries of one tile in its backward pass; none on a GPU, where it is one kernel
+# Without Triton the gradient of a tile takes temporaries of its size: the logits, scaled, tempered, as log p and as p,
+# the gradient, what is added to it, and a factor of that. Smaller tiles keep them small (ResumableSFTTrainer sets it).
+HEAD_WORDS_ON_CPU, HEAD_COPIES_ON_CPU = 4096, 8
 # Bytes of optimizer state per trained parameter; what is not listed keeps two float32 numbers
 OPTIMIZER_BYTES = {
     "sgd": 0, "adafactor": 0.1, "rmsprop": 4, "adagrad": 4, "lion_32bit": 4, "paged_lion_32bit": 4, "lion_8bit": 1,
@@ -145,6 +152,7 @@ class MemoryPlan:
     activations: float
     head: float
     gathered: float
+    holes: float  # what malloc keeps of freed memory
     other: float
     available: float | None
     activation_checkpointing: bool
@@ -154,7 +162,7 @@ class MemoryPlan:
     def total(self) -> float:
         """The larger of the two peaks of a step: before the backward pass, all activations and the head; after it, all
         gradients. Where gradients are accumulated, those of the batch before are there all the time."""
-        steady = self.parameters + self.optimizer + self.gathered + self.other
+        steady = self.parameters + self.optimizer + self.gathered + self.holes + self.other
         if self.accumulates:
             return steady + self.gradients + self.activations + self.head
         return steady + max(self.activations + self.head, self.gradients + self.head / 4)
@@ -172,7 +180,7 @@ class MemoryPlan:
         return {**sizes, "total": round(self.total)}
 
     def describe(self) -> str:
-        parts = ("parameters", "gradients", "optimizer", "activations", "head", "gathered")
+        parts = ("parameters", "gradients", "optimizer", "activations", "head", "gathered", "holes")
         sizes = ", ".join(f"{name} {gib(getattr(self, name))}" for name in parts if getattr(self, name) >= 0.005 * GIB)
         free = "of an unknown amount" if self.available is None else f"of {gib(self.available)} free"
         return f"{gib(self.total)} {free} per process ({sizes})"
@@ -206,6 +214,7 @@ def plan_memory(
         activations=activations,
         head=head_bytes(shapes, batch, args),
         gathered=gathered_bytes(shapes, args),
+        holes=0.0 if on_gpu else hole_bytes(shapes, args, activations),
         other=0.0 if on_gpu else CPU_BUFFERS,
         available=available,
         activation_checkpointing=checkpointing,
@@ -238,8 +247,8 @@ def state_bytes(shapes: Shapes, args: TrainingArguments, settings: dict) -> tupl
 def head_bytes(shapes: Shapes, batch: Batch, args: TrainingArguments) -> float:
     """Bytes that trl's fused head needs: tiles of logits, and the gradients of what it reads."""
     on_gpu = args.device.type != "cpu"
-    tile_tokens, tile_words = min(round(batch.tokens * batch.labelled), HEAD_TOKENS), min(shapes.vocab_size, HEAD_WORDS)
-    tile = tile_tokens * (HEAD_WORDS * args.compute_dtype.itemsize if on_gpu else tile_words * 4)
+    tile_tokens = min(round(batch.tokens * batch.labelled), HEAD_TOKENS)
+    tile = tile_tokens * (HEAD_WORDS * args.compute_dtype.itemsize if on_gpu else HEAD_WORDS_ON_CPU * 4)
     head = tile * (1 if on_gpu else 1 + HEAD_COPIES_ON_CPU) + batch.tokens * shapes.hidden_size * 4
     if args.label_smoothing_factor:  # the loss is then made of all logits at once
         head += 3 * batch.tokens * shapes.vocab_size * 4
@@ -257,6 +266,16 @@ def gathered_bytes(shapes: Shapes, args: TrainingArguments) -> float:
     if not (args.fsdp_config or {}).get("reshard_after_forward", True):
         num_parameters += shapes.parameters
     return num_parameters * args.compute_dtype.itemsize + shapes.vocab_size * shapes.hidden_size * 4
+
+
+def hole_bytes(shapes: Shapes, args: TrainingArguments, activations: float) -> float:
+    """Bytes that malloc keeps of freed memory: between activations, and where FSDP gathered and reduced each layer."""
+    holes = HOLES_PER_ACTIVATION * activations
+    if args.fsdp and get_world_size() > 1:
+        one_layer = (shapes.parameters - shapes.outside_layers) / shapes.num_layers * args.compute_dtype.itemsize
+        if one_layer < MAPPED:
+            holes += shapes.parameters * args.compute_dtype.itemsize + shapes.trained * 4
+    return holes
 
 
 def what_would_fit(

@@ -42,10 +42,12 @@ from finetuning.training.checkpoints import (
     saved_shapes,
     without_tied_copies,
 )
+from finetuning.training.memory import HEAD_WORDS_ON_CPU
 
 Value = TypeVar("Value")
 
-assert hasattr(trl.trainer.utils, "_use_triton"), "trl has renamed _use_triton, which is replaced here"
+for name in ("_use_triton", "_CHUNKED_LOGPROB_CHUNK_SIZE"):
+    assert hasattr(trl.trainer.utils, name), f"trl has renamed {name}, which is replaced here"
 # trl projects only the positions that have a label onto the vocabulary where it has Triton, and all positions where it
 # has not, so that compilers see constant shapes. Nothing is compiled on a CPU, and most positions are of the question.
 trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
@@ -119,6 +121,8 @@ class ResumableSFTTrainer(SFTTrainer):
             # Training would go on without gradients through them, and without a word.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+        if self.args.device.type == "cpu":
+            trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_WORDS_ON_CPU
         self._logged_tokens = 0
         self._logged_at = time.perf_counter()
 
