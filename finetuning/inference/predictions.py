@@ -52,13 +52,19 @@ def answer_share(
         read_ahead(next_path)
     start = written = time.perf_counter()
     earlier, num_tokens = file.info.get("seconds", 0.0), 0
-    with tqdm(total=len(good), desc=model.name, unit="sample", disable=not is_main_process()) as progress:
-        for answer in engine.answer(good):
+    # in tokens of the prompts, since the longest are answered first: of the samples, the slow ones would be the first
+    progress = tqdm(
+        total=sum(len(prompt.token_ids) for prompt in good), desc=model.name, unit=" prompt tokens", unit_scale=True,
+        smoothing=0, disable=not is_main_process(),
+    )  # fmt: skip
+    with progress:
+        for number, answer in enumerate(engine.answer(good), start=1):
             append_answer(file, samples, answer)
             num_tokens += answer.num_new_tokens
             now = time.perf_counter()
-            progress.set_postfix_str(f"{num_tokens / (now - start):.0f} tokens/s", refresh=False)
-            progress.update()
+            done = f"{number} of {len(good)} samples, {num_tokens / (now - start):.0f} tokens/s"
+            progress.set_postfix_str(done, refresh=False)
+            progress.update(answer.num_prompt_tokens)
             if now - written > 1:
                 file.write_info(seconds=round(earlier + now - start, 2))
                 written = now
