@@ -3,9 +3,11 @@ What this machine's hardware can do, what is chosen for it (dtype, attention, sh
 """
 
 import contextlib
+import ctypes
 import importlib
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -73,6 +75,17 @@ def available_memory(device: torch.device, local_world_size: int) -> float | Non
         (cached,) = re.findall(r"^file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
         free = min(free, limit - used + int(cached))
     return free / local_world_size
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of freed tensors for the next ones, where it runs on Linux with glibc.
+
+    glibc gives large blocks back to the system, and a new one costs a page fault for every 4 KiB: a tenth of the time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+            mallopt(option, 1 << 30)  # bytes
 
 
 def _flash_attention_problem(compute_dtype: torch.dtype) -> str | None:

@@ -16,8 +16,9 @@ Along the length of the cache, one slot holds the keys and values of its sequenc
 
 A step takes in that last token, writes its key and value at position n, and gives the logits of the next token. So the
 prefill of a prompt leaves out its last token (n is p - 1 then): it takes a chunk of prompts of like length, padded on
-the right, where causal attention does not look, and without the language model's head. A slot is free as soon as its
-sequence has ended; memory is freed when all have.
+the right, where causal attention does not look, and without the language model's head. What all prompts begin with, the
+system message above all, is read once, and its keys and values are copied into each slot. A slot is free as soon as
+its sequence has ended; memory is freed when all have.
 
 Greedy tokens are those of `model.generate` for each prompt alone, but for rounding (docs/generation.md).
 """
@@ -43,6 +44,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from finetuning.hardware import keep_freed_memory
+from finetuning.inference.onednn import onednn_products
+
 Prompts = Sequence[Sequence[int]]  # token ids of each
 SLOT_ATTENTION = "slots"
 # Prompt tokens of one prefill, unless one prompt is longer. What a layer makes of 1024 stays in a CPU's L2 cache.
@@ -61,10 +65,14 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
 
     Args:
         slot_groups: [(first slot, last slot + 1, length), ...]; no slot of a group has more keys than its length.
-            None in a prefill, which is the library's own way: causal attention needs no other mask.
+            None in a prefill, which is the library's own way: causal attention needs no other mask. Keys of a shared
+            prefix have no queries; rows of zeros stand in for them, so that queries and keys end at the same token.
     """
     if slot_groups is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        prefix = key.shape[2] - query.shape[2]
+        query = torch.nn.functional.pad(query, (0, 0, prefix, 0))
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output[:, prefix:], None
     slots, heads, _, dim = query.shape
     grouped = query.view(slots, key.shape[1], heads // key.shape[1], dim)
     outputs = [
@@ -102,10 +110,21 @@ class LayerCache:
 
 
 class PromptCache(LayerCache):
-    """Keys and values of a chunk of prompts, as the prefill gives them."""
+    """Keys and values of a chunk of prompts, as the prefill gives them, behind those of the prefix that they share.
+
+    Args:
+        prefix: The cache of the prefix alone, a chunk of one row. None where nothing is shared.
+    """
+
+    def __init__(self, prefix: "PromptCache | None" = None) -> None:
+        super().__init__()
+        self.prefix = prefix
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
         assert layer_idx == len(self.layers)
+        if self.prefix is not None:
+            shared = (tensor.expand(len(key), -1, -1, -1) for tensor in self.prefix.layers[layer_idx])
+            key, value = (torch.cat(pair, dim=2) for pair in zip(shared, (key, value), strict=True))
         self.layers.append((key, value))
         return key, value
 
@@ -248,8 +267,11 @@ class Decoder:
         """
         implementation = self.model.config._attn_implementation
         self.model.set_attn_implementation(SLOT_ATTENTION)
+        if self.model.device.type == "cpu":
+            keep_freed_memory()
         try:
-            yield from self._generate(prompts, seeds)
+            with onednn_products(self.model):
+                yield from self._generate(prompts, seeds)
         finally:
             self.model.set_attn_implementation(implementation)
 
@@ -258,14 +280,18 @@ class Decoder:
         waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         num_slots = min(self.num_slots, len(prompts))
         cache = SlotCache(num_slots, max(map(len, prompts), default=0) + self.config.max_new_tokens)
+        # the first tokens of all prompts, but no prompt's last one, which is for its first step
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False) if len(prompts) > 1 else []
+        shared = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+        prefix = self._read([shared], prefix=None) if shared else None
         active: list[Running] = []  # in the order of their slots
         ends = set(self.config.eos_token_id)
         while waiting or active:
             # 1. Prefill: put waiting prompts into the free slots, where enough of them are free.
             if waiting and num_slots - len(active) >= min(len(waiting), max(1, int(num_slots * REFILL))):
                 while waiting and len(active) < num_slots:
-                    taken = self._take(waiting, prompts, seeds, num_slots - len(active))
-                    self._prefill(cache, taken)
+                    taken = self._take(waiting, prompts, seeds, num_slots - len(active), len(shared))
+                    cache.write(self._read([sequence.prompt[len(shared) : -1] for sequence in taken], prefix))
                     active += taken
             # 2. One step: every active slot takes in its last token, and gives the logits of the next one.
             logits = self._step(cache, active)
@@ -315,32 +341,34 @@ class Decoder:
         tail = self.tokenizer.decode(new_ids[-longest - 1 :])
         return any(stop in tail for stop in self.config.stop_strings)
 
-    def _take(self, waiting: list[int], prompts: Prompts, seeds: Sequence[int], free: int) -> list[Running]:
+    def _take(
+        self, waiting: list[int], prompts: Prompts, seeds: Sequence[int], free: int, num_shared: int
+    ) -> list[Running]:
         """The longest prompts that wait, as many as one prefill takes, out of the list `waiting`."""
         limit = PREFILL_TOKENS.get(self.model.device.type, PREFILL_TOKENS_ELSEWHERE)
         taken: list[Running] = []
         while waiting and len(taken) < free:
-            if taken and len(taken[0].prompt) * (len(taken) + 1) > limit:
+            if taken and (len(taken[0].prompt) - num_shared) * (len(taken) + 1) > limit:
                 break
             index = waiting.pop()
             generator = torch.Generator().manual_seed(seeds[index]) if self.config.do_sample else None
             taken.append(Running(index, list(prompts[index]), generator))
         return taken
 
-    def _prefill(self, cache: SlotCache, sequences: list[Running]) -> None:
-        """Fill the cache with prompts, all but the last token of each, which the first step takes in."""
-        lengths = [sequence.cached for sequence in sequences]
-        # a one-token prompt has nothing to read, but the model wants a column; its key is overwritten
-        width = max(1, *lengths)
-        ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            ids[row, : lengths[row]] = torch.tensor(sequence.prompt[:-1], dtype=torch.long)
-        prompts = PromptCache()
-        positions = torch.arange(width, device=self.model.device)[None].expand(len(sequences), width)
+    def _read(self, token_ids: list[list[int]], prefix: PromptCache | None) -> PromptCache:
+        """Prefill: the keys and values of prompts, from the one of their shared prefix and their tokens behind it."""
+        # where a prompt has nothing to read, the model wants a column all the same; its key is overwritten
+        width = max(1, *map(len, token_ids))
+        ids = torch.zeros(len(token_ids), width, dtype=torch.long)
+        for row, own in enumerate(token_ids):
+            ids[row, : len(own)] = torch.tensor(own, dtype=torch.long)
+        first = 0 if prefix is None else prefix.layers[0][0].shape[2]
+        positions = torch.arange(first, first + width, device=self.model.device)[None].expand(len(token_ids), width)
+        cache = PromptCache(prefix)
         self.model.base_model(
-            input_ids=ids.to(self.model.device), position_ids=positions, past_key_values=prompts, use_cache=True
+            input_ids=ids.to(self.model.device), position_ids=positions, past_key_values=cache, use_cache=True
         )
-        cache.write(prompts)
+        return cache
 
     def _step(self, cache: SlotCache, active: list[Running]) -> torch.Tensor:
         """Logits (sequences, vocabulary) of the next token of each sequence."""

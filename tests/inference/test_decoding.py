@@ -23,6 +23,7 @@ from transformers import (
 
 from finetuning.data.prompts import seed_of
 from finetuning.inference.decoding import Decoder, SlotCache, unsupported_reason
+from finetuning.inference.onednn import onednn_products
 
 VOCABULARY = 997
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -85,11 +86,58 @@ def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
         assert decode(model, prompts, num_slots) == dict(enumerate(expected)), num_slots
 
 
+SYSTEM = [*range(40, 59)]  # what prompts begin with
+SHARED_PREFIXES = {
+    "all": [[*SYSTEM, 60, 61], [*SYSTEM, 62, 63, 64, 65], [*SYSTEM, 66]],
+    "equal prompts": [SYSTEM] * 5,
+    "a prompt that the others begin with": [SYSTEM, [*SYSTEM, 70, 71], [*SYSTEM, 70, 72]],
+    "one token alone": [[40], [40, 41, 42], [40, 41]],
+    "one prompt": [SYSTEM],
+    "nothing in common": [[11, *SYSTEM], [12, *SYSTEM], [13]],
+}
+
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize("prompts", SHARED_PREFIXES.values(), ids=list(SHARED_PREFIXES))
+def test_prompts_that_begin_alike_are_answered_as_each_alone(name, prompts):
+    model = build(*MODELS[name])
+    expected = [alone(model, prompt) for prompt in prompts]
+    for num_slots in (2, 64):  # with two, the later ones follow into slots that were used
+        assert decode(model, prompts, num_slots) == dict(enumerate(expected)), num_slots
+
+
+def test_what_all_prompts_begin_with_is_read_once():
+    model, read = build(*MODELS[FIRST]), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].tolist()))
+    prompts = [[*SYSTEM, 60, number] for number in range(70, 74)]
+    decode(model, prompts, 4)
+    assert read[:3] == [[[*SYSTEM, 60]], [[0]] * 4, [[73], [72], [71], [70]]]  # once, nothing more of each, first step
+
+
+def test_linear_layers_multiply_by_onednn_while_they_answer_and_as_before_afterwards():
+    model, prompts = build(*MODELS["qwen2"]), make_prompts(4)  # qwen2 has biases
+    layer, rows = model.model.layers[0].self_attn.q_proj, torch.randn(3, 5, 64)
+    torch.nn.init.normal_(layer.bias)
+    with torch.inference_mode(), torch.profiler.profile() as profile, onednn_products(model):
+        assert torch.allclose(layer(rows), torch.nn.functional.linear(rows, layer.weight, layer.bias), atol=1e-5)
+    assert "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+    answers = Decoder(model, GREEDY, 4, tokenizer=None).generate(prompts, [0] * 4)
+    next(answers)
+    assert "forward" in vars(layer) and "forward" in vars(model.lm_head)
+    answers.close()  # as when memory runs out
+    assert not any("forward" in vars(module) for module in model.modules())
+    with onednn_products(model.bfloat16()):  # for which torch asks oneDNN by itself
+        assert "forward" not in vars(layer)
+
+
 @pytest.mark.slow
 def test_an_adapter_answers_as_it_does_alone():
     model = build(*MODELS["llama, grouped queries"])
     adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
     prompts = make_prompts(8)
+    assert decode(adapter, SHARED_PREFIXES["all"], 2) == {
+        i: alone(adapter, prompt) for i, prompt in enumerate(SHARED_PREFIXES["all"])
+    }
     expected = [alone(adapter, prompt) for prompt in prompts]
     assert decode(adapter, prompts, 3) == dict(enumerate(expected))
     with adapter.disable_adapter():

@@ -122,14 +122,14 @@ def test_beams_go_through_the_library_and_give_its_answers():
 @pytest.mark.slow
 def test_a_prompt_that_does_not_fit_alone_is_an_error_of_that_sample(monkeypatch):
     engine = load_demo(max_new_tokens=12)
-    prefill = Decoder._prefill
+    read = Decoder._read
 
-    def prefill_if_short(decoder, cache, sequences):
-        if max(sequence.cached for sequence in sequences) > 40:
+    def read_if_short(decoder, token_ids, prefix):
+        if max(map(len, token_ids)) + (0 if prefix is None else prefix.layers[0][0].shape[2]) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        prefill(decoder, cache, sequences)
+        return read(decoder, token_ids, prefix)
 
-    monkeypatch.setattr(Decoder, "_prefill", prefill_if_short)
+    monkeypatch.setattr(Decoder, "_read", read_if_short)
     answers = answers_to(TEXTS, engine, 4)
     failed = [text for text, answer in zip(TEXTS, answers, strict=True) if answer.finish_reason == "error"]
     assert failed == [TEXTS[1]] and "out of memory" in answers[1].error
