@@ -98,6 +98,7 @@ def run_engine(name: str, folder: Path) -> None:
     from finetuning.data.prompts import Prompt
     from finetuning.inference.answers import AnswerReader
     from finetuning.inference.transformers_engine import TransformersEngine, load_model
+    from finetuning.models.rounding import round_loaded
 
     task = json.loads((folder / "task.json").read_text())
     model_folder = task["model"]
@@ -113,7 +114,10 @@ def run_engine(name: str, folder: Path) -> None:
             longest = max(map(len, prompts)) + new_tokens
             engine = VllmEngine(model_folder, reader, dtype, longest, None, 0, {})
         else:
-            engine = TransformersEngine(load_model(model_folder, dtype), reader, None, 0)
+            model = load_model(model_folder, dtype)
+            if name == "bfloat16":  # as step 3 does where rounding to nearest loses what was learned
+                round_loaded(model, model_folder)
+            engine = TransformersEngine(model, reader, None, 0)
         kept: dict[str, list[int]] = {}
         engine.reader.read = lambda prompt, new_ids: kept.update({prompt.id: cut(new_ids, config)})
         start = time.perf_counter()
