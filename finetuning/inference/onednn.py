@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+MIN_WEIGHTS = 1 << 16  # of a layer; with fewer, what oneDNN prepares for each new shape takes longer than the product
+
 
 def multiply(layer: torch.nn.Linear, rows: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, layer.weight, layer.bias, "none", [], "")
@@ -24,6 +26,7 @@ def onednn_products(model: torch.nn.Module) -> Iterator[None]:
         for module in model.modules() if torch.backends.mkldnn.is_available()
         # subclasses have products of their own, and layers that accelerate brings from a file have another forward
         if type(module) is torch.nn.Linear and "forward" not in vars(module)
+        and module.weight.numel() >= MIN_WEIGHTS
         and (module.weight.dtype, module.weight.device.type) == (torch.float32, "cpu")
     ]  # fmt: skip
     for layer in layers:

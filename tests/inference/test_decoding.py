@@ -49,6 +49,11 @@ FIRST, *OTHERS = MODELS
 GREEDY = GenerationConfig(max_new_tokens=12, eos_token_id=[3, 5, 7], pad_token_id=0, do_sample=False)
 
 
+@pytest.fixture(autouse=True)
+def onednn_for_small_layers(monkeypatch):
+    monkeypatch.setattr("finetuning.inference.onednn.MIN_WEIGHTS", 0)
+
+
 def build(model_class, config):
     """Random weights, large enough that a next token depends on all that came before."""
     torch.manual_seed(1)
