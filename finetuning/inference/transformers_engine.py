@@ -21,7 +21,7 @@ from finetuning.errors import InputError
 from finetuning.hardware import available_memory, choose_attention
 from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.inference.decoding import Decoder, unsupported_reason
-from finetuning.models.config import base_of, describe_failure, load_model_config
+from finetuning.models.config import base_of, describe_failure, is_capped, load_model_config
 from finetuning.models.files import is_adapter, list_weight_files
 from finetuning.models.loading import load_adapter
 from finetuning.ranks import get_local_rank, get_local_world_size
@@ -70,11 +70,14 @@ def load_model(
     Raises:
         InputError: There is no such model, or it is no causal language model.
     """
-    load_model_config(name_or_path, **{key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs})
+    source = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = load_model_config(name_or_path, **source)
     settings: dict = {"dtype": dtype, **kwargs}
     attention, _ = choose_attention(None, dtype)
     if attention != "sdpa":  # which is the library's own choice, where the model has it
         settings["attn_implementation"] = attention
+    elif is_capped(config):
+        settings["attn_implementation"] = "eager"
     placement: str | dict[str, int] | None = device_map
     if device_map is None and torch.cuda.is_available():
         placement = {"": get_local_rank()} if get_local_world_size() > 1 else "auto"

@@ -78,6 +78,11 @@ def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     )
 
 
+def is_capped(config: PreTrainedConfig) -> bool:
+    """Whether the model caps its attention logits (Gemma 2), which sdpa would leave out without a word."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
 def own_code(config: PreTrainedConfig, revision: str | None) -> dict[str, str]:
     """The keyword of from_config that takes code which comes with a model from the revision of the model itself."""
     reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")

@@ -28,6 +28,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from finetuning.models.config import is_capped
+
 ROW_ATTENTION = "sdpa_by_rows"
 # Layers whose mask goes to the attention function as it is made here. Others are recurrent, or change the mask first.
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -99,9 +101,13 @@ AttentionInterface.register(ROW_ATTENTION, row_attention)
 AttentionMaskInterface.register(ROW_ATTENTION, row_mask)
 
 
-def unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Why this model's attention cannot go by rows, or None where it can."""
+def find_fallback(model: PreTrainedModel) -> tuple[str, str] | None:
+    """The attention that this model needs in its place, and why; None where it can go by rows."""
+    if not model._supports_sdpa:
+        return "eager", "the model has no sdpa"
+    if is_capped(model.config):
+        return "eager", "sdpa leaves out the cap of the model's attention logits"
     other_layers = set(getattr(model.config.get_text_config(), "layer_types", None) or []) - LAYER_TYPES
     if other_layers:
-        return f"its layers are of {', '.join(sorted(other_layers))}"
-    return None if model._supports_attention_backend else "its attention is of its own kind"
+        return "sdpa", f"its layers are of {', '.join(sorted(other_layers))}"
+    return None if model._supports_attention_backend else ("sdpa", "its attention is of its own kind")

@@ -20,7 +20,7 @@ from finetuning.models.files import is_adapter
 from finetuning.models.loading import load_adapter, refuse_quantised
 from finetuning.ranks import print_main
 from finetuning.training.arguments import TrainingArguments
-from finetuning.training.attention import ROW_ATTENTION, unsupported_reason
+from finetuning.training.attention import ROW_ATTENTION, find_fallback
 
 
 def check_model(name_or_path: str, **source) -> None:
@@ -64,10 +64,10 @@ def plan_model(model_args: ModelArguments, training_args: TrainingArguments, add
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     check_model(name, **source)
     if model_args.attn_implementation == ROW_ATTENTION:
-        reason = unsupported_reason(build_without_weights(load_model_config(name, **source), **source))
-        if reason is not None:
-            model_args.attn_implementation = "sdpa"
-            training_args.hardware_choices["attn_implementation"] = f"sdpa, as {reason}"
+        fallback = find_fallback(build_without_weights(load_model_config(name, **source), **source))
+        if fallback is not None:
+            model_args.attn_implementation, reason = fallback
+            training_args.hardware_choices["attn_implementation"] = f"{fallback[0]}, as {reason}"
     settings = choose_model_settings(model_args, training_args)
     tokenizer, new_ids = prepare_tokenizer(name, training_args, added_tokens, **source)
     return ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, **source))

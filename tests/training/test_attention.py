@@ -15,7 +15,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from finetuning.training.attention import ROW_ATTENTION, unsupported_reason
+from finetuning.inference.transformers_engine import load_model
+from finetuning.training.attention import ROW_ATTENTION, find_fallback
 
 LENGTHS = [5, 40, 1, 17]
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -118,11 +119,28 @@ def test_a_saved_model_does_not_name_it(tmp_path):
 
 
 def test_models_whose_attention_cannot_go_by_rows_are_named():
-    def reason(config):
+    def fallback(config):
         with torch.device("meta"):
-            return unsupported_reason(AutoModelForCausalLM.from_config(config))
+            return find_fallback(AutoModelForCausalLM.from_config(config))
 
-    assert reason(AutoConfig.from_pretrained(ROOT / "demo/model")) is None
-    assert reason(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)) == "its attention is of its own kind"
+    assert fallback(AutoConfig.from_pretrained(ROOT / "demo/model")) is None
+    bloom = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    assert fallback(bloom) == ("eager", "the model has no sdpa")
     lfm2 = AutoConfig.for_model("lfm2", **SIZES, layer_types=["conv", "full_attention"])
-    assert reason(lfm2) == "its layers are of conv"
+    assert fallback(lfm2) == ("sdpa", "its layers are of conv")
+    capped = AutoConfig.for_model("gemma2", **SIZES)
+    assert fallback(capped) == ("eager", "sdpa leaves out the cap of the model's attention logits")
+
+
+def test_step_3_loads_a_model_with_capped_attention_logits_so_that_they_are_capped(tmp_path):
+    """sdpa has no cap, and would leave it out without a word."""
+    config = AutoConfig.for_model("gemma2", **SIZES, attn_logit_softcapping=0.01)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=10)  # large logits, which the cap makes small
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(1, 20)[None]
+    by_sdpa = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")(ids).logits
+    logits = model(ids).logits
+    assert not torch.allclose(by_sdpa, logits, atol=1e-4)
+    assert torch.allclose(load_model(str(tmp_path), torch.float32)(ids).logits, logits, atol=1e-6)
