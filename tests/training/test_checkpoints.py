@@ -299,6 +299,7 @@ def test_what_a_checkpoint_of_another_run_differs_in_is_said(fsdp_run, tmp_path,
 def test_a_run_that_goes_on_in_another_precision_says_so(fsdp_run, tmp_path, capsys):
     stopped = {**json.loads((fsdp_run / "run.json").read_text()), "finished": None}
     (tmp_path / "run.json").write_text(json.dumps(stopped))
+    (tmp_path / "checkpoint-5").mkdir()  # without a model in it, what was computed is a plan only
     for computes, said in ((False, ""), (True, f"bf16: {tmp_path} has computed in float32, and goes on in bfloat16")):
         record = {**stopped, "config": {**stopped["config"], "output_dir": str(tmp_path), "bf16": computes}}
         assert open_run(tmp_path, record, False, None) == (None, False)
