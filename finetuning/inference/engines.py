@@ -26,6 +26,7 @@ from finetuning.models.files import fingerprint_model, is_adapter
 from finetuning.models.rounding import describe_plan, name_of, plan_loading, round_loaded
 from finetuning.ranks import get_world_size
 from finetuning.runs import BASE
+from finetuning.wording import MIN_KEPT
 
 
 @dataclass
@@ -109,7 +110,7 @@ def prepare_model(
         )
     base = (record["config"]["model_name_or_path"], record["config"].get("model_revision"))
     precision = plan_loading(path, base, "float32" if quantised or served is not None else dtype, asked)
-    if precision["kept"]:
+    if precision["rounding"] is not None or min(precision["kept"].values(), default=1) < MIN_KEPT:
         print(f"{name}: {describe_plan(precision)}")
     # in which form they are computed with
     weights = quantised + dtype + (" rounded stochastically" if precision["rounding"] == "stochastic" else "")
