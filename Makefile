@@ -1,5 +1,5 @@
 # make demo         set up, train the demo model, test, judge (if there is a key), and write the report
-# make smollm2      the five steps on a real model: DATA=<folder with DialogSum's dev.jsonl and test.jsonl>; see docs/smollm2.md
+# make smollm2      the five steps on a real model: DATA=<folder with DialogSum's dev.jsonl and test.jsonl>
 # make report       write the report of the newest run, or of RUN=outputs/<run>
 # make check        set up, quality and the quick tests, under a minute: run it all day
 # make test         set up, quality and all tests: run it before a push
@@ -7,7 +7,7 @@
 # make style        format, mend what lint can mend, and take the outputs out of the notebook
 # make constraints  pin what the requirements need in turn; without the file before, at its newest versions
 
-# On a CPU one process with all its threads is faster than several that shard.
+# On a CPU one process takes all threads.
 SMOLLM2_PROCESSES ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),1)
 NUM_SAMPLES ?= 100
 
