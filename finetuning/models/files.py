@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from finetuning.errors import InputError
-from finetuning.runs import ADAPTER_CONFIG
+from finetuning.runs import ADAPTER_CONFIG, HUB_ID
 
 POINTER = b"version https://git-lfs"
 MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
@@ -105,7 +105,7 @@ def _read_pieces(path: Path, begin: int, end: int, number: int, size: int) -> It
 def find_tensors(name_or_path: str, revision: str | None = None) -> dict[str, tuple[Path, int, dict]]:
     """File, offset and header of each tensor of a model; none without safetensors, or if it is not on this machine."""
     folder = Path(name_or_path)
-    if not folder.is_dir():  # a Hub id, of which all that was downloaded stands in one folder
+    if not folder.is_dir() and HUB_ID.fullmatch(name_or_path):  # all that was downloaded of it stands in one folder
         config = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
         folder = Path(config).parent if isinstance(config, str) else folder
     tensors: dict[str, tuple[Path, int, dict]] = {}

@@ -122,7 +122,7 @@ def plan_loading(name_or_path: str, base: tuple[str, str | None], dtype: str, as
         return plan_rounding(read_tensors(name_or_path), base, dtype, asked)
     kept = plan["kept"]
     if plan["rounding"] is not None:  # it was rounded when it was saved; where that was stochastic, nothing was lost
-        kept = {plan["dtype"]: kept[plan["dtype"]]} if plan["rounding"] == "nearest" and kept else {}
+        kept = {d: share for d, share in kept.items() if d == plan["dtype"] and plan["rounding"] == "nearest"}
     return plan | {"dtype": dtype, "kept": kept, "rounding": choose_rounding(asked, dtype, kept)}
 
 

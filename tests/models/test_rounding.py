@@ -162,3 +162,17 @@ def test_a_model_in_float32_is_loaded_as_its_weights_were_rounded(tmp_path):
         write_json(tmp_path / "precision.json", record)
         plan = plan_loading(str(tmp_path), base, "bfloat16", "auto")
         assert plan["rounding"] is None and plan["kept"] == kept
+
+
+@pytest.mark.parametrize("base", ["/no/such/folder", "no such model", "org/not-on-this-machine"])
+def test_a_base_that_is_gone_leaves_the_share_unknown_and_ends_nothing(base):
+    """Step 1 measures at every save, and a run must not be lost with the base that it started from."""
+    plan = plan_rounding([("weight", torch.ones(3))], (base, None), "bfloat16", "auto")
+    assert (plan["kept"], plan["rounding"], plan["left_out"]) == ({}, "nearest", ["weight"])
+    assert "an unknown share" in describe_plan(plan)
+
+
+def test_a_record_that_lacks_its_own_dtype_is_no_traceback(tmp_path):
+    record = {"dtype": "bfloat16", "rounding": "nearest", "kept": {"float16": 0.5}, "left_out": []}
+    write_json(tmp_path / "precision.json", record)
+    assert plan_loading(str(tmp_path), ("base", None), "bfloat16", "auto")["kept"] == {}
