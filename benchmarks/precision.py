@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from finetuning.models.rounding import name_of, plan_rounding, read_tensors, round_weights
+from finetuning.models.rounding import dtype_name, plan_rounding, read_tensors, round_weights
 from finetuning.runs import PRECISION_FILE, read_json, read_run, write_json
 
 COPIES = ((torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"), (torch.float16, "nearest"))
@@ -48,14 +48,14 @@ def main(checkpoint: Path) -> None:
     print(f"measured in {seconds:.2f} s, {sum(t.numel() for t in learned.values()):,} weights: {plan['kept']}")
     learned = {name: tensor for name, tensor in learned.items() if name not in plan["left_out"]}
     for dtype, rounding in COPIES:
-        folder = checkpoint.with_name(f"{checkpoint.name}-{name_of(dtype)}-{rounding}")
+        folder = checkpoint.with_name(f"{checkpoint.name}-{dtype_name(dtype)}-{rounding}")
         shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*OF_TRAINING))
         start = time.perf_counter()
         rounded = {name: round_weights(tensor, dtype, name, rounding) for name, tensor in read_tensors(str(checkpoint))}
         seconds = time.perf_counter() - start
         save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
-        write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": name_of(dtype)})
-        write_json(folder / PRECISION_FILE, plan | {"dtype": name_of(dtype), "rounding": rounding})
+        write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": dtype_name(dtype)})
+        write_json(folder / PRECISION_FILE, plan | {"dtype": dtype_name(dtype), "rounding": rounding})
         print(f"{folder.name}: rounded in {seconds:.2f} s; {compare(rounded, learned, before)}")
 
 

@@ -23,7 +23,7 @@ from finetuning.inference.settings import build_generation_config, describe_gene
 from finetuning.inference.transformers_engine import TransformersEngine, load_model
 from finetuning.models.config import is_plain_lora, load_generation_config, loading_options
 from finetuning.models.files import fingerprint_model, is_adapter
-from finetuning.models.rounding import describe_plan, name_of, plan_loading, round_loaded
+from finetuning.models.rounding import describe_plan, dtype_name, plan_loading, round_loaded
 from finetuning.ranks import get_world_size
 from finetuning.runs import BASE
 from finetuning.wording import MIN_KEPT
@@ -103,7 +103,7 @@ def prepare_model(
     if ignored := ignored_settings(own_config):
         print(f"{name}: without effect here, from its generation_config.json: {json.dumps(ignored, default=str)}")
     quantised = "8bit " if args.load_in_8bit else "4bit " if args.load_in_4bit else ""
-    dtype, asked = name_of(choose_dtype(args.dtype)), args.rounding if engine == "transformers" else "nearest"
+    dtype, asked = dtype_name(choose_dtype(args.dtype)), args.rounding if engine == "transformers" else "nearest"
     if asked == "stochastic" and dtype == "float32":
         raise InputError(
             "rounding has no effect, as weights are computed with in float32 here; set dtype, or leave it out"

@@ -17,6 +17,7 @@ from finetuning.errors import InputError
 from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.models.config import base_of, is_plain_lora
 from finetuning.models.files import is_adapter
+from finetuning.models.rounding import dtype_name
 
 # read when vllm is imported
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -59,7 +60,7 @@ class VllmEngine:
         settings = {
             "model": base_of(path),
             "max_model_len": longest,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "generation_config": "vllm",  # the checkpoint's settings are in `config` already
             "skip_tokenizer_init": not self.config.stop_strings,  # token ids go in and out
             "tokenizer": path,

@@ -29,7 +29,7 @@ NEAREST_NEEDED = 0.95  # share of the update that rounding to nearest must keep,
 PIECE = 1 << 16  # values that are worked on at once, few enough for a core's cache
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -88,7 +88,7 @@ def plan_rounding(
     if device is not None:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    shares = zip(map(name_of, DROPPED_BITS), (sums[1:] / sums[0]).tolist(), strict=True)
+    shares = zip(map(dtype_name, DROPPED_BITS), (sums[1:] / sums[0]).tolist(), strict=True)
     kept = {lower: share for lower, share in shares if math.isfinite(share)}
     return {"dtype": dtype, "rounding": choose_rounding(asked, dtype, kept), "kept": kept, "left_out": left_out}
 

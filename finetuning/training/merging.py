@@ -20,7 +20,7 @@ from finetuning.errors import InputError, make_folder
 from finetuning.models.config import base_of, find_base, load_model_config
 from finetuning.models.files import is_adapter
 from finetuning.models.loading import refuse_quantised
-from finetuning.models.rounding import describe_plan, name_of, plan_rounding, round_weights
+from finetuning.models.rounding import describe_plan, dtype_name, plan_rounding, round_weights
 from finetuning.runs import ADAPTER_CONFIG, PRECISION_FILE, find_models, last_checkpoint, read_json, write_json
 
 TOLERANCE_OF_SCALE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 0.0001}
@@ -144,7 +144,7 @@ def round_merged(model: PreTrainedModel, adapter: str, dtype: torch.dtype, asked
     """The merged model in the dtype of its base, rounded once from float32; what that keeps is printed, and recorded in
     the folder."""
     base, source = find_base(adapter)
-    plan = plan_rounding(model.named_parameters(), (base, source["revision"]), name_of(dtype), asked)
+    plan = plan_rounding(model.named_parameters(), (base, source["revision"]), dtype_name(dtype), asked)
     for name, parameter in model.named_parameters():
         parameter.data = round_weights(parameter.data, dtype, name, plan["rounding"])
     print(describe_plan(plan))

@@ -18,6 +18,7 @@ from finetuning.errors import InputError
 from finetuning.models.config import load_model_config, own_code
 from finetuning.models.files import is_adapter
 from finetuning.models.loading import load_adapter, refuse_quantised
+from finetuning.models.rounding import dtype_name
 from finetuning.ranks import print_main
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.attention import ROW_ATTENTION, find_fallback
@@ -97,7 +98,7 @@ def print_hardware(hardware: dict, plan: ModelPlan, args: TrainingArguments) -> 
     for key, choice in args.hardware_choices.items():
         print_main(f"{key}: {choice}")
     devices = ", ".join(dict.fromkeys(hardware["devices"]))
-    dtype, compute_dtype = (str(dtype).removeprefix("torch.") for dtype in (plan.settings["dtype"], args.compute_dtype))
+    dtype, compute_dtype = map(dtype_name, (plan.settings["dtype"], args.compute_dtype))
     attention = plan.settings["attn_implementation"]
     print_main(f"hardware: {devices}; weights {dtype}, compute {compute_dtype}, attention {attention}")
 

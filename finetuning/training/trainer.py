@@ -27,7 +27,7 @@ from trl import SFTTrainer
 from finetuning.data.chat import end_token_ids
 from finetuning.errors import InputError
 from finetuning.models.loading import record_base
-from finetuning.models.rounding import describe_plan, name_of, plan_rounding, round_weights
+from finetuning.models.rounding import describe_plan, dtype_name, plan_rounding, round_weights
 from finetuning.ranks import is_main_process
 from finetuning.runs import INCOMPLETE, PRECISION_FILE, list_checkpoints, write_json
 from finetuning.training.checkpoints import (
@@ -175,7 +175,7 @@ class ResumableSFTTrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         with failing_together(folder):
             if self.args.base_model is not None:
-                dtype, weights = self.args.save_dtype or name_of(self.model.dtype), self.own_weights().items()
+                dtype, weights = self.args.save_dtype or dtype_name(self.model.dtype), self.own_weights().items()
                 self.precision = plan_rounding(weights, self.args.base_model, dtype, self.args.rounding)
             super().save_model(output_dir, _internal_call)
             if self.args.base_model is not None and self.args.should_save:
@@ -225,7 +225,7 @@ class ResumableSFTTrainer(SFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, self.optimizer.optimizer)}
-        if self.args.save_dtype not in (None, name_of(self.model.dtype)):
+        if self.args.save_dtype not in (None, dtype_name(self.model.dtype)):
             state["weights"] = self.own_weights()
         with warnings.catch_warnings(action="ignore"):  # the warning that a single process saves alone
             dcp.save(state, checkpoint_id=Path(output_dir, OPTIMIZER_FOLDER))
