@@ -11,7 +11,7 @@
 SMOLLM2_PROCESSES ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),1)
 NUM_SAMPLES ?= 100
 
-.PHONY: demo smollm2 report check test quality style constraints install install-dev
+.PHONY: demo smollm2 dialogsum report check test quality style constraints install install-dev
 SHELL := /bin/bash
 
 # The first Python of a version that all pinned packages have wheels for.
@@ -42,8 +42,11 @@ demo: install
 	python 4_openai_test.py --output_dir outputs/demo
 	@$(MAKE) --no-print-directory report RUN=outputs/demo
 
-smollm2: install .venv/requirements-smollm2.installed
-	@test -n "$(DATA)" || { echo "error: make smollm2 DATA=<folder with dev.jsonl and test.jsonl of github.com/cylnlp/dialogsum>"; exit 2; }
+dialogsum:  # before anything is installed
+	@test -f "$(DATA)/dev.jsonl" -a -f "$(DATA)/test.jsonl" || { \
+		echo "error: make smollm2 DATA=<folder with dev.jsonl and test.jsonl of github.com/cylnlp/dialogsum>"; exit 2; }
+
+smollm2: dialogsum install .venv/requirements-smollm2.installed
 	python demo/get_smollm2.py
 	for run in smollm2 smollm2-lora; do \
 		torchrun --nproc_per_node=$(SMOLLM2_PROCESSES) 1_train_full_fine_tuning.py --config recipes/$$run.yaml \
