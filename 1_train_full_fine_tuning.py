@@ -31,7 +31,7 @@ quiet_libraries()
 
 from finetuning.data.training_rows import load_training_rows, tokens_to_add
 from finetuning.training.arguments import TrainingArguments, fit_to_hardware
-from finetuning.training.callbacks import RecordShares, SaveOnTermination, prepare_wandb, show_lines
+from finetuning.training.callbacks import GiveBackMemory, RecordShares, SaveOnTermination, prepare_wandb, show_lines
 from finetuning.training.checkpoints import check_resumable
 from finetuning.training.memory import MemoryPeak
 from finetuning.training.model import load_model, plan_model, print_hardware
@@ -81,7 +81,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         eval_dataset=rows.evaluation,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[RecordShares(run, record), termination],
+        callbacks=[RecordShares(run, record), GiveBackMemory(memory_plan["total"]), termination],
     )
     if script_args.overwrite:  # the older run goes only now, as nothing is left that could refuse to train
         on_main_process(lambda: delete_run(run))

@@ -88,6 +88,13 @@ def keep_freed_memory() -> None:
             mallopt(option, 1 << 30)  # bytes
 
 
+def give_back_freed_memory() -> None:
+    """Give the memory of freed tensors back to the system, where this process runs on Linux with glibc."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def _flash_attention_problem(compute_dtype: torch.dtype) -> str | None:
     """Why FlashAttention 2 cannot be used here, or None if it can."""
     if not torch.cuda.is_available():

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from finetuning.ranks import print_main
+from finetuning.hardware import available_memory, give_back_freed_memory
+from finetuning.ranks import get_local_world_size, print_main
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.records import save_record
 from finetuning.training.trainer import gather
@@ -72,6 +73,25 @@ class RecordShares(TrainerCallback):
             save_record(self.run, self.record)
             percent = ", ".join(f"{share:.1%}" for share in shares)
             print_main(f"parallelism: {kind}, world size {len(shares)}; each rank holds {percent} of the parameters")
+
+
+class GiveBackMemory(TrainerCallback):
+    """On a CPU, give back what malloc keeps of freed memory once too little is free, which costs a tenth of a step.
+
+    Batches differ in length, so what one leaves free does not fit the next one, and a process grows for many steps
+    (docs/preflight.md). With plenty of memory that costs nothing; where it is short, the system would end the run.
+
+    Args:
+        needed: Bytes that a rank needs by its plan.
+    """
+
+    def __init__(self, needed: float):
+        self.spare = needed / 4
+
+    def on_step_end(self, args, state, control, **kwargs):
+        free = available_memory(args.device, get_local_world_size()) if args.device.type == "cpu" else None
+        if free is not None and free < self.spare:
+            give_back_freed_memory()
 
 
 class LineProgress(ProgressCallback):

@@ -1,10 +1,13 @@
 """The memory that training needs: as it is estimated, and beside the measured peak."""
 
 import json
+import sys
 import weakref
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, train
@@ -15,10 +18,12 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from finetuning.data.chat import load_tokenizer
 from finetuning.training import memory
 from finetuning.training.arguments import TrainingArguments
+from finetuning.training.callbacks import GiveBackMemory
 from finetuning.training.memory import Batch, Shapes, plan_memory
 from finetuning.training.model import ModelPlan
 
 MODEL = str(ROOT / "demo/model")
+MIB = 2**20
 
 
 SHAPES = Shapes(
@@ -147,3 +152,21 @@ def test_the_estimate_stands_beside_the_measured_peak(fsdp_run):
     memory = json.loads((fsdp_run / "run.json").read_text())["memory"]
     assert memory["estimate"]["total"] > 0 and memory["measured_peak"] > 0
     assert memory["estimate"]["parameters"] == pytest.approx(4 * 1_151_744 / 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
+def test_freed_memory_is_given_back_only_where_too_little_is_free():
+    """Blocks that live on between freed ones keep malloc from giving these back by itself."""
+    tensors = [torch.ones(1 << 14) for _ in range(4096)]  # 64 KiB each, from malloc's heap
+    kept = tensors[::8]
+    del tensors
+
+    def resident_after_a_step(needed: float) -> int:
+        callback = GiveBackMemory(needed)
+        callback.on_step_end(SimpleNamespace(device=torch.device("cpu")), None, None)
+        return psutil.Process().memory_info().rss
+
+    before = psutil.Process().memory_info().rss
+    assert resident_after_a_step(needed=0) > before - 64 * MIB
+    assert resident_after_a_step(needed=1 << 60) < before - 150 * MIB
+    assert all(tensor.sum() == 1 << 14 for tensor in kept)
