@@ -63,10 +63,11 @@ def _check_setting(key: str, value, engine: str, do_sample: bool) -> None:
 
 
 def ignored_settings(own_config: GenerationConfig) -> dict:
-    """What a checkpoint declares beyond the settings of step 3, which has no effect here."""
+    """What a checkpoint declares beyond the settings of step 3, which has no effect here. What is off never has."""
     others = {"do_sample", "max_new_tokens", "max_length", "use_cache", "transformers_version"}
     known, declared = others.union(OWN_KEYS, PLAIN_SAMPLING), own_config.to_diff_dict().items()
-    return {k: v for k, v in declared if k not in known and not k.endswith("token_id") and k[0] != "_"}
+    shown = {k: v for k, v in declared if v is not False and k[0] != "_"}
+    return {k: v for k, v in shown.items() if k not in known and not k.endswith("token_id")}
 
 
 def describe_generation(config: GenerationConfig, seed: int) -> dict:

@@ -34,4 +34,5 @@ def test_what_is_not_set_comes_from_the_checkpoint(tokenizer):
 def test_what_a_checkpoint_declares_beyond_these_settings_is_named():
     assert ignored_settings(load_generation_config(DEMO, trust_remote_code=False, revision="main")) == {}
     own = GenerationConfig(temperature=0.6, min_p=0.05, suppress_tokens=[7], eos_token_id=[1, 3], max_length=40)
+    own.output_attentions = False
     assert ignored_settings(own) == {"min_p": 0.05, "suppress_tokens": [7]}
