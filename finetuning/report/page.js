@@ -28,10 +28,10 @@ function element(tag, className, text) {
 function speak() {
   words = data.words[language];
   root.lang = language;
-  document.querySelectorAll("[data-word]").forEach(node => {
-    if (node.dataset.original === undefined) node.dataset.original = node.textContent;
-    const word = words[node.dataset.word];  // a term that is used as it is has none
-    node.textContent = word === undefined ? node.dataset.original : word;
+  document.querySelectorAll("[data-word]").forEach(node => { node.textContent = words[node.dataset.word]; });
+  document.querySelectorAll("[data-title]").forEach(node => {
+    const title = node.dataset.title;
+    node.textContent = Object.hasOwn(words.titles, title) ? words.titles[title] : title;
   });
   document.querySelectorAll("[data-lang]").forEach(node => { node.hidden = node.dataset.lang !== language; });
   search.placeholder = words.search;

@@ -1,9 +1,6 @@
 """
-The samples as the page's script reads them: what page.js finds in its `data`. Imports without torch.
+What page.js finds in its `data`. Imports without torch.
 """
-
-import math
-from typing import TypedDict
 
 import pandas as pd
 
@@ -14,78 +11,27 @@ from finetuning.report.verdict import Verdict
 from finetuning.report.words import LANGUAGES, read_words
 from finetuning.runs import to_json
 
-
-class Judgement(TypedDict):
-    score: float
-    explanation: str
-
-
-class Score(TypedDict):
-    measure: str
-    score: float
+OF_ANSWER = (
+    "prediction", "finish_reason", "error", "num_new_tokens", "rouge1", "seq_rep_4", "status", "overall"
+)  # fmt: skip
+DECIMALS = {"rouge1": 3, "seq_rep_4": 3, "overall": 2}  # more would make the page larger
 
 
-class Answer(TypedDict):
-    """A model's answer to a sample, under the names of the rows; null is what is not known."""
+def build_page_data(samples: pd.DataFrame, summary: pd.DataFrame, verdict: Verdict, opinions: Opinions) -> dict:
+    """All that page.js reads.
 
-    prediction: str | None
-    finish_reason: str
-    error: str | None
-    num_new_tokens: float | None
-    rouge1: float | None
-    seq_rep_4: float | None
-    status: str | None  # of the judgement
-    overall: float | None
-    judgements: list[Judgement]  # one for each of the criteria; none where there is no score
-    people: list[Score]
-
-
-class Reply(TypedDict):
-    preferred: str  # first, second, tie
-    explanation: str
-
-
-class Preference(TypedDict):
-    """What a judge says of two answers side by side."""
-
-    pair: int  # its place in `pairs`
-    outcome: str  # first, second, tie
-    replies: list[Reply]  # in either order of the answers
-
-
-class Message(TypedDict):
-    role: str
-    content: str
-
-
-class Sample(TypedDict):
-    id: str
-    messages: list[Message]
-    references: list[str]
-    answers: list[Answer | None]  # one for each of the models; null where there is none
-    preferences: list[Preference]
-
-
-class Pair(TypedDict):
-    first: int | None  # its place in `models`
-    second: int | None
-    judge: str
-
-
-class PageData(TypedDict):
-    words: dict[str, dict[str, str]]  # of each language
-    models: list[str]
-    criteria: list[str]
-    judged: bool  # whether models are ranked by the judge
-    successors: list[
-        tuple[int, int]
-    ]  # places of a checkpoint and of the one after it, between which answers can get worse
-    pairs: list[Pair]
-    samples: list[Sample]
-
-
-def build_page_data(samples: pd.DataFrame, summary: pd.DataFrame, verdict: Verdict, opinions: Opinions) -> PageData:
-    """All that page.js reads."""
+    Returns:
+        words                of each language
+        models, criteria     their names
+        judged               whether models are ranked by the judge
+        successors           places of a checkpoint and of the one after it, between which answers can get worse
+        pairs                first and second (their places in `models`) and judge of each
+        samples              id, messages, references, and of each
+            answers          one for each of the models, or null: the columns OF_ANSWER, null where nothing is known,
+                             judgements (score and explanation for each of the criteria), people (measure and score)
+            preferences      pair (its place in `pairs`), outcome (first, second, tie), and the replies in either order
+                             of the answers (preferred and explanation)
+    """
     models, runs, steps = [str(name) for name in summary.index], list(summary["run"]), list(summary["step"])
     place = {name: i for i, name in enumerate(models)}
     return {
@@ -104,56 +50,28 @@ def build_page_data(samples: pd.DataFrame, summary: pd.DataFrame, verdict: Verdi
     }
 
 
-def _build_samples(samples: pd.DataFrame, place: dict[str, int], opinions: Opinions) -> list[Sample]:
+def _build_samples(samples: pd.DataFrame, place: dict[str, int], opinions: Opinions) -> list[dict]:
     criteria = criteria_of(samples)
-    found: dict[str, Sample] = {}
-    answers: dict[tuple[str, str], Answer] = {}
-    for row in samples.to_dict("records"):
+    found: dict[str, dict] = {}
+    answers: dict[tuple[str, str], dict] = {}
+    for row in samples.round(DECIMALS).to_dict("records"):
         if row["id"] not in found:
-            found[row["id"]] = {
-                "id": row["id"],
-                "messages": [{"role": message["role"], "content": message["content"]} for message in row["messages"]],
-                "references": row["references"],
-                "answers": [None] * len(place),
-                "preferences": [],
-            }
-        answer = answers[row["id"], row["model"]] = _build_answer(row, criteria)
-        found[row["id"]]["answers"][place[row["model"]]] = answer
+            named = {name: row[name] for name in ("id", "messages", "references")}
+            found[row["id"]] = {**named, "answers": [None] * len(place), "preferences": []}
+        judged = [row["evaluation"][criterion] for criterion in criteria] if row["status"] == "ok" else []
+        answer = {**{column: row[column] for column in OF_ANSWER}, "judgements": judged, "people": []}
+        found[row["id"]]["answers"][place[row["model"]]] = answers[row["id"], row["model"]] = answer
     for row in opinions.scores.to_dict("records"):
-        score: Score = {"measure": row["measure"].replace("_", " "), "score": row["score"]}
+        score = {"measure": row["measure"].replace("_", " "), "score": row["score"]}
         answers[row["id"], row["model"]]["people"].append(score)
     for number, pair in enumerate(opinions.pairs):
-        for sample_id, replies in pair.replies.items():
-            found[sample_id]["preferences"].append(
-                {
-                    "pair": number,
-                    "outcome": pair.outcome(sample_id),
-                    "replies": [{"preferred": preferred, "explanation": text} for preferred, text in replies],
-                }
-            )
+        for sample_id, its in pair.replies.items():
+            replies = [{"preferred": preferred, "explanation": text} for preferred, text in its]
+            preference = {"pair": number, "outcome": pair.outcome(sample_id), "replies": replies}
+            found[sample_id]["preferences"].append(preference)
     return list(found.values())
 
 
-def _build_answer(row: dict, criteria: list[str]) -> Answer:
-    judged = [row["evaluation"][criterion] for criterion in criteria] if row["status"] == "ok" else []
-    return {
-        "prediction": row["prediction"],
-        "finish_reason": row["finish_reason"],
-        "error": row["error"],
-        "num_new_tokens": _round(row["num_new_tokens"], 0),
-        "rouge1": _round(row["rouge1"], 3),
-        "seq_rep_4": _round(row["seq_rep_4"], 3),
-        "status": row["status"],
-        "overall": _round(row["overall"], 2),
-        "judgements": [{"score": its["score"], "explanation": its["explanation"]} for its in judged],
-        "people": [],
-    }
-
-
-def _round(value: float, decimals: int) -> float | None:
-    return None if math.isnan(value) else round(value, decimals)
-
-
-def to_script_data(content: PageData) -> str:
+def to_script_data(content: dict) -> str:
     """JSON that can stand in a <script> element: no text in it can close the element."""
     return to_json(content, separators=(",", ":")).replace("<", "\\u003c")
