@@ -48,7 +48,7 @@ def shared_rows(
         InputError: The test split lacks samples that have a row; or there are samples without a row at the end.
     """
     if not is_main_process():
-        missing = _receive()
+        missing = _broadcast(set())
         path = folder / "parts" / f"{model.name}.{get_rank()}.jsonl"
         with RowFile(path, model.identity, overwrite=True) as file:
             yield file, missing
@@ -65,7 +65,7 @@ def shared_rows(
         file.write_info(path=model.path, kept=model.precision["kept"], seconds=seconds, metrics=None)
         if not missing:
             print(f"{model.name}: all {len(ids)} samples have their row already")
-        _send(missing)
+        _broadcast(missing)
         yield file, missing
         _wait_for_all()
         file.absorb()
@@ -83,14 +83,11 @@ def _find_missing(file: RowFile, ids: list[str], all_ids: list[str]) -> set[str]
     return set(ids) - answered
 
 
-def _send(ids: set[str]) -> None:
+def _broadcast(ids: set[str]) -> set[str]:
+    """The ids that the first rank gives, whatever the others do."""
+    box = [ids]
     if get_world_size() > 1:
-        dist.broadcast_object_list([ids], src=0)
-
-
-def _receive() -> set[str]:
-    box: list[set[str]] = [set()]
-    dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 

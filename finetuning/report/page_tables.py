@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from finetuning.measures import describe_measure
 from finetuning.report.opinions import Opinions
-from finetuning.report.tables import Cell, build_cell, build_cells, build_p_cell, title_of
+from finetuning.report.tables import Cell, build_cell, build_cells, build_p_cell, compare_cells, title_of
 from finetuning.report.verdict import Verdict
 
 
@@ -41,19 +40,11 @@ def build_comparisons(verdict: Verdict) -> Table:
     pairs = [] if verdict.best is None else [(verdict.best, c.other) for c in verdict.against(verdict.best)]
     if verdict.baseline is not None:
         pairs += [(c.other, verdict.baseline) for c in verdict.against(verdict.baseline)]
-    rows, decimals = [], describe_measure(verdict.measure)[1]
-    for first, second in dict.fromkeys(pairs):
-        c = verdict.between(first, second)
-        cells: list[Cell | str] = [
-            first,
-            second,
-            build_cell(c.difference, decimals, c.low, c.high, "+"),
-            build_p_cell(c.p),
-        ]
-        cells += [*(build_cell(num, 0) for num in (c.wins, c.ties, c.losses)), build_cell(c.detectable, decimals)]
-        rows.append(Row(cells, "" if c.is_shown else "unclear"))
-    titles = ["model", "minus", "difference", "p (Holm)", "better", "equal", "worse", "detectable"]
-    return Table("comparisons-table", titles, rows)
+    found = [verdict.between(*pair) for pair in dict.fromkeys(pairs)]
+    cells = [compare_cells(c, verdict.measure) for c in found]
+    kinds = ["" if c.is_shown else "unclear" for c in found]
+    rows = [Row(list(its.values()), kind) for its, kind in zip(cells, kinds, strict=True)]
+    return Table("comparisons-table", list(cells[0]) if cells else [], rows)
 
 
 # Of each table of opinions, the titles and the columns under them. An interval is in the columns `_low` and `_high`.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from finetuning.measures import COUNTS, JUDGED, MEASURES, criterion_column, describe_measure
+from finetuning.report.comparison import Comparison
 from finetuning.report.samples import criteria_of
 from finetuning.report.verdict import COVERAGE_NEEDED, Verdict
 from finetuning.resampling import bootstrap_interval, share_interval
@@ -125,21 +126,22 @@ def format_table(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(cells, index=summary.index)
 
 
+def compare_cells(c: Comparison, measure: str) -> dict[str, Cell | str]:
+    """The cells of a comparison of two models, by their titles."""
+    decimals = describe_measure(measure)[1]
+    counts = {"better": c.wins, "equal": c.ties, "worse": c.losses}
+    return {
+        "model": c.better,
+        "minus": c.other,
+        "difference": build_cell(c.difference, decimals, c.low, c.high, "+"),
+        "p (Holm)": build_p_cell(c.p),
+        **{title: build_cell(num, 0) for title, num in counts.items()},
+        "detectable": build_cell(c.detectable, decimals),
+    }
+
+
 def format_comparisons(verdict: Verdict) -> pd.DataFrame:
     """Readable table of all pairs of models."""
-    decimals = describe_measure(verdict.measure)[1]
-    rows = []
-    for c in verdict.comparisons:
-        c = c if c.difference >= 0 else c.turned()
-        rows.append(
-            {
-                "model": c.better,
-                "minus": c.other,
-                "difference": str(build_cell(c.difference, decimals, c.low, c.high)),
-                "p (Holm)": build_p_cell(c.p).text,
-                "better, equal, worse": f"{c.wins}, {c.ties}, {c.losses}",
-                "detectable": build_cell(c.detectable, decimals).text,
-                "shown": "yes" if c.is_clear else "no",
-            }
-        )
-    return pd.DataFrame(rows)
+    found = [c if c.difference >= 0 else c.turned() for c in verdict.comparisons]
+    table = pd.DataFrame([compare_cells(c, verdict.measure) for c in found]).map(str)
+    return table.assign(shown=["yes" if c.is_clear else "no" for c in found])
