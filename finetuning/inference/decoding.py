@@ -23,23 +23,20 @@ its sequence has ended; memory is freed when all have.
 Greedy tokens are those of `model.generate` for each prompt alone, but for rounding (docs/generation.md).
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    DynamicCache,
     GenerationConfig,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -65,14 +62,10 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
 
     Args:
         slot_groups: [(first slot, last slot + 1, length), ...]; no slot of a group has more keys than its length.
-            None in a prefill, which is the library's own way: causal attention needs no other mask. Keys of a shared
-            prefix have no queries; rows of zeros stand in for them, so that queries and keys end at the same token.
+            None in a prefill, which is the library's own way.
     """
     if slot_groups is None:
-        prefix = key.shape[2] - query.shape[2]
-        query = torch.nn.functional.pad(query, (0, 0, prefix, 0))
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return output[:, prefix:], None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     slots, heads, _, dim = query.shape
     grouped = query.view(slots, key.shape[1], heads // key.shape[1], dim)
     outputs = [
@@ -92,63 +85,26 @@ AttentionInterface.register(SLOT_ATTENTION, slot_attention)
 AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
 
 
-class LayerCache:
-    """What models call of transformers' Cache, over the keys and values of each layer."""
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many keys were cached before this call of the model: none in a prefill. SlotCache has those of a step."""
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-
-class PromptCache(LayerCache):
-    """Keys and values of a chunk of prompts, as the prefill gives them, behind those of the prefix that they share.
-
-    Args:
-        prefix: The cache of the prefix alone, a chunk of one row. None where nothing is shared.
-    """
-
-    def __init__(self, prefix: "PromptCache | None" = None) -> None:
-        super().__init__()
-        self.prefix = prefix
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
-        assert layer_idx == len(self.layers)
-        if self.prefix is not None:
-            shared = (tensor.expand(len(key), -1, -1, -1) for tensor in self.prefix.layers[layer_idx])
-            key, value = (torch.cat(pair, dim=2) for pair in zip(shared, (key, value), strict=True))
-        self.layers.append((key, value))
-        return key, value
-
-
-class SlotCache(LayerCache):
-    """Keys and values of `num_slots` sequences of up to `length` tokens.
+class SlotCache:
+    """Keys and values of `num_slots` sequences of up to `length` tokens, with what models call of transformers' Cache.
 
     Each layer is two tensors of shape (slots, key heads, length, dim), which are allocated once.
     """
 
     def __init__(self, num_slots: int, length: int):
-        super().__init__()
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.num_slots, self.length = num_slots, length
         self.active = 0  # slots in use, which are the first ones
         self.longest = 0  # keys of the longest sequence, with that of this step's token
         self.positions = torch.empty(0, dtype=torch.long)  # where each active slot's key of this step goes
 
-    def write(self, prompts: PromptCache) -> None:
+    def write(self, prompts: DynamicCache) -> None:
         """Put prompts into the next free slots."""
         if not self.layers:
-            self.layers = [(self._allocate(key), self._allocate(value)) for key, value in prompts.layers]
-        first, self.active = self.active, self.active + len(prompts.layers[0][0])
-        for tensors, new_tensors in zip(self.layers, prompts.layers, strict=True):
-            for tensor, new in zip(tensors, new_tensors, strict=True):
+            self.layers = [(self._allocate(layer.keys), self._allocate(layer.values)) for layer in prompts.layers]
+        first, self.active = self.active, self.active + len(prompts.layers[0].keys)
+        for tensors, layer in zip(self.layers, prompts.layers, strict=True):
+            for tensor, new in zip(tensors, (layer.keys, layer.values), strict=True):
                 tensor[first : self.active, :, : new.shape[2]] = new
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
@@ -174,7 +130,13 @@ class SlotCache(LayerCache):
         return tuple(tensor[: self.active, :, : self.longest] for tensor in tensors)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many keys were cached before this step."""
         return self.longest - 1
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
 
 
 @dataclass
@@ -222,23 +184,6 @@ def unsupported_reason(model: PreTrainedModel, config: GenerationConfig, longest
     return None
 
 
-def build_processors(config: GenerationConfig) -> tuple[LogitsProcessorList, LogitsProcessorList]:
-    """What changes logits before a token is chosen: what looks at the tokens of each sequence, and what does not."""
-    by_sequence, alike = LogitsProcessorList(), LogitsProcessorList()
-    if config.repetition_penalty not in (None, 1.0):
-        by_sequence.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    if config.no_repeat_ngram_size:
-        by_sequence.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
-    if config.do_sample:
-        if config.temperature not in (None, 1.0):
-            alike.append(TemperatureLogitsWarper(config.temperature))
-        if config.top_k:
-            alike.append(TopKLogitsWarper(config.top_k))
-        if config.top_p is not None and config.top_p < 1.0:
-            alike.append(TopPLogitsWarper(config.top_p))
-    return by_sequence, alike
-
-
 class Decoder:
     """Generates for many prompts with one model.
 
@@ -254,7 +199,9 @@ class Decoder:
     ):
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config, self.num_slots, self.tokenizer = config, num_slots, tokenizer
-        self.processors = build_processors(config)
+        # what changes logits before a token is chosen, as in `generate`; of its length, these settings use nothing
+        self.processors = self.model._get_logits_processor(config, input_ids_seq_length=1)
+        self.looks_back = config.repetition_penalty not in (None, 1.0) or bool(config.no_repeat_ngram_size)
 
     @torch.inference_mode()
     def generate(self, prompts: Prompts, seeds: Sequence[int]) -> Iterator[tuple[int, list[int] | None]]:
@@ -283,7 +230,7 @@ class Decoder:
         # the first tokens of all prompts, but no prompt's last one, which is for its first step
         columns = zip(*(prompt[:-1] for prompt in prompts), strict=False) if len(prompts) > 1 else []
         shared = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
-        prefix = self._read([shared], prefix=None) if shared else None
+        prefix = self._read([shared], DynamicCache()) if shared else DynamicCache()
         active: list[Running] = []  # in the order of their slots
         ends = set(self.config.eos_token_id)
         while waiting or active:
@@ -317,13 +264,14 @@ class Decoder:
         Args:
             logits: (sequences, vocabulary), float32.
         """
-        by_sequence, alike = self.processors
-        if by_sequence:
+        if self.looks_back:
             ids = (torch.tensor([s.prompt + s.new_ids], device=logits.device) for s in active)
-            logits = torch.cat([by_sequence(own, row[None]) for own, row in zip(ids, logits, strict=True)])
+            logits = torch.cat([self.processors(own, row[None]) for own, row in zip(ids, logits, strict=True)])
+        else:
+            logits = self.processors(None, logits)
         if self.config.do_sample:
             # inverse of the cumulative distribution, drawn on the CPU, so independent of batch and device
-            cumulated = alike(None, logits).double().softmax(dim=-1).cumsum(dim=-1)
+            cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
             drawn = torch.stack([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in active])
             score = cumulated[:, -1]
             tokens = torch.searchsorted(cumulated, drawn.to(logits.device) * score[:, None])[:, 0]
@@ -355,19 +303,14 @@ class Decoder:
             taken.append(Running(index, list(prompts[index]), generator))
         return taken
 
-    def _read(self, token_ids: list[list[int]], prefix: PromptCache | None) -> PromptCache:
+    def _read(self, token_ids: list[list[int]], prefix: DynamicCache) -> DynamicCache:
         """Prefill: the keys and values of prompts, from the one of their shared prefix and their tokens behind it."""
         # where a prompt has nothing to read, the model wants a column all the same; its key is overwritten
-        width = max(1, *map(len, token_ids))
-        ids = torch.zeros(len(token_ids), width, dtype=torch.long)
-        for row, own in enumerate(token_ids):
-            ids[row, : len(own)] = torch.tensor(own, dtype=torch.long)
-        first = 0 if prefix is None else prefix.layers[0][0].shape[2]
-        positions = torch.arange(first, first + width, device=self.model.device)[None].expand(len(token_ids), width)
-        cache = PromptCache(prefix)
-        self.model.base_model(
-            input_ids=ids.to(self.model.device), position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        ids = pad_sequence([torch.tensor(own or [0]) for own in token_ids], batch_first=True).to(self.model.device)
+        cache = copy.deepcopy(prefix)
+        cache.batch_repeat_interleave(len(ids))
+        positions = cache.get_seq_length() + torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        self.model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         return cache
 
     def _step(self, cache: SlotCache, active: list[Running]) -> torch.Tensor:

@@ -125,7 +125,7 @@ def test_a_prompt_that_does_not_fit_alone_is_an_error_of_that_sample(monkeypatch
     read = Decoder._read
 
     def read_if_short(decoder, token_ids, prefix):
-        if max(map(len, token_ids)) + (0 if prefix is None else prefix.layers[0][0].shape[2]) > 40:
+        if max(map(len, token_ids)) + prefix.get_seq_length() > 40:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return read(decoder, token_ids, prefix)
 
