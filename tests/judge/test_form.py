@@ -65,7 +65,7 @@ def test_a_seventh_criterion_needs_one_field(project, run_dir):
     assert any("tone" in json.dumps(cell.get("outputs", "")) for cell in cells)
     report = (run_dir / "report.html").read_text()
     assert '"tone","completion quality"]' in report and ">tone</button>" in report
-    assert '{"score":7,"explanation":"tone is so"}' in report
+    assert '{"explanation":"tone is so","score":7}' in report
 
 
 @pytest.mark.slow
