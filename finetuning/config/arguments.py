@@ -6,7 +6,7 @@ Step 1's others are in config/model_arguments.py and training/arguments.py, over
 
 from dataclasses import dataclass, field
 
-from finetuning.config.checks import Checked, Rule, argument, refuse, refuse_each
+from finetuning.config.checks import Checked, Rule, argument, needs, refuse, refuse_each
 from finetuning.errors import to_line
 
 MAX_SEED = 2**32 - 1
@@ -229,33 +229,28 @@ class TestArguments(RunArguments):
 
     RULES = (
         QUANTISED_TWICE, NO_ADDRESS,
-        refuse_each({"temperature": None, "top_p": None, "top_k": None}, lambda do_sample: not do_sample,
-                    "{key} has no effect without `do_sample: true`; set both, or neither"),
+        needs("do_sample: true", {"temperature": None, "top_p": None, "top_k": None}, lambda do_sample: not do_sample),
         refuse(lambda do_sample, temperature: do_sample and temperature is not None and temperature <= 0,
                "temperature: must be more than 0 with do_sample: true, got {temperature}; for greedy answers, "
                "do_sample: false"),
         refuse(lambda do_sample, num_beams: do_sample and (num_beams or 1) > 1,
                "do_sample and num_beams: {num_beams} exclude each other; keep one of them"),
-        refuse_each({"length_penalty": None}, lambda num_beams: (num_beams or 1) == 1,
-                    "length_penalty has no effect without num_beams of 2 or more; set both, or neither"),
+        needs("num_beams of 2 or more", {"length_penalty": None}, lambda num_beams: (num_beams or 1) == 1),
         refuse(lambda stop: any(not text for text in stop or []),
                "stop: an empty text would end every answer at once; leave it out"),
         refuse(lambda engine, base_url: engine == "openai" and base_url is None,
                "engine: openai needs base_url, the address of the server, e.g. http://localhost:8000/v1"),
         refuse(lambda engine, base_url: engine in ("transformers", "vllm") and base_url is not None,
                "base_url is for engine: openai, not {engine}; leave one of them out"),
-        refuse_each({"concurrency": None, "timeout": None}, lambda base_url: base_url is None,
-                    "{key} has no effect without base_url; leave it out"),
+        needs("base_url", {"concurrency": None, "timeout": None}, lambda base_url: base_url is None),
         refuse_each(NOT_OF_ENGINE["vllm"], lambda engine, base_url: engine == "vllm" and not base_url,
                     "{key} is not known to the engine vllm; use engine: transformers, or leave it out"),
         refuse_each(NOT_OF_ENGINE["openai"], lambda engine, base_url: engine == "openai" or base_url,
                     "{key} is not known to the engine openai; use engine: transformers, or leave it out"),
         refuse_each({"rounding": "auto"}, lambda load_in_8bit, load_in_4bit: load_in_8bit or load_in_4bit,
                     "{key} has no effect with load_in_8bit or load_in_4bit, which quantise the weights; leave it out"),
-        refuse(lambda rescore, submission: rescore and submission is not None,
-               "rescore writes no submission; leave rescore out: what is answered is not answered again"),
-        refuse(lambda rescore, overwrite: rescore and overwrite,
-               "rescore reads the predictions that overwrite deletes; keep one of them"),
+        refuse_each({"submission": None, "overwrite": False}, lambda rescore: rescore,
+                    "{key} contradicts rescore, which measures the answers there are; leave one of them out"),
     )  # fmt: skip
 
 
@@ -347,33 +342,19 @@ class JudgeArguments(RunArguments):
                "judges: two of the names differ in capitals only, and some file systems would give them one folder"),
         refuse(lambda judges: judges is not None and len(set(split_names(judges))) < 2,
                "judges: a jury has two or more different judges; for one, use judge_model"),
-        refuse(lambda compare: compare is not None and len(compare) != 2,
-               "compare takes two models, as in --compare checkpoint-148 checkpoint-296"),
-        refuse(lambda compare: compare is not None and len(set(compare)) == 1, "compare: both models are the same"),
-        refuse(lambda compare, judges: compare is not None and judges is not None,
-               "compare asks one judge; leave judges out and name it with judge_model"),
-        refuse(lambda compare, human: compare is not None and human is not None,
-               "compare gives no scores to hold against those of human; leave one of them out"),
-        refuse(lambda compare, expected_scores: compare is not None and expected_scores,
-               "compare gives no scores, so expected_scores has no effect; leave one of them out"),
-        refuse(lambda compare, model_name: compare is not None and model_name != "all",
-               "compare names the models itself; leave model_name out"),
+        refuse(lambda compare: compare is not None and not len(compare) == len(set(compare)) == 2,
+               "compare takes two different models, as in --compare checkpoint-148 checkpoint-296"),
+        refuse_each({"judges": None, "human": None, "expected_scores": False, "model_name": "all"},
+                    lambda compare: compare is not None,
+                    "{key} has no effect with compare: one judge says which of two models is better, without scores"),
         refuse_each({"compare": None, "human": None, "model_name": "all"}, lambda audit: audit,
                     "{key} has no effect with audit, which asks about references; leave one of them out"),
-        refuse(lambda mode, collect: mode == "live" and collect,
-               "collect has no effect without mode: batch; set both, or neither"),
-        refuse(lambda dry_run, collect: dry_run and collect,
-               "dry_run sends nothing and collect fetches; leave one of them out"),
-        refuse(lambda collect, overwrite: collect and overwrite,
-               "overwrite would delete what collect fetches; leave one of them out"),
         refuse_each({"concurrency": None, "requests_per_minute": None, "tokens_per_minute": None},
                     lambda mode: mode == "batch", "{key} has no effect with mode: batch; leave it out"),
-        refuse_each({"poll_seconds": None}, lambda mode: mode == "live",
-                    "poll_seconds has no effect without mode: batch; leave it out"),
-        refuse_each({"poll_seconds": None}, lambda collect: collect,
-                    "poll_seconds has no effect with collect, which looks once; leave it out"),
-        refuse_each({"max_cost": None}, lambda collect: collect,
-                    "max_cost has no effect with collect, which sends nothing; leave it out"),
+        needs("mode: batch", {"collect": False, "poll_seconds": None}, lambda mode: mode == "live"),
+        refuse_each({"dry_run": False, "overwrite": False, "poll_seconds": None, "max_cost": None},
+                    lambda collect: collect,
+                    "{key} contradicts collect, which fetches what is ready and sends nothing; leave one of them out"),
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 The arguments of step 1 about the model. Imports trl, without torch.
 """
 
-import itertools
 import re
 from dataclasses import dataclass, fields
 
@@ -13,11 +12,7 @@ from finetuning.config.checks import Checked, Limits, argument, needs, refuse, r
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 QUANT_STORAGE = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
-LORA_WITHOUT_PEFT = refuse_each(
-    {f.name: f.default for f in fields(ModelConfig) if f.name.startswith("lora_")},
-    lambda use_peft: not use_peft,
-    "{key} has no effect without use_peft: true; add it, or leave the lora_ keys out",
-)
+OF_LORA = {f.name: f.default for f in fields(ModelConfig) if "lora" in f.name or f.name == "use_dora"}
 
 
 @dataclass
@@ -52,15 +47,13 @@ class ModelArguments(ModelConfig, Checked):
               lambda load_in_4bit: not load_in_4bit),
         refuse_each({"load_in_8bit": False, "load_in_4bit": False}, lambda use_peft: not use_peft,
                     "{key} freezes the weights, so nothing would train without use_peft: true"),
-        refuse_each({"use_dora": False, "use_rslora": False}, lambda use_peft: not use_peft,
-                    "{key} has no effect without use_peft: true"),
+        needs("use_peft: true", OF_LORA, lambda use_peft: not use_peft),
         refuse(lambda lora_task_type, use_peft: use_peft and lora_task_type != "CAUSAL_LM",
                "lora_task_type: {lora_task_type} is for models of another kind; leave it out"),
         refuse(lambda lora_target_modules, lora_modules_to_save:
                set(lora_target_modules or []) & set(lora_modules_to_save or []),
                "lora_target_modules and lora_modules_to_save name the same module, which is adapted or trained as a "
                "whole; keep one"),
-        lambda values: itertools.islice(LORA_WITHOUT_PEFT(values), 1),  # one line for all of them
     )  # fmt: skip
 
     def __post_init__(self):

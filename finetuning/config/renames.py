@@ -4,8 +4,11 @@ Keys of older YAMLs, and what became of them: written for trl from 0.8 and trans
 Each is converted, and the user is told, never dropped in silence. Imports without torch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import yaml
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,8 @@ class Change:
     def describe(self, values: dict) -> str:
         if self.renames_only:
             return f"is called {self.new_key} now{self.reason}"
-        read_as = ", ".join(f"{key}: {_yaml(value)}" for key, value in values.items())
+        read_as = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
         return "; ".join(part for part in (f"is read as {read_as}" if read_as else "", self.reason) if part)
-
-
-def _yaml(value) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_yaml(v)}" for key, v in value.items()) + "}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def renamed(new_key: str, reason: str = "") -> Change:

@@ -41,18 +41,16 @@ class TrainingKeys(Checked):
         needs("packing: true", {"packing_strategy": "bfd"}, lambda packing: not packing),
         refuse(lambda assistant_only_loss, completion_only_loss: assistant_only_loss and completion_only_loss is False,
                "assistant_only_loss: true and completion_only_loss: false contradict each other; remove one of them"),
-        refuse(lambda dataloader_persistent_workers, dataloader_num_workers: dataloader_persistent_workers
-               and dataloader_num_workers == 0,
-               "dataloader_persistent_workers has no effect without dataloader_num_workers; set both, or neither"),
+        needs("dataloader_num_workers", {"dataloader_persistent_workers": False},
+              lambda dataloader_num_workers: dataloader_num_workers == 0),
         refuse(lambda lr_scheduler_type, lr_scheduler_kwargs: lr_scheduler_kwargs
                and lr_scheduler_type in ("constant", "constant_with_warmup"),
                "lr_scheduler_kwargs has no effect with lr_scheduler_type: constant; leave it out"),
         refuse(lambda save_strategy: save_strategy == "no",
                "save_strategy: no would leave nothing to test; use steps or epoch"),
-        refuse(lambda save_strategy: save_strategy == "best",
-               "save_strategy: best has no use here, step 5 chooses the checkpoint; use steps or epoch"),
-        refuse(lambda load_best_model_at_end: load_best_model_at_end,
-               "load_best_model_at_end has no use here, step 5 chooses the checkpoint; remove it"),
+        refuse(lambda save_strategy, load_best_model_at_end: save_strategy == "best" or load_best_model_at_end,
+               "save_strategy: best and load_best_model_at_end have no use here, step 5 chooses the checkpoint; use "
+               "steps or epoch, without the other"),
         refuse(lambda model_init_kwargs: model_init_kwargs is not None,
                "model_init_kwargs is not used here; dtype, attn_implementation and model_revision are keys of their "
                "own"),

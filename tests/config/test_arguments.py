@@ -19,7 +19,7 @@ def test_help_is_printed(script):
 
 
 def test_contradicting_generation_settings_are_refused():
-    with pytest.raises(ValueError, match="temperature has no effect without `do_sample: true`"):
+    with pytest.raises(ValueError, match="temperature has no effect without do_sample: true"):
         configs.TestArguments(temperature=0.7)
 
 

@@ -259,7 +259,7 @@ CONTRADICTIONS = [
     ("load_best_model_at_end: true", (1,), "step 5 chooses the checkpoint", "load_best_model_at_end: false"),
     ("deepspeed: zero3.json", (1,), "write fsdp: true instead", "deepspeed: ~"),
     ("hub_model_id: a/b", (1,), "no effect without push_to_hub: true", "hub_model_id: a/b\npush_to_hub: true"),
-    ("dataloader_persistent_workers: true", (1,), "set both", "dataloader_persistent_workers: true\ndataloader_num_workers: 1"),
+    ("dataloader_persistent_workers: true", (1,), "no effect without dataloader_num_workers", "dataloader_persistent_workers: true\ndataloader_num_workers: 1"),
     ("liger_kernel_config: {rope: true}", (1,), "no effect without use_liger_kernel", "liger_kernel_config: {rope: true}\nuse_liger_kernel: true"),
     ("use_peft: true\nlora_task_type: SEQ_CLS", (1, 2), "for models of another kind", "use_peft: true"),
     ("use_peft: true\nlora_target_modules: [q_proj]\nlora_modules_to_save: [q_proj]", (2, 3), "name the same module", "use_peft: true\nlora_target_modules: [q_proj]\nlora_modules_to_save: [lm_head]"),
