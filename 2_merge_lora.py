@@ -30,7 +30,6 @@ from finetuning.data.chat import load_tokenizer
 from finetuning.models.config import base_of, load_generation_config, loading_options
 from finetuning.models.loading import load_adapter
 from finetuning.runs import find_run, read_run
-from finetuning.schemas import TESTED_RUN_RECORD
 from finetuning.training.merging import (
     answer,
     check_base,
@@ -49,7 +48,7 @@ MAX_NEW_TOKENS = 64
 def main(args: MergeArguments) -> None:
     quiet_weight_bars()
     run = find_run(args.output_dir)
-    record = read_run(run, TESTED_RUN_RECORD)
+    record = read_run(run)
     name, path, merged_dir = find_adapter(run, args)
     with partial_folder(merged_dir) as partial_dir:
         in_run = Path(path).resolve().parent == run.resolve()

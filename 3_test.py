@@ -36,7 +36,6 @@ from finetuning.measures import format_metrics, print_table
 from finetuning.ranks import is_main_process
 from finetuning.results import iterate_rows, read_info
 from finetuning.runs import PREDICTIONS, find_models, find_run, read_run
-from finetuning.schemas import TESTED_RUN_RECORD
 
 
 def main(args: TestArguments) -> None:
@@ -51,7 +50,7 @@ def main(args: TestArguments) -> None:
         return
 
     # The engine, the models and the samples.
-    record = read_run(run, TESTED_RUN_RECORD)
+    record = read_run(run)
     models = find_models(run, args.model_name)
     engine = choose_engine(args, list(models.values()))
     served: dict[str, ServedModel] = {}

@@ -143,10 +143,10 @@ def find_run(output_dir: str | None) -> Path:
     return run
 
 
-def read_run(run: Path, schema: TypeAdapter = RUN_RECORD) -> dict:
+def read_run(run: Path) -> dict:
     """The record of the run."""
     remedy = "it is written by 1_train_full_fine_tuning.py: take it from a copy, or train again"
-    return read_json(run / RUN_FILE, schema, remedy)
+    return read_json(run / RUN_FILE, RUN_RECORD, remedy)
 
 
 def checkpoint_step(name: str) -> int:

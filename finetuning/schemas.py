@@ -297,29 +297,17 @@ PRECISION, GENERATION_CONFIG = TypeAdapter(Precision), TypeAdapter(GenerationSet
 
 class RunConfig(Object):
     model_name_or_path: Text
-
-
-class RunRecord(Object):
-    """Of run.json, what the steps need to find models and data."""
-
-    config: RunConfig
-
-
-class DataConfig(RunConfig):
+    model_revision: NotRequired[Text | None]
+    trust_remote_code: NotRequired[bool]
     dataset_name: Text
-
-
-class TestedConfig(DataConfig):
-    dataset_test_split: Text
     dataset_config: NotRequired[Text | None]
+    dataset_test_split: Text
     question_key: NotRequired[Text | None]
     answer_key: NotRequired[Text | None]
     system_prompt: NotRequired[Text | None]
     clean_jamo: NotRequired[bool]
     mask_pii: NotRequired[bool]
     mask_history: NotRequired[bool]
-    model_revision: NotRequired[Text | None]
-    trust_remote_code: NotRequired[bool]
 
 
 def _check_columns(config: dict) -> dict:
@@ -328,36 +316,13 @@ def _check_columns(config: dict) -> dict:
     return config
 
 
-class TestedRunRecord(Object):
-    """Of run.json, what models are tested by: the samples, and how they are phrased."""
-
-    config: Annotated[TestedConfig, AfterValidator(_check_columns)]
-    chat_template: Text | None
-
-
 class Split(Object):
     rows: int
+    hash: Text
 
 
 class Data(Object):
     train: Split
-
-
-class TrainedSplit(Split):
-    hash: Text
-
-
-class TrainedData(Object):
-    train: TrainedSplit
-
-
-class TrainedRunRecord(RunRecord):
-    """Of run.json, what tells whether training may go on."""
-
-    finished: Text | None
-    global_batch_size: int
-    data: TrainedData
-    chat_template: Text
 
 
 class Hardware(Object):
@@ -369,13 +334,15 @@ class Parallelism(Object):
     world_size: int
 
 
-class FullRunRecord(Object):
-    """Of run.json, what the page shows."""
+class RunRecord(Object):
+    """Of run.json, what is read: the model and the data of tests, what the page shows, what training goes on by."""
 
     command: list[Text]
     finished: Text | None
-    config: DataConfig
+    config: Annotated[RunConfig, AfterValidator(_check_columns)]
+    global_batch_size: int
     data: Data
+    chat_template: Text | None
     libraries: dict[Text, Text]
     git_commit: Text | None
     hardware: Hardware
@@ -423,9 +390,8 @@ class TrainerState(TrainingLog):
     global_step: Annotated[int, Field(ge=1)]
 
 
-RUN_RECORD, FULL_RUN_RECORD = TypeAdapter(RunRecord), TypeAdapter(FullRunRecord)
-TRAINED_RUN_RECORD, TESTED_RUN_RECORD = TypeAdapter(TrainedRunRecord), TypeAdapter(TestedRunRecord)
-PREFLIGHT, TRAINING_LOG, TRAINER_STATE = TypeAdapter(Preflight), TypeAdapter(TrainingLog), TypeAdapter(TrainerState)
+RUN_RECORD, PREFLIGHT = TypeAdapter(RunRecord), TypeAdapter(Preflight)
+TRAINING_LOG, TRAINER_STATE = TypeAdapter(TrainingLog), TypeAdapter(TrainerState)
 
 
 def check(content, schema: TypeAdapter, where: str, remedy: str):

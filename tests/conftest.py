@@ -217,23 +217,14 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 def make_run(folder: Path, models: dict[str, list[str]]) -> Path:
     """A run's folder with the predictions of `models`, each a list of answers to the same questions."""
+    from large_run import RECORD
+
     from finetuning.inference.metrics import score_predictions
     from finetuning.results import RowFile, read_rows
     from finetuning.runs import write_json
 
     folder.mkdir(parents=True)
-    record = {
-        "command": ["1_train_full_fine_tuning.py"],
-        "finished": "2026-01-01T00:00:00+00:00",
-        "config": {"model_name_or_path": "demo/model", "dataset_name": "demo/data", "dataset_test_split": "test"},
-        "chat_template": None,
-        "data": {"train": {"rows": 3}},
-        "libraries": {"torch": "2.13.0"},
-        "git_commit": None,
-        "hardware": {"devices": ["cpu"]},
-        "parallelism": {"kind": "fsdp2", "world_size": 2},
-    }
-    write_json(folder / "run.json", record)
+    write_json(folder / "run.json", RECORD)
     for name, answers in models.items():
         file = RowFile(folder / "predictions" / f"{name}.jsonl", {"model": name})
         for i, answer in enumerate(answers):

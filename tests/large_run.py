@@ -8,6 +8,18 @@ from finetuning.judge.form import Evaluation
 from finetuning.results import pair_hash, prediction_hash, read_info, read_rows
 from finetuning.runs import write_json
 
+RECORD = {  # run.json of a run
+    "command": ["1_train_full_fine_tuning.py"],
+    "finished": "2026-01-01T00:00:00+00:00",
+    "config": {"model_name_or_path": "demo/model", "dataset_name": "demo/data", "dataset_test_split": "test"},
+    "global_batch_size": 8,
+    "chat_template": None,
+    "data": {"train": {"rows": 3, "hash": "0"}},
+    "libraries": {"torch": "2.13.0"},
+    "git_commit": None,
+    "hardware": {"devices": ["cpu"]},
+    "parallelism": {"kind": "fsdp2", "world_size": 2},
+}
 ENGLISH = "the of a to and in that it is was for on with as his he be at by I this had not are but from or have".split()
 KOREAN = "회의 는 세 시 에 시작 한다 고 말했다 그 녀 의 집 앞 에서 만나 기로 했다 내일 까지 보고서 를 보낸다".split()
 
@@ -19,17 +31,9 @@ def write_run(folder: Path, num_samples: int, models: list[str], attacks: list[s
         attacks: Texts that take turns in every field that a model, a judge or a dataset writes.
     """
     rng = random.Random(0)
-    record = {
-        "command": ["1_train_full_fine_tuning.py"], "finished": "2026-01-01T00:00:00+00:00",
-        "config": {
-            "model_name_or_path": "demo/model", "dataset_name": (attacks or ["demo/data"])[0], "dataset_test_split": "test",
-        },
-        "chat_template": None,
-        "data": {"train": {"rows": 3}}, "libraries": {"torch": "2.13.0"}, "git_commit": None,
-        "hardware": {"devices": ["cpu"]}, "parallelism": {"kind": "fsdp2", "world_size": 2},
-    }  # fmt: skip
     folder.mkdir(parents=True)
-    write_json(folder / "run.json", record)
+    config = {**RECORD["config"], "dataset_name": (attacks or ["demo/data"])[0]}
+    write_json(folder / "run.json", {**RECORD, "config": config})
 
     def text(num_words: int, i: int) -> str:
         words = " ".join(rng.choice(KOREAN if i % 2 else ENGLISH) for _ in range(num_words))

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+from large_run import RECORD
 
 from finetuning import runs
 from finetuning.errors import InputError
@@ -24,7 +25,7 @@ def run(tmp_path):
     (folder / "notes").mkdir()
     for name in ("checkpoint-12", "unfinished"):
         (folder / name / "INCOMPLETE").touch()
-    write_json(folder / "run.json", {"config": {"model_name_or_path": "demo/model"}})
+    write_json(folder / "run.json", RECORD)
     (folder.parent / "other" / "checkpoint-9").mkdir(parents=True)
     (folder.parent / "other" / "checkpoint-9" / "config.json").touch()
     return folder

@@ -34,7 +34,7 @@ from finetuning.report.samples import load_training_logs, name_runs
 from finetuning.report.sentences import say_headline, say_verdict
 from finetuning.report.words import LANGUAGES, read_words
 from finetuning.runs import EDA, PREFLIGHT_FILE, is_there, read_json, read_run, write_whole
-from finetuning.schemas import FULL_RUN_RECORD, PREFLIGHT
+from finetuning.schemas import PREFLIGHT
 from finetuning.wording import plural
 
 HERE = Path(__file__).parent
@@ -81,7 +81,7 @@ def write_report(
     environment.globals |= {"plural": plural, "words": read_words("page", "en")}
     page = environment.from_string((HERE / "page.html.jinja").read_text(encoding="utf-8")).render(
         title=" · ".join(named),
-        records={name: read_run(run, FULL_RUN_RECORD) for name, run in named.items()},
+        records={name: read_run(run) for name, run in named.items()},
         counts=samples.groupby("run")[["id", "model"]].nunique().to_dict("index"),
         said={
             language: {

@@ -28,7 +28,6 @@ from finetuning.runs import (
     BASE,
     EDA,
     INCOMPLETE,
-    PRECISION_FILE,
     PREFLIGHT_FILE,
     RUN_FILE,
     TRAINER_STATE_FILE,
@@ -39,7 +38,6 @@ from finetuning.runs import (
     read_run,
     write_json,
 )
-from finetuning.schemas import TRAINED_RUN_RECORD
 from finetuning.training.arguments import TrainingArguments
 from finetuning.wording import describe_differences
 
@@ -134,7 +132,7 @@ def compare_origin(checkpoint: Path, record: dict) -> None:
     if not (origin / RUN_FILE).is_file():
         print(f"resume_from_checkpoint: no {RUN_FILE} beside {checkpoint} says what it was trained on", flush=True)
         return
-    old = read_run(origin, TRAINED_RUN_RECORD)
+    old = read_run(origin)
     for key in OPTIMIZER_SETTINGS:
         was, is_now = old["config"].get(key), record["config"].get(key)
         if was != is_now:
@@ -180,7 +178,7 @@ def open_run(
         return checkpoint, False
     if switch == "false":
         raise InputError(f"{run} holds a run that resume_from_checkpoint: false would mix with; use --overwrite true")
-    old, planned = read_run(run, TRAINED_RUN_RECORD), is_planned(run)
+    old, planned = read_run(run), is_planned(run)
     if not planned and (differences := find_differences(old, record)):
         raise InputError(
             f"{run} holds another run: {differences}. Choose another output_dir, "
@@ -260,8 +258,7 @@ def save_plan(run: Path, record: dict) -> str:
 
 def save_record(run: Path, record: dict, **changes) -> None:
     make_folder(run)
-    precision = {path.parent.name: read_json(path) for path in run.glob(f"checkpoint-*/{PRECISION_FILE}")}
-    write_json(run / RUN_FILE, hide({**record, "precision": precision, **changes}))
+    write_json(run / RUN_FILE, hide({**record, **changes}))
 
 
 def now() -> str:

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, command, run
 from demo_server import serve_model
 from judge_servers import StubJudge, completion, serve
+from large_run import RECORD
 from transformers import GenerationConfig
 
 from finetuning.config.arguments import TestArguments as Arguments
@@ -41,7 +42,7 @@ def base_url(tmp_path_factory) -> str:
 @pytest.fixture
 def run_dir(tmp_path):
     """A run of which there is nothing but the base model."""
-    record = {"config": CONFIG, "chat_template": load_tokenizer(str(DEMO)).chat_template}
+    record = {**RECORD, "config": CONFIG, "chat_template": load_tokenizer(str(DEMO)).chat_template}
     (tmp_path / "run").mkdir()
     write_json(tmp_path / "run/run.json", record)
     return tmp_path / "run"

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, command, end_step, kill_all, read_losses, run, run_step, start_step, train, wait_until
+from large_run import RECORD
 
 from finetuning.data.chat import load_tokenizer
 from finetuning.inference.transformers_engine import load_model
@@ -199,7 +200,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
             row = {"prompt": f"{i} " + " ".join(generator.choices(words, k=6)), "completion": generator.choice(words)}
             file.write(json.dumps(row) + "\n")
     config = {"dataset_name": str(tmp_path), "dataset_test_split": "test", "model_name_or_path": DEMO}
-    run_json = {"config": config, "chat_template": load_tokenizer(DEMO).chat_template}
+    run_json = {**RECORD, "config": config, "chat_template": load_tokenizer(DEMO).chat_template}
     peaks = []
     for number in (1_000, 1_000, 20_000):  # the first one finds no cache of the data
         run_dir = tmp_path / f"run{len(peaks)}"
