@@ -27,15 +27,8 @@ METRICS = {  # of a whole model, under the names that step 3 writes
     "length_ratio": MEASURES["length_ratio"],
     "mean_new_tokens": MEASURES["num_new_tokens"],
 }
-COUNTS = (
-    "samples",
-    "errors",
-    "judged",
-    "failed",
-    "coverage",
-    "seconds",
-    "cost",
-)  # columns of models that are no measure
+# columns of models that are no measure
+COUNTS = ("samples", "errors", "judged", "failed", "coverage", "seconds", "cost")
 
 
 def criterion_column(criterion: str) -> str:

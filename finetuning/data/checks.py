@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from finetuning.data.conversations import text_of
 from finetuning.data.jamo import find_jamo
+from finetuning.wording import plural
 
 # the replacement character of a failed decoding, lone surrogates, and control characters other than tab and line ends
 UNREADABLE = re.compile("[\ufffd\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -50,10 +51,6 @@ def normalize(text: str) -> str:
     return " ".join(words) if words else " ".join(folded.split())
 
 
-def count_rows(number: int) -> str:
-    return f"{number} row{'s' if number != 1 else ''}"
-
-
 def question_of(prompt: list[dict]) -> str:
     """What a prompt asks, without the system message that all rows share."""
     return "\n".join(text_of(message) for message in prompt if message["role"] != "system")
@@ -75,8 +72,8 @@ def check_turns(num_turns: list[int], num_learned: list[int], left_out: list[int
     rows = [row for row, number in enumerate(left_out) if number]
     if rows:
         text += (
-            f"; {missing} in {count_rows(len(rows))} are not learned, as the chat template writes an earlier answer in "
-            "another way than the last one, without its thinking for instance. Use one that writes them alike "
+            f"; {missing} in {plural(len(rows), 'row')} are not learned, as the chat template writes an earlier answer "
+            "in another way than the last one, without its thinking for instance. Use one that writes them alike "
             "(chat_template_path; trl has some in its folder chat_templates, as qwen3_training.jinja), or make a row "
             "of each answer"
         )
@@ -94,7 +91,7 @@ def check_template(hidden: list[str], begins_alike: list[bool], where: str) -> l
     findings = []
     keys = Counter(key for row in hidden for key in row.split())
     if keys:
-        shown = ", ".join(f"{key} ({count_rows(number)})" for key, number in keys.items())
+        shown = ", ".join(f"{key} ({plural(number, 'row')})" for key, number in keys.items())
         text = f"{where}it does not show {shown}, so the model never sees them; use one that does (chat_template_path)"
         rows = [row for row, hidden_here in enumerate(hidden) if hidden_here]
         level = "note" if set(keys) == {"name"} else "warning"
@@ -102,9 +99,9 @@ def check_template(hidden: list[str], begins_alike: list[bool], where: str) -> l
     unlike = [row for row, alike in enumerate(begins_alike) if not alike]
     if unlike:
         text = (
-            f"{where}{count_rows(len(unlike))} do not begin with the tokens of their prompt, as step 3 will give it: "
-            "the chat template writes a prompt alone in another way, or a token spans the end of it and the beginning "
-            "of the answer"
+            f"{where}{plural(len(unlike), 'row')} do not begin with the tokens of their prompt, as step 3 will give "
+            "it: the chat template writes a prompt alone in another way, or a token spans the end of it and the "
+            "beginning of the answer"
         )
         findings.append(Finding("prompt_tokens", "warning", text, unlike))
     return findings
@@ -122,10 +119,10 @@ def check_control_tokens(texts: list[str], tokens: list[str], where: str) -> lis
     if not tokens or not found:
         return []
     counts = Counter(token for matches in found.values() for token in matches)
-    shown = ", ".join(f"{token} ({count_rows(number)})" for token, number in counts.most_common())
+    shown = ", ".join(f"{token} ({plural(number, 'row')})" for token, number in counts.most_common())
     share = f"{len(found) / len(texts):.1%}".replace("%", " %")
     text = (
-        f"{where}{count_rows(len(found))} ({share}) with control tokens in their text, which the tokenizer "
+        f"{where}{plural(len(found), 'row')} ({share}) with control tokens in their text, which the tokenizer "
         f"does not read as text: {shown}; take them out, or the model learns turns that nobody has said"
     )
     return [Finding("control_tokens", "warning", text, list(found), dict(counts))]
@@ -157,6 +154,6 @@ def check_rows(questions: list[str], answers: list[str]) -> list[Finding]:
          "with strings of bare jamo such as ㅋㅋㅋ; clean_jamo: true removes them"),
     ]  # fmt: skip
     findings = [
-        Finding(check, level, f"{count_rows(len(rows))} {text}", rows) for check, level, rows, text in faults if rows
+        Finding(check, level, f"{plural(len(rows), 'row')} {text}", rows) for check, level, rows, text in faults if rows
     ]
     return findings or [Finding("rows", "ok", "no row is empty, repeated or unreadable")]

@@ -5,7 +5,7 @@ The rows that step 1 trains on and validates with, as prompts and completions. I
 from datasets import Dataset, Features, Value
 
 from finetuning.config.arguments import ScriptArguments
-from finetuning.data.checks import count_rows, question_of
+from finetuning.data.checks import question_of
 from finetuning.data.files import load_split
 from finetuning.data.fingerprints import fingerprint_of_result
 from finetuning.data.leaks import find_leaks
@@ -15,6 +15,7 @@ from finetuning.data.rows import describe_bad_rows, to_training_row
 from finetuning.data.samples import load_test_samples
 from finetuning.errors import InputError
 from finetuning.ranks import print_main
+from finetuning.wording import plural
 
 TRAINING_FEATURES = Features(
     {
@@ -78,7 +79,7 @@ def _drop_leaks(rows: Dataset, use: str, held_out: list[str]) -> Dataset:
         raise InputError(f"drop_leaks: every {use} row equals or nearly equals a held-out sample; name another split")
     shown = ", ".join(map(str, leaking[:10])) + (f" and {len(leaking) - 10} more" if len(leaking) > 10 else "")
     print_main(
-        f"drop_leaks: {len(leaking)} of {count_rows(len(rows))} for {use} are left out, as a held-out sample equals "
+        f"drop_leaks: {len(leaking)} of {plural(len(rows), 'row')} for {use} are left out, as a held-out sample equals "
         f"({len(equal)}) or nearly equals ({len(near)}) them: {shown}. What follows counts rows without them"
     )
     return rows.select(sorted(set(range(len(rows))).difference(leaking)))

@@ -33,6 +33,7 @@ from finetuning.schemas import TRAINER_STATE
 
 OPTIMIZER_FOLDER = "optimizer"
 METADATA_FILE = ".metadata"
+WEIGHTS = "*model*.safetensors"  # files of a model, or of an adapter
 SCHEDULER_FILE = "scheduler.pt"
 
 # Everything that torch's index of an optimizer state may name, besides the dtypes, which are constants of torch.
@@ -137,8 +138,9 @@ def check_resumable(checkpoint: Path) -> None:
         state = read_json(checkpoint / TRAINER_STATE_FILE, TRAINER_STATE, remedy)
     if checkpoint_step(checkpoint.name) not in (-1, state["global_step"]):
         raise InputError(f"{checkpoint / TRAINER_STATE_FILE} is of step {state['global_step']}; {remedy}")
-    if not weight_files(checkpoint):
-        raise InputError(f"{checkpoint} holds no weights ({checkpoint / weights_name(checkpoint)}); {remedy}")
+    if not any(checkpoint.glob(WEIGHTS)):
+        name = "adapter_model.safetensors" if is_adapter(checkpoint) else "model.safetensors"
+        raise InputError(f"{checkpoint} holds no weights ({checkpoint / name}); {remedy}")
     try:
         check_model_files(str(checkpoint))
     except InputError as error:
@@ -156,16 +158,6 @@ def check_resumable(checkpoint: Path) -> None:
             size = (optimizer / name).stat().st_size
             if size < end:
                 raise ValueError(f"cut off, {size:,} of {end:,} bytes")
-
-
-def weights_name(checkpoint: Path) -> str:
-    """Name of the file with the weights where they are not spread over several."""
-    return "adapter_model.safetensors" if is_adapter(checkpoint) else "model.safetensors"
-
-
-def weight_files(checkpoint: Path) -> list[Path]:
-    """The files with the checkpoint's weights: one, or one for each shard."""
-    return sorted(checkpoint.glob(weights_name(checkpoint).replace(".", "*.")))
 
 
 def without_tied_copies(model: PreTrainedModel, state_dict: dict) -> dict:
@@ -197,9 +189,8 @@ def saved_shapes(model: PreTrainedModel | PeftModel) -> dict[str, list[int]]:
 def check_weights(checkpoint: Path, shapes: dict[str, list[int]]) -> None:
     """Refuse a checkpoint whose files do not hold every tensor of these names and shapes."""
     check_model_files(str(checkpoint))
-    saved = {
-        name: tensor["shape"] for path in weight_files(checkpoint) for name, tensor in read_header(path)[1].items()
-    }
+    headers = [read_header(path)[1] for path in checkpoint.glob(WEIGHTS)]
+    saved = {name: tensor["shape"] for header in headers for name, tensor in header.items()}
     missing = [name for name, shape in shapes.items() if saved.get(name) != shape]
     if missing or not shapes:
         raise InputError(

@@ -81,9 +81,8 @@ def render_preview(preview: dict, colour: bool) -> str:
     for place, (text, learned, special) in enumerate(preview["tokens"]):
         if place == preview["gap"]:
             pieces.append(f" … {preview['left_out']} tokens … ")
-        shown = to_plain(text).replace(
-            "\n", "⏎\n"
-        )  # coloured text does not pass through PlainOutput, which does this for other text
+        # coloured text does not pass through PlainOutput, which makes other text plain
+        shown = to_plain(text).replace("\n", "⏎\n")
         if colour:
             style = ("1;" if special else "") + ("30;42" if learned else "2")
             pieces.append(f"\033[{style}m{shown}\033[0m")
