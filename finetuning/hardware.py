@@ -5,7 +5,6 @@ What this machine's hardware can do, what is chosen for it (dtype, attention, sh
 import contextlib
 import ctypes
 import importlib
-import os
 import re
 import sys
 import time
@@ -13,23 +12,15 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils import str_to_bool
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
-
-
-def env_flag(name: str) -> bool:
-    return bool(str_to_bool(os.environ.get(name, "false")))
-
-
-def accelerator_available() -> bool:
-    return torch.accelerator.is_available()
 
 
 def bf16_available() -> bool:
     """Whether the accelerator computes in bfloat16 itself: CUDA from Ampere on, and other vendors' that say so."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return accelerator_available() and torch.accelerator.current_accelerator().type in ("xpu", "npu", "hpu", "mlu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator is not None and accelerator.type in ("xpu", "npu", "hpu", "mlu")
 
 
 def measure_bf16_gain(hidden_size: int, intermediate_size: int, num_tokens: int) -> float:
@@ -57,10 +48,6 @@ def measure_bf16_gain(hidden_size: int, intermediate_size: int, num_tokens: int)
         seconds.append((step(False), step(True)))
     in_float32, in_bf16 = map(min, zip(*seconds, strict=True))
     return in_float32 / in_bf16
-
-
-def tf32_available() -> bool:
-    return torch.cuda.is_available() and torch.version.cuda is not None and torch.cuda.get_device_capability()[0] >= 8
 
 
 def available_memory(device: torch.device, local_world_size: int) -> float | None:
@@ -119,7 +106,7 @@ def choose_dtype(requested: str | None) -> torch.dtype:
 
 def choose_attention(requested: str | None, compute_dtype: torch.dtype) -> tuple[str, str | None]:
     """The attention implementation to load a model with, and the reason where it is not the one that was requested."""
-    if requested == "flex_attention" and not accelerator_available():
+    if requested == "flex_attention" and not torch.accelerator.is_available():
         return "sdpa", "it has no backward pass on a CPU"
     if requested in ("eager", "sdpa", "flex_attention"):
         return requested, None

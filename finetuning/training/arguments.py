@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, parse_flag_from_env
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import is_liger_kernel_available, is_torch_tf32_available
 from trl import SFTConfig
 
 from finetuning.config.arguments import ROUNDING, ROUNDING_HELP, ScriptArguments
@@ -25,14 +24,7 @@ from finetuning.config.checks import argument
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.config.training_keys import TrainingKeys
 from finetuning.errors import InputError
-from finetuning.hardware import (
-    accelerator_available,
-    bf16_available,
-    choose_attention,
-    env_flag,
-    measure_bf16_gain,
-    tf32_available,
-)
+from finetuning.hardware import bf16_available, choose_attention, measure_bf16_gain
 from finetuning.models.config import load_model_config
 from finetuning.ranks import get_world_size, is_main_process
 from finetuning.training.attention import ROW_ATTENTION
@@ -77,7 +69,7 @@ class TrainingArguments(SFTConfig, TrainingKeys):
         self.base_model: tuple[str, str | None] | None = None  # name and revision; load_model sets them
         self.gradient_checkpointing = False  # the memory plan decides later
         world_size = get_world_size()
-        if not accelerator_available():
+        if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.hub_token is not None:  # it would stand in the training_args.bin of every checkpoint
             os.environ["HF_TOKEN"] = self.hub_token
@@ -112,7 +104,7 @@ class TrainingArguments(SFTConfig, TrainingKeys):
             raise ValueError(f"torch_compile_mode: {self.torch_compile_mode} is none of {', '.join(COMPILE_MODES)}")
 
     def _choose_precision(self) -> None:
-        if self.tf32 and not tf32_available():
+        if self.tf32 and not is_torch_tf32_available():
             self._replace("tf32", None, "off, this machine has no GPU that can")
         self.measures_bf16 = self.bf16 is not False  # choose_cpu_precision does, on a CPU
         if self.use_cpu:
@@ -130,7 +122,7 @@ class TrainingArguments(SFTConfig, TrainingKeys):
             self._replace("ddp_backend", None, ONE_PROCESS)
         # the value is text where it comes from the command line
         asked = {"true": True, "false": False}.get(str(self.fsdp).lower(), self.fsdp)
-        requested = env_flag("ACCELERATE_USE_FSDP") if asked is None else bool(asked)
+        requested = parse_flag_from_env("ACCELERATE_USE_FSDP") if asked is None else bool(asked)
         if requested and world_size > 1:
             if not asked:
                 self.hardware_choices["fsdp"] = "on, the environment says ACCELERATE_USE_FSDP"
@@ -160,7 +152,7 @@ class TrainingArguments(SFTConfig, TrainingKeys):
                 choice = f"FULL_STATE_DICT and not {asked}, as the steps that follow read whole weights"
                 self.hardware_choices["fsdp_state_dict_type"] = choice
         # without the key, transformers would override the variable with its own default
-        config.setdefault("cpu_ram_efficient_loading", env_flag("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+        config.setdefault("cpu_ram_efficient_loading", parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"))
         if self.use_cpu and config.pop("cpu_offload", False):
             self.hardware_choices["fsdp_config"] = "cpu_offload is off, the weights are on the CPU already"
         return config
@@ -230,9 +222,7 @@ def choose_cpu_precision(args: TrainingArguments, model_args: ModelArguments) ->
                 width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
                 num_tokens = args.per_device_train_batch_size * (args.max_length or 512)
                 gains = [measure_bf16_gain(config.hidden_size, width, num_tokens)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(gains, src=0)
-    gain = gains[0]
+    (gain,) = broadcast_object_list(gains)
     if gain is not None:
         asked, args.bf16 = args.bf16, args.bf16 or gain >= MIN_BF16_GAIN
         state = "on as asked" if asked else "on" if args.bf16 else "off"

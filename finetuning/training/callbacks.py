@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
@@ -16,7 +17,6 @@ from finetuning.hardware import available_memory, give_back_freed_memory
 from finetuning.ranks import get_local_world_size, print_main
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.records import save_record
-from finetuning.training.trainer import gather
 
 
 class SaveOnTermination(TrainerCallback):
@@ -63,7 +63,7 @@ class RecordShares(TrainerCallback):
     def on_train_begin(self, args, state, control, *, model, **kwargs):
         total = sum(p.numel() for p in model.parameters())
         held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-        shares = gather(held / total)  # 1.0 unless the model is sharded
+        shares = gather_object([held / total])  # 1.0 unless the model is sharded
         if args.fsdp:
             assert max(shares) < 1, f"FSDP was asked for, but a rank holds every parameter: {shares}"
         if state.is_world_process_zero:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import trl.trainer.utils
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -61,21 +61,10 @@ def on_main_process(function: Callable[[], Value]) -> Value:
             outcome[0] = function()
         except InputError as error:
             outcome[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    result, problem = outcome
+    result, problem = broadcast_object_list(outcome)
     if problem is not None:
         raise InputError(problem)
     return result
-
-
-def gather(value: Value) -> list[Value]:
-    """The value of each rank, on all ranks."""
-    values = [value]
-    if dist.is_initialized():
-        values *= dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
 
 
 @contextlib.contextmanager
@@ -94,7 +83,7 @@ def failing_together(folder: Path) -> Iterator[None]:
         if not isinstance(cause, (OSError, SafetensorError)) and "inline_container" not in str(cause):
             raise
         problem = str(cause).strip().splitlines()[0]
-    problems = [text for text in gather(problem) if text]
+    problems = [text for text in gather_object([problem]) if text]
     if problems:
         raise InputError(
             f"{folder} could not be saved ({problems[0]}); make room on the disk, or keep fewer "

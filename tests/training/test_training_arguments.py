@@ -32,7 +32,7 @@ def fit(tmp_path, model: str, gain: float | None, monkeypatch, lora: bool = Fals
         assert shape[:2] in ((576, 1536), (128, 352))
         return gain
 
-    monkeypatch.setattr(arguments, "accelerator_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(arguments, "measure_bf16_gain", measure)
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", **settings)
     model_args = ModelArguments(model_name_or_path=model, use_peft=lora)
