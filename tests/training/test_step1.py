@@ -160,7 +160,7 @@ def test_a_run_that_was_killed_goes_on_from_what_its_checkpoint_was_rounded_from
         assert [name for name in undisturbed if not torch.equal(undisturbed[name], resumed[name])] == []
 
 
-def test_what_rounding_keeps_stands_beside_each_checkpoint_and_in_the_record(fsdp_run):
+def test_what_rounding_keeps_stands_beside_each_checkpoint(fsdp_run):
     after = load_file(fsdp_run / "checkpoint-5/model.safetensors")
     before = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).state_dict()
     update = torch.cat([(after[name] - before[name]).flatten() for name in after]).double()
@@ -170,7 +170,6 @@ def test_what_rounding_keeps_stands_beside_each_checkpoint_and_in_the_record(fsd
         expected = float(kept.dot(update) / update.dot(update))
         assert precision["kept"][str(dtype).removeprefix("torch.")] == pytest.approx(expected, rel=1e-5)
     assert precision["left_out"] == [] and precision["dtype"] == "float32" and precision["rounding"] is None
-    assert json.loads((fsdp_run / "run.json").read_text())["precision"]["checkpoint-5"] == precision
     share = f"{precision['kept']['bfloat16']:.0%}"
     assert (
         f"checkpoint-5: of what was learned, rounding to nearest keeps {share}"
