@@ -8,6 +8,7 @@ import importlib
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -42,11 +43,7 @@ def measure_bf16_gain(hidden_size: int, intermediate_size: int, num_tokens: int)
         return time.perf_counter() - start
 
     step(False), step(True)  # the first calls prepare kernels
-    seconds = [(step(False), step(True)) for _ in range(3)]
-    end = time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        seconds.append((step(False), step(True)))
-    in_float32, in_bf16 = map(min, zip(*seconds, strict=True))
+    in_float32, in_bf16 = map(min, zip(*[(step(False), step(True)) for _ in range(6)], strict=True))
     return in_float32 / in_bf16
 
 
@@ -69,17 +66,18 @@ def keep_freed_memory() -> None:
 
     glibc gives large blocks back to the system, and a new one costs a page fault for every 4 KiB: a tenth of the time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-            mallopt(option, 1 << 30)  # bytes
+    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+        _of_glibc("mallopt")(option, 1 << 30)  # bytes
 
 
 def give_back_freed_memory() -> None:
     """Give the memory of freed tensors back to the system, where this process runs on Linux with glibc."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if malloc_trim is not None:
-        malloc_trim(0)
+    _of_glibc("malloc_trim")(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int]:
+    """A function of glibc's malloc; one that does nothing where this process has another C library."""
+    return getattr(ctypes.CDLL(None), name, lambda *_: 0) if sys.platform == "linux" else lambda *_: 0
 
 
 def _flash_attention_problem(compute_dtype: torch.dtype) -> str | None:

@@ -346,7 +346,7 @@ class JudgeArguments(RunArguments):
                "compare takes two different models, as in --compare checkpoint-148 checkpoint-296"),
         refuse_each({"judges": None, "human": None, "expected_scores": False, "model_name": "all"},
                     lambda compare: compare is not None,
-                    "{key} has no effect with compare: one judge says which of two models is better, without scores"),
+                    "{key} has no effect with compare, which asks one judge (judge_model); leave it out"),
         refuse_each({"compare": None, "human": None, "model_name": "all"}, lambda audit: audit,
                     "{key} has no effect with audit, which asks about references; leave one of them out"),
         refuse_each({"concurrency": None, "requests_per_minute": None, "tokens_per_minute": None},

@@ -41,7 +41,7 @@ class TrainingKeys(Checked):
         needs("packing: true", {"packing_strategy": "bfd"}, lambda packing: not packing),
         refuse(lambda assistant_only_loss, completion_only_loss: assistant_only_loss and completion_only_loss is False,
                "assistant_only_loss: true and completion_only_loss: false contradict each other; remove one of them"),
-        needs("dataloader_num_workers", {"dataloader_persistent_workers": False},
+        needs("dataloader_num_workers of 1 or more", {"dataloader_persistent_workers": False},
               lambda dataloader_num_workers: dataloader_num_workers == 0),
         refuse(lambda lr_scheduler_type, lr_scheduler_kwargs: lr_scheduler_kwargs
                and lr_scheduler_type in ("constant", "constant_with_warmup"),
@@ -49,8 +49,7 @@ class TrainingKeys(Checked):
         refuse(lambda save_strategy: save_strategy == "no",
                "save_strategy: no would leave nothing to test; use steps or epoch"),
         refuse(lambda save_strategy, load_best_model_at_end: save_strategy == "best" or load_best_model_at_end,
-               "save_strategy: best and load_best_model_at_end have no use here, step 5 chooses the checkpoint; use "
-               "steps or epoch, without the other"),
+               "step 5 chooses the checkpoint; use save_strategy: steps or epoch, and no load_best_model_at_end"),
         refuse(lambda model_init_kwargs: model_init_kwargs is not None,
                "model_init_kwargs is not used here; dtype, attn_implementation and model_revision are keys of their "
                "own"),

@@ -6,16 +6,11 @@ of products differ by rounding. The operator is the one that torch.compile puts 
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import torch
 
 MIN_WEIGHTS = 1 << 16  # of a layer; with fewer, what oneDNN prepares for each new shape takes longer than the product
-
-
-def multiply(layer: torch.nn.Linear, rows: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, layer.weight, layer.bias, "none", [], "")
 
 
 @contextlib.contextmanager
@@ -29,8 +24,9 @@ def onednn_products(model: torch.nn.Module) -> Iterator[None]:
         and module.weight.numel() >= MIN_WEIGHTS
         and (module.weight.dtype, module.weight.device.type) == (torch.float32, "cpu")
     ]  # fmt: skip
+    multiply = torch.ops.mkldnn._linear_pointwise
     for layer in layers:
-        vars(layer)["forward"] = functools.partial(multiply, layer)
+        vars(layer)["forward"] = lambda rows, its=layer: multiply(rows, its.weight, its.bias, "none", [], "")
     try:
         yield
     finally:

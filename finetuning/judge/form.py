@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from openai import pydantic_function_tool
 from pydantic import BaseModel, Field
 
 NUM_TOP_LOGPROBS = 20  # the most that the API gives
@@ -66,9 +65,24 @@ def to_data(material: dict) -> str:
 
 def build_schema(reply: type[BaseModel]) -> dict:
     """JSON schema of a reply as strict structured outputs take it: all keys required, no others, no references."""
-    schema = dict(pydantic_function_tool(reply)["function"]["parameters"])
-    definitions = schema.pop("$defs", {})  # the criteria, which stand in their places, too
-    return {**schema, "$defs": definitions} if '"$ref"' in json.dumps(schema) else schema
+
+    def inline(node, definitions):
+        if isinstance(node, list):
+            return [inline(item, definitions) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            target = definitions[node["$ref"].split("/")[-1]]
+            return inline({**target, **{k: v for k, v in node.items() if k != "$ref"}}, definitions)
+        properties = node.get("properties")
+        found = {k: inline(v, definitions) for k, v in node.items() if k not in ("$defs", "default", "properties")}
+        if isinstance(properties, dict):  # whose keys are names of fields, and may be any
+            found["properties"] = {name: inline(field, definitions) for name, field in properties.items()}
+            found |= {"required": list(properties), "additionalProperties": False}
+        return found
+
+    schema = reply.model_json_schema()
+    return inline(schema, schema.get("$defs", {}))
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,9 @@ def plan_loading(name_or_path: str, base: tuple[str, str | None], dtype: str, as
 
 def describe_plan(plan: dict) -> str:
     """One line, with a warning where nothing is rounded here and other tools would keep too little."""
-    shares = [f"{say_share(min(round(share, 4), 1.0), MIN_KEPT)} in {dtype}" for dtype, share in plan["kept"].items()]
+    shares = [
+        f"{say_share(share if share < 0.99995 else 1.0, MIN_KEPT)} in {dtype}" for dtype, share in plan["kept"].items()
+    ]
     text = f"of what was learned, rounding to nearest keeps {' and '.join(shares) or 'an unknown share'}"
     if plan["left_out"]:
         text += f" (without {plural(len(plan['left_out']), 'tensor')} that the base has not in this shape)"

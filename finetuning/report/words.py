@@ -13,8 +13,8 @@ LANGUAGES = ("en", "ko")
 
 
 @functools.cache
-def read_words(part: str, language: str) -> dict[str, str]:
-    """The texts of one part of words.yaml in one language, by their names."""
+def read_words(part: str, language: str) -> dict:
+    """The texts of one part of words.yaml in one language, by their names; titles of columns are a dict in it."""
     texts = yaml.safe_load((Path(__file__).parent / "words.yaml").read_text(encoding="utf-8"))[part]
     return {key: text[language] for key, text in texts.items() if language in text}
 

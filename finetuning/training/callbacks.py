@@ -76,17 +76,14 @@ class RecordShares(TrainerCallback):
 
 
 class GiveBackMemory(TrainerCallback):
-    """On a CPU, give back what malloc keeps of freed memory once too little is free, which costs a tenth of a step.
+    """On a CPU, give back what malloc keeps of freed memory once less is free than a quarter of the planned bytes.
 
-    Batches differ in length, so what one leaves free does not fit the next one, and a process grows for many steps
-    (docs/preflight.md). With plenty of memory that costs nothing; where it is short, the system would end the run.
-
-    Args:
-        needed: Bytes that a rank needs by its plan.
+    Batches differ in length, so what one leaves free does not fit the next, and a process grows for many steps until
+    the system ends it (docs/preflight.md). Giving back costs a tenth of a step.
     """
 
-    def __init__(self, needed: float):
-        self.spare = needed / 4
+    def __init__(self, planned: float):
+        self.spare = planned / 4
 
     def on_step_end(self, args, state, control, **kwargs):
         free = available_memory(args.device, get_local_world_size()) if args.device.type == "cpu" else None

@@ -171,7 +171,7 @@ def run_preflight(
     print(render(report, colour), file=sys.__stdout__ if colour else sys.stdout, flush=True)
 
     # a finished or stopped run in the folder keeps its report until training replaces it
-    if is_planned(run) or not (report.refused or script_args.preflight_only):
+    if not (report.refused or script_args.preflight_only) or is_planned(run):
         report.save(run)
         plot_lengths(per_row, args.max_length, run / EDA)
     if report.refused:

@@ -161,12 +161,12 @@ def test_freed_memory_is_given_back_only_where_too_little_is_free():
     kept = tensors[::8]
     del tensors
 
-    def resident_after_a_step(needed: float) -> int:
-        callback = GiveBackMemory(needed)
+    def resident_after_a_step(planned: float) -> int:
+        callback = GiveBackMemory(planned)
         callback.on_step_end(SimpleNamespace(device=torch.device("cpu")), None, None)
         return psutil.Process().memory_info().rss
 
     before = psutil.Process().memory_info().rss
-    assert resident_after_a_step(needed=0) > before - 64 * MIB
-    assert resident_after_a_step(needed=1 << 60) < before - 150 * MIB
+    assert resident_after_a_step(planned=0) > before - 64 * MIB
+    assert resident_after_a_step(planned=1 << 60) < before - 150 * MIB
     assert all(tensor.sum() == 1 << 14 for tensor in kept)
