@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, parse_flag_from_env
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -229,9 +230,8 @@ def choose_cpu_precision(args: TrainingArguments, model_args: ModelArguments) ->
         args.hardware_choices["bf16"] = f"{state}, bfloat16 is {gain:.1f} times as fast as float32 on this CPU"
     if args.bf16:
         args.mixed_precision = "bf16"
-        if args.fsdp:  # accelerate alone would add up the ranks' gradients in bfloat16
-            policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "output_dtype": torch.bfloat16}
-            args.fsdp_plugin_args["mixed_precision_policy"] = policy
+        if args.fsdp:  # accelerate's own policy would add up the ranks' gradients in bfloat16, and round the loss to it
+            args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 
 def check_optimizer(args: TrainingArguments) -> None:

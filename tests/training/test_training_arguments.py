@@ -80,5 +80,5 @@ def test_single_process_ddp_and_fsdp_have_the_same_losses_in_bfloat16(fsdp_run, 
         losses[kind] = list(read_losses(tmp_path / kind).values())
     in_float32 = [loss for step, loss in read_losses(fsdp_run).items() if step <= 2]  # before the schedules part
     for kind, values in losses.items():
-        assert values == pytest.approx(losses["single"], rel=1e-2), kind
+        assert values == pytest.approx(losses["single"], rel=3e-3), kind
         assert values[:2] == pytest.approx(in_float32, rel=3e-3) and values[:2] != in_float32, kind
