@@ -11,7 +11,9 @@ from finetuning.errors import to_line
 
 MAX_SEED = 2**32 - 1
 # checks of preflight that refuse a run
-REFUSALS = ("terminator", "terminators_agree", "supervision", "empty_rows", "leakage", "memory", "positions")
+REFUSALS = (
+    "terminator", "terminators_agree", "supervision", "empty_rows", "unknown_tokens", "leakage", "memory", "positions",
+)  # fmt: skip
 JUDGE_MODEL = "gpt-5.4-mini"
 ROUNDING = ("auto", "nearest", "stochastic")
 ROUNDING_HELP = (
@@ -20,6 +22,7 @@ ROUNDING_HELP = (
 )
 NOT_OF_VLLM = {
     "load_in_8bit": False, "load_in_4bit": False, "device_map": None, "num_beams": 1, "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0, "early_stopping": False,
     "rounding": "auto",
 }  # fmt: skip
 NOT_OF_ENGINE = {  # keys of step 3 that an engine cannot obey, and their neutral values
@@ -79,6 +82,9 @@ class ScriptArguments(Checked):
         "Column with the answer. Where it is missing, `<answer_key>1`, `<answer_key>2`, ... are several references of "
         "one sample; training uses the first.",
     )
+    question_template: str | None = argument(
+        None, "How a question is phrased, with columns in braces: 'summarize: {dialogue}' or '{topic}: {dialogue}'."
+    )
     system_prompt: str | None = argument(None, "System message put in front of rows that have none of their own.")
     drop_leaks: bool = argument(
         False,
@@ -109,6 +115,8 @@ class ScriptArguments(Checked):
                "question_key and answer_key go together: set both, or neither"),
         refuse(lambda question_key, answer_key: question_key is not None and question_key == answer_key,
                "question_key and answer_key are both {question_key}; the model would learn to repeat the question"),
+        refuse(lambda question_key, question_template: question_key is None and question_template is not None,
+               "question_template phrases columns; set question_key and answer_key, or leave it out"),
         refuse(lambda question_key, mask_history: question_key is not None and mask_history,
                "mask_history has no effect with question_key, whose rows have one answer; leave it out"),
         refuse(lambda special_tokens: any(not token.strip() for token in special_tokens or []),
@@ -176,9 +184,13 @@ class TestArguments(RunArguments):
     top_k: int | None = argument(None, "Number of tokens to sample from; needs do_sample.", at_least=0)
     repetition_penalty: float | None = argument(None, "Above 1 makes repetition less likely.", more_than=0)
     no_repeat_ngram_size: int | None = argument(None, "No run of so many tokens comes twice.", at_least=0)
+    min_new_tokens: int | None = argument(None, "Shortest answer, in tokens.", at_least=0)
     num_beams: int | None = argument(None, "Beams; more than one is slower, and cannot sample.", at_least=1)
     length_penalty: float | None = argument(
         None, "Above 0 favours long beams; needs num_beams.", at_least=-10, at_most=10
+    )
+    early_stopping: bool | None = argument(
+        None, "End a beam search as soon as num_beams answers have ended, and not when none can become better."
     )
     stop: list[str] | None = argument(None, "Strings at which an answer ends, itself without them.")
     seed: int = argument(42, "Seed of sampling.", at_least=0, at_most=MAX_SEED)
@@ -233,9 +245,12 @@ class TestArguments(RunArguments):
         refuse(lambda do_sample, temperature: do_sample and temperature is not None and temperature <= 0,
                "temperature: must be more than 0 with do_sample: true, got {temperature}; for greedy answers, "
                "do_sample: false"),
+        refuse(lambda min_new_tokens, max_new_tokens: (min_new_tokens or 0) > max_new_tokens,
+               "min_new_tokens: {min_new_tokens} is more than max_new_tokens: {max_new_tokens}"),
         refuse(lambda do_sample, num_beams: do_sample and (num_beams or 1) > 1,
                "do_sample and num_beams: {num_beams} exclude each other; keep one of them"),
-        needs("num_beams of 2 or more", {"length_penalty": None}, lambda num_beams: (num_beams or 1) == 1),
+        needs("num_beams of 2 or more", {"length_penalty": None, "early_stopping": None},
+              lambda num_beams: (num_beams or 1) == 1),
         refuse(lambda stop: any(not text for text in stop or []),
                "stop: an empty text would end every answer at once; leave it out"),
         refuse(lambda engine, base_url: engine == "openai" and base_url is None,

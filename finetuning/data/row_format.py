@@ -3,7 +3,9 @@ How the rows of a split are read: which columns hold what, and what is done to t
 """
 
 import re
-from dataclasses import dataclass
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from datasets import Dataset, Json
 
@@ -26,11 +28,14 @@ class RowFormat:
     clean_jamo: bool = False
     mask_pii: bool = False
     mask_history: bool = False
+    question_template: str | None = None
+    template_keys: tuple[tuple[str, str], ...] = ()  # its fields, and the columns that they stand for
     unused: tuple[str, ...] = ()  # columns that are not read
 
     def describe(self) -> str:
         references = "" if self.kind == "messages" else f" -> {', '.join(self.reference_keys)}"
         preparation = {
+            f"as {self.question_template!r}": self.question_template,
             "with a system prompt": self.system_prompt,
             "without bare jamo": self.clean_jamo,
             "with personal data masked": self.mask_pii,
@@ -39,13 +44,20 @@ class RowFormat:
         unused = f"; not read: {', '.join(self.unused)}" if self.unused else ""
         return f"{self.question_key}{references} {added}".strip() + unused
 
+    @property
+    def unphrased(self) -> "RowFormat":
+        """The same without the words that a run puts around a question, which are no part of the data."""
+        return replace(self, system_prompt=None, question_template=None)
+
     def prepare(self, text: str) -> str:
         """The text as training and testing see it."""
         text = clean_jamo(text) if self.clean_jamo else text
         return mask_pii(text) if self.mask_pii else text
 
 
-FORMAT_KEYS = ("question_key", "answer_key", "system_prompt", "clean_jamo", "mask_pii", "mask_history")
+FORMAT_KEYS = (
+    "question_key", "answer_key", "question_template", "system_prompt", "clean_jamo", "mask_pii", "mask_history",
+)  # fmt: skip
 Form = tuple[str, str, tuple[str, ...], str]  # kind, column of the question, those of the answer, one that may be there
 FORMS: list[Form] = [
     ("messages", "messages", ("messages",), "tools"),
@@ -56,10 +68,33 @@ FORMS: list[Form] = [
 FORMS_WITHOUT_ANSWERS: list[Form] = [(kind, question, (), other) for kind, question, _, other in FORMS]
 
 
+def find_template_keys(template: str, question_key: str, column_names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The fields of a question template and their columns: of that name, or `<name>1` as in DialogSum's test split.
+
+    Raises:
+        InputError: It cannot be read as a template, a field is no column, or the question is not in it.
+    """
+    try:
+        fields = [field for _, field, *_ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise InputError(f"question_template: {template!r} is no template: {error}") from None
+    if question_key not in fields:
+        raise InputError(f"question_template: {template!r} does not hold {{{question_key}}}, the question itself")
+    columns = {field: next((c for c in (field, f"{field}1") if c in column_names), None) for field in fields}
+    missing = [field for field, column in columns.items() if column is None]
+    if missing:
+        raise InputError(
+            f"question_template: {{{missing[0]}}} is no column; the columns are {', '.join(column_names)}. A brace "
+            "of the text itself is written twice"
+        )
+    return tuple((field, str(column)) for field, column in columns.items())
+
+
 def find_row_format(
     column_names: list[str],
     question_key: str | None = None,
     answer_key: str | None = None,
+    question_template: str | None = None,
     mask_history: bool = False,
     needs_answer: bool = True,
     **preparation,
@@ -84,7 +119,11 @@ def find_row_format(
         if question_key not in column_names or (needs_answer and not references):
             missing = question_key if question_key not in column_names else answer_key
             raise InputError(f"no column `{missing}`; the columns are {', '.join(column_names)}")
-        rest = unused(question_key, *references)
+        keys: tuple[tuple[str, str], ...] = ()
+        if question_template is not None:
+            keys = find_template_keys(question_template, question_key, column_names)
+            preparation |= {"question_template": question_template, "template_keys": keys}
+        rest = unused(question_key, *references, *(column for _, column in keys))
         return RowFormat("columns", question_key, references, **preparation, unused=rest)
     for kind, question, answer, other in FORMS if needs_answer else FORMS + FORMS_WITHOUT_ANSWERS:
         if {question, *answer} <= set(column_names):

@@ -46,6 +46,9 @@ def _read_conversation(row: dict, row_format: RowFormat) -> tuple[list[dict], li
 def _read_pair(row: dict, row_format: RowFormat) -> list[dict]:
     """The question and the answer, if it has one, of a row that holds them in columns of text, as messages."""
     question = _text(row, row_format.question_key)
+    if row_format.question_template is not None:
+        values = {field: _text(row, column) for field, column in row_format.template_keys}
+        question = row_format.question_template.format(**values)
     if row_format.kind == "instruction" and row.get("input"):
         question = f"{question}\n\n{_text(row, 'input')}"
     answers = [{"role": "assistant", "content": _text(row, key)} for key in row_format.reference_keys[:1]]

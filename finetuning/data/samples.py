@@ -69,7 +69,8 @@ def load_test_samples(config: dict) -> TestSamples:
 
     Rows that ask the same are one sample with several references, as in DialogSum's test split on the Hub. An id is a
     hash of the sample's content, so it stays the same wherever the sample stands in the file, and the first N samples
-    are a random choice that contains the first N - 1.
+    are a random choice that contains the first N - 1. How a run phrases a question (system_prompt, question_template)
+    is no part of it, so that runs which phrase it in other ways are compared.
 
     Args:
         config: The keys of ScriptArguments, as `run.json` has them.
@@ -79,7 +80,6 @@ def load_test_samples(config: dict) -> TestSamples:
     given = {key: config[key] for key in FORMAT_KEYS if config.get(key) is not None}
     row_format = _format_of_test(dataset, where, given)
     by_prompt: dict[bytes, list[int]] = {}
-    ids: dict[bytes, str] = {}  # of the first row of each prompt, by itself
     for index, row in enumerate(dataset):
         try:
             sample = to_sample(row, row_format)
@@ -87,12 +87,13 @@ def load_test_samples(config: dict) -> TestSamples:
             raise InputError(describe_bad_rows(dataset, row_format, where)) from None
         prompt = hashlib.sha256(json.dumps(_question_of(sample)).encode()).digest()
         by_prompt.setdefault(prompt, []).append(index)
-        ids.setdefault(prompt, _id_of(sample))
-    samples = [
-        (_id_of(_join_rows(dataset, row_format, rows)) if len(rows) > 1 else ids[prompt], rows)
-        for prompt, rows in by_prompt.items()
-    ]
-    return TestSamples(dataset, row_format, sorted(samples))
+    samples: dict[str, list[int]] = {}
+    for rows in by_prompt.values():
+        sample_id = _id_of(_join_rows(dataset, row_format.unphrased, rows))
+        if sample_id in samples:  # the phrasing alone tells them apart
+            sample_id = _id_of(_join_rows(dataset, row_format, rows))
+        samples[sample_id] = rows
+    return TestSamples(dataset, row_format, sorted(samples.items()))
 
 
 def _format_of_test(dataset: Dataset, where: str, given: dict) -> RowFormat:
