@@ -1,5 +1,5 @@
 """
-Step 1: fine-tune a causal language model, every weight of it, with FSDP.
+Step 1: fine-tune a language model, every weight of it or an adapter, with FSDP.
 
     ACCELERATE_USE_FSDP=1 FSDP_CPU_RAM_EFFICIENT_LOADING=1 torchrun --nproc_per_node=2 \
         ./1_train_full_fine_tuning.py --config ./0_full_fine_tuning_config.yaml
@@ -37,7 +37,7 @@ from finetuning.training.memory import MemoryPeak
 from finetuning.training.model import load_model, plan_model, print_hardware
 from finetuning.training.preflight import prepare_rows, run_preflight
 from finetuning.training.records import build_record, delete_run, now, open_run, save_plan, save_record
-from finetuning.training.trainer import ResumableSFTTrainer, on_main_process
+from finetuning.training.trainer import choose_trainer, on_main_process
 
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
@@ -74,7 +74,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     prepare_wandb(training_args)
     memory_peak, termination = MemoryPeak(training_args.device), SaveOnTermination()
     model, peft_config = load_model(model_plan, checkpoint, training_args)
-    trainer = ResumableSFTTrainer(
+    trainer = choose_trainer(training_args)(
         model=model,
         args=training_args,
         train_dataset=rows.tokenized,

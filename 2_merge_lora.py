@@ -24,10 +24,10 @@ from finetuning.quiet import quiet_libraries, quiet_weight_bars
 quiet_libraries()
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from finetuning.data.chat import load_tokenizer
-from finetuning.models.config import base_of, load_generation_config, loading_options
+from finetuning.models.config import OF_DECODERS, auto_class, base_of, load_generation_config, loading_options
 from finetuning.models.loading import load_adapter
 from finetuning.runs import find_run, read_run
 from finetuning.training.merging import (
@@ -65,11 +65,12 @@ def main(args: MergeArguments) -> None:
         # What the adapter answers, and its logits at every token of these answers.
         own_config = load_generation_config(path)
         ends = {"eos_token_id": own_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        ends |= {key: getattr(own_config, key) for key in OF_DECODERS}
         greedy = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **ends)
         answers = [answer(model, prompt, greedy) for prompt in prompts]
-        adapter_logits = logits_of(model, answers)
+        adapter_logits = logits_of(model, prompts, answers)
         with model.disable_adapter():
-            adapter_effect = measure_difference(adapter_logits, logits_of(model, answers)).largest
+            adapter_effect = measure_difference(adapter_logits, logits_of(model, prompts, answers)).largest
         if adapter_effect == 0:
             raise InputError(f"{path} answers like {base_of(path)} itself: it has learned nothing that could be merged")
 
@@ -79,9 +80,10 @@ def main(args: MergeArguments) -> None:
         model.config.use_cache = True
         model.save_pretrained(partial_dir)
         tokenizer.save_pretrained(partial_dir)
+        config = model.config
         del model
-        merged = AutoModelForCausalLM.from_pretrained(partial_dir, dtype=torch.float32, **options).eval()
-        difference = measure_difference(adapter_logits, logits_of(merged, answers))
+        merged = auto_class(config).from_pretrained(partial_dir, dtype=torch.float32, **options).eval()
+        difference = measure_difference(adapter_logits, logits_of(merged, prompts, answers))
         merged_answers = [answer(merged, prompt, greedy) for prompt in prompts]
         num_same = sum(map(torch.equal, merged_answers, answers))
         tolerance = choose_tolerance(args.tolerance, base_dtype, difference.scale, adapter_effect)

@@ -287,6 +287,10 @@ class GenerationSettings(Object):
     length_penalty: NotRequired[Annotated[Number, Field(ge=-10, le=10)] | None]
     repetition_penalty: NotRequired[Annotated[Number, Field(gt=0)] | None]
     no_repeat_ngram_size: NotRequired[Count | None]
+    min_new_tokens: NotRequired[Count | None]
+    early_stopping: NotRequired[bool | Text | None]
+    decoder_start_token_id: NotRequired[Count | None]
+    forced_bos_token_id: NotRequired[Count | None]
 
 
 PRECISION, GENERATION_CONFIG = TypeAdapter(Precision), TypeAdapter(GenerationSettings)

@@ -30,6 +30,11 @@ class ModelArguments(ModelConfig, Checked):
         f"{', '.join(ATTENTION)}, or a kernel of the Hub. Unset: FlashAttention 2 where it runs, and elsewhere torch's "
         "SDPA, row by row where rows are packed.",
     )
+    freeze: list[str] | None = argument(
+        None,
+        "Modules that are not trained, as regular expressions over parts of their names (`encoder.layers.[0-5]`, "
+        "`self_attn`), or the words `embeddings` and `encoder`.",
+    )
 
     LIMITS = {"lora_r": Limits(at_least=1), "lora_alpha": Limits(at_least=1), "lora_dropout": Limits(0, 0.9999999)}
     RULES = (
@@ -47,6 +52,8 @@ class ModelArguments(ModelConfig, Checked):
               lambda load_in_4bit: not load_in_4bit),
         refuse_each({"load_in_8bit": False, "load_in_4bit": False}, lambda use_peft: not use_peft,
                     "{key} freezes the weights, so nothing would train without use_peft: true"),
+        refuse(lambda freeze, use_peft: freeze and use_peft,
+               "freeze has no effect with use_peft: true, which trains the adapter alone; leave it out"),
         needs("use_peft: true", OF_LORA, lambda use_peft: not use_peft),
         refuse(lambda lora_task_type, use_peft: use_peft and lora_task_type != "CAUSAL_LM",
                "lora_task_type: {lora_task_type} is for models of another kind; leave it out"),

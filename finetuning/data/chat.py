@@ -9,11 +9,13 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrained
 
 from finetuning.data.conversations import with_json_arguments
 from finetuning.errors import InputError
-from finetuning.models.config import describe_failure
+from finetuning.models.config import describe_failure, load_model_config
 from finetuning.models.files import check_model_files
 
 # For base models without a chat template: plain words, and the end token that every tokenizer has.
 PLAIN_TEMPLATE = (Path(__file__).parent / "plain_chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
+# For encoder-decoder models without one: their encoder reads system message and question as one text.
+ENCODER_TEMPLATE = (Path(__file__).parent / "encoder_chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 EXAMPLE = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
 
@@ -29,7 +31,8 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     Args:
         name_or_path: Folder or Hub id.
         chat_template: Text of the template to use instead of the tokenizer's own. Without either one,
-            finetuning/data/plain_chat_template.jinja, which needs no special token but the end token.
+            finetuning/data/plain_chat_template.jinja, which needs no special token but the end token; for
+            encoder-decoder models encoder_chat_template.jinja, with what the tokenizer puts around a text.
 
     Raises:
         InputError: There is no such model, or its tokenizer has no end token.
@@ -45,6 +48,8 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
         )
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    elif tokenizer.chat_template is None and load_model_config(name_or_path, **kwargs).is_encoder_decoder:
+        tokenizer.chat_template = write_encoder_template(tokenizer, name_or_path)
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     try:
@@ -56,6 +61,26 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
         tokenizer.pad_token = tokenizer.eos_token  # masked by position, never by its id, so the end stays trained
     tokenizer.padding_side = "left"  # generation continues from the last token, which must not be padding
     return tokenizer
+
+
+def write_encoder_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> str:
+    """The chat template of an encoder-decoder model: a question as its tokenizer encodes a text for the encoder.
+
+    Raises:
+        InputError: The tokenizer does not read the control tokens that it writes itself, such as the end token.
+    """
+    whole, text = (tokenizer(EXAMPLE[0]["content"], add_special_tokens=add)["input_ids"] for add in (True, False))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
+    before, after = whole[:start], whole[start + len(text) :]
+    template = ENCODER_TEMPLATE
+    for place, ids in (("BEFORE", before), ("AFTER", after)):
+        template = template.replace(place, repr("".join(tokenizer.convert_ids_to_tokens(ids))))
+    if tokenizer.apply_chat_template(EXAMPLE[:1], chat_template=template)["input_ids"] != whole:
+        raise InputError(
+            f"{name_or_path}: its tokenizer encodes control tokens such as {tokenizer.eos_token} as text; give the "
+            "model a tokenizer that knows them"
+        )
+    return template
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:

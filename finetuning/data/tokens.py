@@ -9,7 +9,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from finetuning.data.chat import fit_to_template, hidden_keys
+from finetuning.data.chat import end_of_turn_id, fit_to_template, hidden_keys
 from finetuning.errors import InputError
 
 IGNORED = -100  # a label that counts in no loss
@@ -142,3 +142,41 @@ def tokenize_row(
         "begins_alike": answer_start == len(prompt_ids),
         "hidden": " ".join(hidden_keys(tokenizer, messages, tools, chat_template=chat_template)) if whole else "",
     }
+
+
+def tokenize_pair(row: dict, tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> dict:
+    """The row of an encoder-decoder model: a question as the encoder reads it, and behind it the answer, as the
+    tokenizer writes a target, with labels on it. So preflight reads it like other rows, and PairCollator parts the two.
+
+    Args:
+        row: With prompt and completion, as data.rows.to_training_row makes them.
+        decoder_start: The token that the decoder reads first; an answer does not repeat it.
+
+    Returns:
+        What tokenize_row returns.
+    """
+    question = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+    answer = tokenizer(text_target=row["completion"][-1]["content"])["input_ids"]
+    answer = answer[1:] if answer[:1] == [decoder_start] else answer
+    turn_end = end_of_turn_id(tokenizer)
+    if not {tokenizer.eos_token_id, turn_end}.intersection(answer):  # some tokenizers end no text
+        answer = [*answer, tokenizer.eos_token_id if turn_end is None else turn_end]
+    labels = [IGNORED] * len(question) + answer
+    return {"input_ids": question + answer, "labels": labels, "left_out": 0, "begins_alike": True, "hidden": ""}
+
+
+def cut_pair(
+    row: dict, control_ids: set[int], max_length: int | None, max_target_length: int | None, truncation_mode: str
+) -> dict:
+    """A row of tokenize_pair with at most max_length tokens of its question and max_target_length of its answer.
+
+    What the tokenizer puts around a question, such as its end token, stays.
+    """
+    size = row["labels"].count(IGNORED)
+    question, answer = row["input_ids"][:size], row["input_ids"][size:][:max_target_length]
+    if max_length is not None and size > max_length:
+        text = [place for place, token_id in enumerate(question) if token_id not in control_ids]
+        before, kept, after = question[: text[0]], question[text[0] : text[-1] + 1], question[text[-1] + 1 :]
+        room = max(1, max_length - len(before) - len(after))
+        question = [*before, *(kept[-room:] if truncation_mode == "keep_end" else kept[:room]), *after]
+    return {"input_ids": question + answer, "labels": [IGNORED] * len(question) + answer}

@@ -51,7 +51,8 @@ def check_prompts(
         model: Folder or Hub id.
         kwargs: More of AutoConfig.from_pretrained's.
     """
-    config = load_model_config(model, **kwargs).get_text_config()
+    config = load_model_config(model, **kwargs)
+    pairs, config = config.is_encoder_decoder, config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or float("inf")
     # an adapter may bring embeddings of new tokens, which the config of its base does not count
     vocabulary = max(config.vocab_size, len(tokenizer) if is_adapter(model) else 0)
@@ -63,7 +64,9 @@ def check_prompts(
             error = "the chat template makes no token of this sample"
         elif error is None and largest >= vocabulary:
             error = f"token {largest} is not in the model's vocabulary of {vocabulary}"
-        elif error is None and number + max_new_tokens > context:
+        elif error is None and pairs and max(number, max_new_tokens) > context:
+            error = f"{number} prompt tokens, or {max_new_tokens} new ones, exceed the {context} positions of the model"
+        elif error is None and not pairs and number + max_new_tokens > context:
             error = f"{number} prompt tokens and {max_new_tokens} new ones exceed the context of {context}"
         if error is None:
             good.append(prompt)

@@ -162,6 +162,10 @@ def unsupported_reason(model: PreTrainedModel, config: GenerationConfig, longest
     """
     if (config.num_beams or 1) > 1:
         return "beam search"
+    if model.config.is_encoder_decoder:
+        return None
+    if config.min_new_tokens:
+        return "min_new_tokens"
     peft_config = getattr(model, "active_peft_config", None)
     if peft_config is not None and peft_config.is_prompt_learning:
         return "an adapter of virtual tokens"
@@ -185,14 +189,16 @@ def unsupported_reason(model: PreTrainedModel, config: GenerationConfig, longest
 
 
 class Decoder:
-    """Generates for many prompts with one model.
+    """Generates for many prompts with one causal language model.
 
     Args:
-        model: A causal language model in evaluation mode for which `unsupported_reason` gives None.
+        model: A model in evaluation mode for which `unsupported_reason` gives None.
         config: Settings of generation; `eos_token_id` is a list.
         num_slots: Sequences that are decoded at once.
         tokenizer: Makes the text in which stop strings are looked for.
     """
+
+    attention: str | None = SLOT_ATTENTION
 
     def __init__(
         self, model: PreTrainedModel, config: GenerationConfig, num_slots: int, tokenizer: PreTrainedTokenizerBase
@@ -200,6 +206,7 @@ class Decoder:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config, self.num_slots, self.tokenizer = config, num_slots, tokenizer
         # what changes logits before a token is chosen, as in `generate`; of its length, these settings use nothing
+        self.model._prepare_special_tokens(config, device=self.model.device)  # of which min_new_tokens needs the ends
         self.processors = self.model._get_logits_processor(config, input_ids_seq_length=1)
         self.looks_back = config.repetition_penalty not in (None, 1.0) or bool(config.no_repeat_ngram_size)
 
@@ -213,7 +220,7 @@ class Decoder:
             seeds: One for each prompt, for sampling.
         """
         implementation = self.model.config._attn_implementation
-        self.model.set_attn_implementation(SLOT_ATTENTION)
+        self.model.set_attn_implementation(self.attention or implementation)
         if self.model.device.type == "cpu":
             keep_freed_memory()
         try:
@@ -269,6 +276,9 @@ class Decoder:
             logits = torch.cat([self.processors(own, row[None]) for own, row in zip(ids, logits, strict=True)])
         else:
             logits = self.processors(None, logits)
+        return self._pick(logits, active)
+
+    def _pick(self, logits: torch.Tensor, active: list[Running]) -> list[int | None]:
         if self.config.do_sample:
             # inverse of the cumulative distribution, drawn on the CPU, so independent of batch and device
             cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)

@@ -21,7 +21,7 @@ from finetuning.inference.answers import AnswerReader, Engine
 from finetuning.inference.openai_engine import CONCURRENCY, OpenAIEngine, ServedModel
 from finetuning.inference.settings import build_generation_config, describe_generation, ignored_settings
 from finetuning.inference.transformers_engine import TransformersEngine, load_model
-from finetuning.models.config import is_plain_lora, load_generation_config, loading_options
+from finetuning.models.config import is_plain_lora, load_generation_config, load_model_config, loading_options
 from finetuning.models.files import fingerprint_model, is_adapter
 from finetuning.models.rounding import describe_plan, dtype_name, plan_loading, round_loaded
 from finetuning.ranks import get_world_size
@@ -78,6 +78,8 @@ def vllm_problem(path: str) -> str | None:
     """Why vllm cannot serve a model or adapter as it is, or None where it can, as far as its files say."""
     if is_adapter(path) and not is_plain_lora(path):
         return f"{path} is more than plain LoRA; merge it with 2_merge_lora.py"
+    if load_model_config(path).is_encoder_decoder:
+        return f"{path} is an encoder-decoder model"
     own_config = load_generation_config(path)
     for key, neutral in NOT_OF_ENGINE["vllm"].items():
         if getattr(own_config, key, None) not in (None, neutral):
@@ -96,6 +98,10 @@ def prepare_model(
     """
     in_run = name == BASE or Path(path).parent == run
     options = loading_options(record["config"], name, in_run, args.trust_remote_code)
+    if engine != "transformers" and load_model_config(path, **options).is_encoder_decoder:
+        raise InputError(
+            f"{name} is an encoder-decoder model, which {engine} does not answer with; use --engine transformers"
+        )
     tokenizer = load_tokenizer(path, record["chat_template"] if in_run else None, **options)
     own_config = load_generation_config(path, **options)
     config, sources = build_generation_config(args, tokenizer, own_config, engine)

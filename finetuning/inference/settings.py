@@ -9,8 +9,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from finetuning.config.arguments import NOT_OF_ENGINE, TestArguments
 from finetuning.data.chat import end_token_ids
 from finetuning.errors import InputError
+from finetuning.models.config import OF_DECODERS
 
-OWN_KEYS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty")
+OWN_KEYS = (
+    "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "num_beams", "length_penalty", "early_stopping",
+)  # fmt: skip
 PLAIN_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # transformers would take 50 tokens as its top_k
 
 
@@ -41,6 +44,7 @@ def build_generation_config(
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
         stop_strings=args.stop,
+        **{key: getattr(own_config, key) for key in OF_DECODERS},
         **settings,
     )
     return config, {**sources, **({"stop_strings": "flag"} if args.stop else {})}
@@ -72,6 +76,6 @@ def ignored_settings(own_config: GenerationConfig) -> dict:
 
 def describe_generation(config: GenerationConfig, seed: int) -> dict:
     """The settings that make an answer what it is."""
-    keys = ("do_sample", "max_new_tokens", "eos_token_id", "stop_strings", *OWN_KEYS, *PLAIN_SAMPLING)
+    keys = ("do_sample", "max_new_tokens", "eos_token_id", "stop_strings", *OWN_KEYS, *OF_DECODERS, *PLAIN_SAMPLING)
     settings = {key: getattr(config, key) for key in keys if getattr(config, key) is not None}
     return {**settings, "seed": seed} if config.do_sample else settings

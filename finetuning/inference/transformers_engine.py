@@ -14,19 +14,22 @@ from pathlib import Path
 import bitsandbytes
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from finetuning.data.prompts import Prompt, seed_of
 from finetuning.errors import InputError
 from finetuning.hardware import available_memory, choose_attention
 from finetuning.inference.answers import Answer, AnswerReader
 from finetuning.inference.decoding import Decoder, unsupported_reason
-from finetuning.models.config import base_of, describe_failure, is_capped, load_model_config
+from finetuning.inference.pair_decoding import PairDecoder
+from finetuning.models.config import auto_class, base_of, describe_failure, is_capped, load_model_config
 from finetuning.models.files import is_adapter, list_weight_files
 from finetuning.models.loading import load_adapter
 from finetuning.ranks import get_local_rank, get_local_world_size
 
 MAX_SLOTS = 128
+PAIRS_AT_ONCE = 16  # prompts of an encoder-decoder model in a beam search, which ends when the last of them has
 SLOTS_WITHOUT_HEADS = 16  # of models whose memory cannot be told from their heads
 READ_AT_ONCE = 1 << 24  # bytes
 
@@ -68,7 +71,7 @@ def load_model(
         kwargs: More of from_pretrained's.
 
     Raises:
-        InputError: There is no such model, or it is no causal language model.
+        InputError: There is no such model, or it is none that writes text.
     """
     source = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     config = load_model_config(name_or_path, **source)
@@ -90,10 +93,10 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
         )
-    load = load_adapter if is_adapter(name_or_path) else AutoModelForCausalLM.from_pretrained
+    load = load_adapter if is_adapter(name_or_path) else auto_class(config).from_pretrained
     try:
         model = load(name_or_path, **settings)
-    # no such model, or it is no causal language model, or its config names what the library does not have
+    # no such model, or it is none that writes text, or its config names what the library does not have
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"could not load the model {name_or_path}: {describe_failure(error)}") from error
     if load_in_4bit:
@@ -160,24 +163,29 @@ class TransformersEngine:
         clear_device_cache(garbage_collection=True)
 
     def _decode(self, prompts: list[Prompt], size: int) -> Iterator[tuple[Prompt, list[int] | None]]:
-        decoder = Decoder(self.model, self.config, size, self.tokenizer)
+        kind = PairDecoder if self.model.config.is_encoder_decoder else Decoder
+        decoder = kind(self.model, self.config, size, self.tokenizer)
         seeds = [seed_of(self.seed, prompt.id) for prompt in prompts]
         for place, new_ids in decoder.generate([prompt.token_ids for prompt in prompts], seeds):
             yield prompts[place], new_ids
 
     def _generate_batches(self, prompts: list[Prompt], size: int) -> Iterator[tuple[Prompt, list[int] | None]]:
-        """The library's own loop, on prompts of one length, which need no padding."""
+        """The library's own loop, on prompts of one length, without padding; an encoder masks its padding."""
         self.model.generation_config = self.config
+        pairs, pad = self.model.config.is_encoder_decoder, self.config.pad_token_id
+        size = min(size, PAIRS_AT_ONCE) if pairs else size
         prompts = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
-        for length, group in itertools.groupby(prompts, key=lambda prompt: len(prompt.token_ids)):
+        for length, group in itertools.groupby(prompts, key=lambda prompt: 0 if pairs else len(prompt.token_ids)):
             alike = list(group)
             for start in range(0, len(alike), size):
                 batch = alike[start : start + size]
                 torch.manual_seed(seed_of(self.seed, batch[0].id))
-                ids = torch.tensor([list(prompt.token_ids) for prompt in batch], device=self.model.device)
+                rows = [torch.tensor(list(prompt.token_ids), device=self.model.device) for prompt in batch]
+                ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+                mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
                 with torch.inference_mode():
-                    output = self.model.generate(ids, attention_mask=torch.ones_like(ids), tokenizer=self.tokenizer)
-                for prompt, new_ids in zip(batch, output[:, length:].tolist(), strict=True):
+                    output = self.model.generate(ids, attention_mask=mask, tokenizer=self.tokenizer)
+                for prompt, new_ids in zip(batch, output[:, length or 1 :].tolist(), strict=True):
                     yield prompt, self._without_padding(new_ids)
 
     def _without_padding(self, new_ids: list[int]) -> list[int]:

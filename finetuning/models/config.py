@@ -4,7 +4,7 @@ The configs of a model, which are its own or those of the base model under an ad
 
 from pathlib import Path
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
 
 from finetuning.errors import InputError
 from finetuning.models.files import check_model_files, is_adapter
@@ -16,6 +16,9 @@ OTHER_HEADS = tuple(
     f"For{task}"
     for task in ("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 )
+
+# Settings of generation: with which tokens the decoder of an encoder-decoder model begins.
+OF_DECODERS = ("decoder_start_token_id", "forced_bos_token_id")
 
 
 def describe_failure(error: Exception) -> str:
@@ -48,8 +51,13 @@ def is_plain_lora(adapter: str) -> bool:
     return config.get("peft_type") == "LORA" and not (config.get("modules_to_save") or config.get("use_dora"))
 
 
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
+    """The class that loads a model: AutoModelForCausalLM would take the decoder of some alone, without a word."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
-    """The config of a causal language model, or of the one under an adapter.
+    """The config of a causal language model or of an encoder-decoder one, or of the one under an adapter.
 
     Raises:
         InputError: There is no such model, or it is of another kind.
@@ -65,16 +73,14 @@ def load_model_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(f"could not load the model {base}{adapter}: {describe_failure(error)}") from error
     kinds, own_classes = config.architectures or [], getattr(config, "auto_map", {})
-    if config.is_encoder_decoder:  # AutoModelForCausalLM would take the decoder of some alone, without a word
-        kind = "an encoder-decoder model"
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_classes:
+    if type(config) not in auto_class(config)._model_mapping and auto_class(config).__name__ not in own_classes:
         kind = f"a model of type {config.model_type}"
     elif kinds and all(name.endswith(OTHER_HEADS) for name in kinds):
         kind = f"a {', '.join(kinds)}"
     else:
         return config
     raise InputError(
-        f"{name_or_path} is {kind}, and no causal language model, which these steps are for; name another model"
+        f"{name_or_path} is {kind}, and no model that writes text, which these steps are for; name another model"
     )
 
 
@@ -85,8 +91,8 @@ def is_capped(config: PreTrainedConfig) -> bool:
 
 def own_code(config: PreTrainedConfig, revision: str | None) -> dict[str, str]:
     """The keyword of from_config that takes code which comes with a model from the revision of the model itself."""
-    reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
-    if reference is None or "--" in reference or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    reference = getattr(config, "auto_map", {}).get(auto_class(config).__name__)
+    if reference is None or "--" in reference or type(config) in auto_class(config)._model_mapping:
         return {}  # it has none, it is in another repository, or it is loaded already
     return {"code_revision": revision or "main"}
 

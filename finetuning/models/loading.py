@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 import transformers.modeling_utils
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedConfig
 
 from finetuning.errors import InputError
-from finetuning.models.config import base_of
+from finetuning.models.config import base_of, load_model_config
 from finetuning.models.files import check_model_files, fingerprint_weights, read_header
 from finetuning.ranks import is_main_process
 from finetuning.runs import read_json, write_json
@@ -69,8 +69,10 @@ def load_adapter(path: str, **settings) -> PeftModel:
         raise InputError(f"{path} has no {WEIGHTS}; copy or download it again")
     base = base_of(path)
     check_base(folder, base)
+    source = {key: settings[key] for key in ("trust_remote_code",) if key in settings}
+    pairs = load_model_config(path, **source).is_encoder_decoder
     try:
-        model = AutoPeftModelForCausalLM.from_pretrained(path, **settings)
+        model = (AutoPeftModelForSeq2SeqLM if pairs else AutoPeftModelForCausalLM).from_pretrained(path, **settings)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ArithmeticError) as error:

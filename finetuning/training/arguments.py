@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer, get_scheduler
+from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_optimizer import is_optimizer_factory
@@ -34,6 +34,12 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 # Over float32, for which a CPU computes in bfloat16. Less than that is lost again outside of the matrix products.
 MIN_BF16_GAIN = 1.3
 MIN_BF16_WIDTH = 256  # hidden_size below which the matrix products are too small a part of the time
+# Keys that an encoder-decoder model has no use for, and their values where they are not set
+NOT_OF_PAIRS = {
+    "packing_strategy": "bfd", "padding_free": False, "eval_packing": None, "completion_only_loss": None,
+    "assistant_only_loss": False, "loss_type": "nll", "activation_offloading": False, "use_liger_kernel": False,
+    "router_aux_loss_coef": None,
+}  # fmt: skip
 ONE_PROCESS = "off, there is only one process (start more with torchrun)"
 
 
@@ -63,11 +69,20 @@ class TrainingArguments(SFTConfig, TrainingKeys):
         ["float32", "bfloat16", "float16"],
     )
     rounding: str = argument("auto", ROUNDING_HELP, ROUNDING)
+    max_target_length: int | None = argument(
+        None,
+        "Longest answer that an encoder-decoder model learns, in tokens; max_length is then that of its questions.",
+        at_least=2,
+    )
     gradient_checkpointing: bool = argument(False, "Older name of activation_checkpointing, which decides.")
+
+    # what Seq2SeqTrainer asks for; step 3 generates
+    predict_with_generate, generation_config, generation_max_length, generation_num_beams = False, None, None, None
 
     def __post_init__(self):
         self.hardware_choices: dict[str, str] = {}
         self.base_model: tuple[str, str | None] | None = None  # name and revision; load_model sets them
+        self.decoder_start: int | None = None  # of an encoder-decoder model; fit_to_kind sets it
         self.gradient_checkpointing = False  # the memory plan decides later
         world_size = get_world_size()
         if not torch.accelerator.is_available():
@@ -174,6 +189,37 @@ class TrainingArguments(SFTConfig, TrainingKeys):
         if missing:
             left = [name for name in wanted if name in available] or ["none"]
             self._replace("report_to", left, f"without {', '.join(missing)}, which is not installed")
+
+    def fit_to_kind(self, model: PreTrainedModel) -> None:
+        """Set what depends on the kind of the model, which has no weights yet.
+
+        Raises:
+            InputError: A key has no effect on this kind, or the model lacks a token that its kind needs.
+        """
+        if not model.config.is_encoder_decoder:
+            if self.max_target_length is not None:
+                raise InputError("max_target_length is for encoder-decoder models; max_length counts the answer too")
+            return
+        for key, neutral in NOT_OF_PAIRS.items():
+            if getattr(self, key) != neutral:
+                raise InputError(f"{key}: {getattr(self, key)} has no effect on an encoder-decoder model; leave it out")
+        config = model.config.get_text_config()
+        start = getattr(model.config, "decoder_start_token_id", None)
+        start = config.bos_token_id if start is None else start
+        for key, token_id in (("decoder_start_token_id", start), ("pad_token_id", config.pad_token_id)):
+            if token_id is None or not 0 <= token_id < config.vocab_size:
+                raise InputError(
+                    f"{key} of the model's config.json is {token_id}, none of its {config.vocab_size} tokens; write "
+                    "there the one that it was made with, as its decoder cannot be trained without"
+                )
+        self.decoder_start = start
+        if self.fsdp and self.fsdp_plugin_args["cpu_ram_efficient_loading"]:
+            # accelerate hands on no buffers, as BART's final_logits_bias, and ties mT5's head, which is its own
+            self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+            self.hardware_choices["cpu_ram_efficient_loading"] = "off, each rank reads an encoder-decoder model itself"
+        if self.packing:
+            self._replace("packing", False, "off, an encoder-decoder model reads each row by itself")
 
     @property
     def compute_dtype(self) -> torch.dtype:

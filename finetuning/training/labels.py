@@ -4,7 +4,7 @@ What the labels of a run teach: an answer and its end, and whether generation st
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,7 @@ class Labels:
     unsupervised_rows: int = 0
     whole_rows: int = 0  # rows of which every token is learned
     double_bos: int = 0
+    double_ends: int = 0  # answers that end in the same end token twice
     pad_labels: int = 0
     last_tokens: Counter[int | None] = field(default_factory=Counter)  # answers by their last token
     last_of_uncut: Counter[int | None] = field(default_factory=Counter)  # the same for answers that are surely not cut
@@ -46,19 +47,21 @@ def count_labels(
     tokenizer: PreTrainedTokenizerBase,
     end_ids: list[int],
     max_length: int | None,
+    behind_end: Collection[int] = (),
 ) -> Labels:
     """Count what the labels of an epoch teach.
 
     Args:
         rows: Token ids and labels of each sequence, as collated.
         max_length: Sequences of this length may have been cut; None means that none was.
+        behind_end: Tokens that may stand behind the end token, where nothing is generated any more.
     """
     seen = Labels()
     ends, bos, pad = set(end_ids), tokenizer.bos_token_id, tokenizer.pad_token_id
 
     @functools.cache
     def is_blank(token_id: int) -> bool:
-        return not tokenizer.decode([token_id]).strip()
+        return token_id in behind_end or not tokenizer.decode([token_id]).strip()
 
     for ids, labels in rows:
         places = np.flatnonzero(labels != IGNORED)
@@ -77,6 +80,7 @@ def count_labels(
             last = next((token_id for token_id in tail if token_id in ends or not is_blank(token_id)), None)
             seen.answers += 1
             seen.ended += last in ends
+            seen.double_ends += len(tail) > 1 and tail[0] == tail[1] in ends
             seen.last_tokens[last] += 1
             seen.last_of_uncut[last] += max_length is None or len(ids) < max_length or answer is not answers[-1]
     return seen
@@ -172,6 +176,11 @@ def check_beginning_and_padding(labels: Labels, tokenizer: PreTrainedTokenizerBa
     bos, pad = (show_token(tokenizer, token_id) for token_id in (tokenizer.bos_token_id, tokenizer.pad_token_id))
     faults = (
         ("double_bos", labels.double_bos, f"rows begin with {bos} twice; take it out of the chat template"),
+        (
+            "double_end",
+            labels.double_ends,
+            "answers end in their end token twice; take out the one that stands in the data",
+        ),
         ("pad_in_labels", labels.pad_labels, f"rows learn to write the padding token {pad}"),
     )
     findings = [Finding(check, "warning", f"{n} {text}", numbers={"rows": n}) for check, n, text in faults if n]

@@ -96,6 +96,24 @@ def check_lengths(lengths: dict, per_row: dict[str, np.ndarray], args: TrainingA
     return [Finding("truncation", "warning", text, cut.tolist(), {"cut": len(cut), "answers_lost": len(lost)})]
 
 
+def check_pair_lengths(per_row: dict[str, np.ndarray], args: TrainingArguments) -> list[Finding]:
+    """Questions longer than max_length and answers longer than max_target_length, and what becomes of them."""
+    findings, start = [], args.truncation_mode == "keep_end"
+    for key, what, lost in (
+        ("max_length", "question", "beginning" if start else "end"),
+        ("max_target_length", "answer", "end, and with it what ends them"),
+    ):
+        tokens, limit = per_row[f"{what} tokens"], getattr(args, key)
+        cut = np.flatnonzero(tokens > (limit or math.inf))
+        if len(cut):
+            enough = int(np.sort(tokens)[math.floor(0.99 * len(tokens))])
+            text = f"{key}: {limit} cuts {len(cut)} of {len(tokens)} {what}s ({percent(len(cut) / len(tokens))}), "
+            text += f"which lose their {lost}" + (f"; {enough} would cut less than 1 %" if enough > limit else "")
+            findings.append(Finding("truncation", "warning", text, cut.tolist(), {"cut": len(cut)}))
+    longest = " and ".join(f"{per_row[f'{what} tokens'].max()} for {what}s" for what in ("question", "answer"))
+    return findings or [Finding("truncation", "ok", f"nothing is cut; the longest have {longest}, in tokens")]
+
+
 def check_positions(config: PreTrainedConfig, longest_row: int, args: TrainingArguments) -> list[Finding]:
     """Whether the model has a position for every token of a row; rows that are packed each begin at the first one."""
     config = config.get_text_config()

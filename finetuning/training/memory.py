@@ -54,10 +54,11 @@ class Batch:
     length: int
     packed: bool
     labelled: float = 1.0  # share of the tokens that the loss is on: the head projects no others
+    answer: int = 0  # tokens that a decoder reads, where `length` is those of its encoder
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.length
+        return self.rows * (self.length + self.answer)
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,22 @@ def measure_shapes(
         outside = sum(parameter.numel() for parameter in model.parameters()) - sum(inside.values())
         trained = model if plan.peft_config is None else add_adapter(model, plan.peft_config)
     model.train()
+    for module in model.modules():
+        if hasattr(module, "layerdrop"):  # it draws which layers are left out, and reads what was drawn
+            module.training = False
     text_config = config.get_text_config()
     activations, unmeasured = 0, None
     try:
-        activations = measure_activations(model.base_model, batch, args.device.type, compute)
+        # the loss of encoder-decoder models takes all logits, where trl's fused head keeps none
+        whole = model if config.is_encoder_decoder else model.base_model
+        activations = measure_activations(whole, batch, args.device.type, compute)
     except (RuntimeError, TypeError, ValueError) as error:  # the model's own code may read values, and there are none
         unmeasured = str(error).splitlines()[0] if str(error) else type(error).__name__
     return Shapes(
         parameters=sum(p.numel() for p in trained.parameters()),
         trained=sum(p.numel() for p in trained.parameters() if p.requires_grad),
         outside_layers=outside,
-        num_layers=text_config.num_hidden_layers,
+        num_layers=text_config.num_hidden_layers,  # a layer of an encoder counts with one of its decoder
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size + len(plan.new_ids),
         activations=activations,
@@ -131,8 +137,12 @@ def measure_activations(backbone: torch.nn.Module, batch: Batch, device: str, co
                 tensors.append(tensor)
             return tensor
 
-        inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long), "position_ids": torch.arange(length)[None]}
-        if backbone.config._attn_implementation != ROW_ATTENTION:
+        inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
+        if batch.answer:
+            inputs |= dict.fromkeys(("decoder_input_ids", "labels"), torch.zeros(rows, batch.answer, dtype=torch.long))
+        else:
+            inputs["position_ids"] = torch.arange(length)[None]
+        if not batch.answer and backbone.config._attn_implementation != ROW_ATTENTION:
             inputs["attention_mask"] = torch.zeros(rows, 1, length, length, dtype=torch.bool)
             if backbone.config._attn_implementation == "eager":
                 inputs["attention_mask"] = inputs["attention_mask"].to(compute or torch.float32)
@@ -245,7 +255,12 @@ def state_bytes(shapes: Shapes, args: TrainingArguments, settings: dict) -> tupl
 
 
 def head_bytes(shapes: Shapes, batch: Batch, args: TrainingArguments) -> float:
-    """Bytes that trl's fused head needs: tiles of logits, and the gradients of what it reads."""
+    """Bytes that trl's fused head needs: tiles of logits, and the gradients of what it reads.
+
+    Encoder-decoder models have no such head. Their logits count as activations, and here are the gradients of them.
+    """
+    if batch.answer:
+        return batch.rows * batch.answer * shapes.vocab_size * (4 + args.compute_dtype.itemsize)
     on_gpu = args.device.type != "cpu"
     tile_tokens = min(round(batch.tokens * batch.labelled), HEAD_TOKENS)
     tile = tile_tokens * (HEAD_WORDS * args.compute_dtype.itemsize if on_gpu else HEAD_WORDS_ON_CPU * 4)
@@ -314,19 +329,22 @@ def what_would_fit(
     return found or ["a smaller model, or a device with more memory"]
 
 
-def check_memory(args: TrainingArguments, model: ModelPlan, longest_row: int, labelled: float) -> Finding:
+def check_memory(
+    args: TrainingArguments, model: ModelPlan, longest_row: int, labelled: float, longest_answer: int = 0
+) -> Finding:
     """Whether training fits into memory, with activation checkpointing where it does not fit without.
 
     Args:
-        longest_row: Tokens of the longest sequence.
+        longest_row: Tokens of the longest sequence, or for an encoder-decoder model of the longest question.
         labelled: Share of the tokens that the loss is on.
+        longest_answer: Tokens of the longest answer, for an encoder-decoder model.
 
     Returns:
         The finding, with the plan as its numbers.
     """
     flattened = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
     # a batch may have a larger share of answers than the average
-    batch = Batch(args.per_device_train_batch_size, longest_row, flattened, min(1.0, 1.5 * labelled))
+    batch = Batch(args.per_device_train_batch_size, longest_row, flattened, min(1.0, 1.5 * labelled), longest_answer)
     requested = args.activation_checkpointing
     config = load_model_config(model.name_or_path, **model.source)
     settings = model.settings

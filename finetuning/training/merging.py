@@ -45,14 +45,19 @@ class Difference:
 
 @torch.inference_mode()
 def answer(model: PeftModel | PreTrainedModel, prompt_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """Prompt and answer, shape (1, tokens)."""
-    return model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=config)
+    """Prompt and answer, shape (1, tokens); of an encoder-decoder model what its decoder has read and written."""
+    return model.generate(input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=config)
 
 
 @torch.inference_mode()
-def logits_of(model: PeftModel | PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits at every token, one tensor of shape (tokens, vocabulary) a sequence."""
-    return [model(sequence).logits[0] for sequence in sequences]
+def logits_of(
+    model: PeftModel | PreTrainedModel, prompts: list[torch.Tensor], answers: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Logits at every token of what `answer` gives, one tensor of shape (tokens, vocabulary) a prompt."""
+    if model.config.is_encoder_decoder:
+        pairs = zip(prompts, answers, strict=True)
+        return [model(input_ids=prompt, decoder_input_ids=ids).logits[0] for prompt, ids in pairs]
+    return [model(sequence).logits[0] for sequence in answers]
 
 
 def measure_difference(logits: list[torch.Tensor], other: list[torch.Tensor]) -> Difference:

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from finetuning.config.model_arguments import ModelArguments
 from finetuning.data.chat import add_tokens, load_tokenizer
 from finetuning.errors import InputError
-from finetuning.models.config import load_model_config, own_code
+from finetuning.models.config import auto_class, load_model_config, own_code
 from finetuning.models.files import is_adapter
 from finetuning.models.loading import load_adapter, refuse_quantised
 from finetuning.models.rounding import dtype_name
 from finetuning.ranks import print_main
 from finetuning.training.arguments import TrainingArguments
 from finetuning.training.attention import ROW_ATTENTION, find_fallback
+from finetuning.training.freezing import freeze_modules
 
 
 def check_model(name_or_path: str, **source) -> None:
@@ -47,7 +48,8 @@ class ModelPlan:
     settings: dict  # keyword arguments of from_pretrained
     tokenizer: PreTrainedTokenizerBase
     new_ids: list[int]  # the ids of the tokens that were added to its tokenizer
-    peft_config: PeftConfig | None  # None means that all weights are trained
+    peft_config: PeftConfig | None  # None means that all weights are trained but the frozen ones
+    frozen: dict[str, int] = dataclasses.field(default_factory=dict)  # numbers of parameters by what freezes them
 
     @property
     def source(self) -> dict:
@@ -64,14 +66,22 @@ def plan_model(model_args: ModelArguments, training_args: TrainingArguments, add
     name = model_args.model_name_or_path
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     check_model(name, **source)
-    if model_args.attn_implementation == ROW_ATTENTION:
-        fallback = find_fallback(build_without_weights(load_model_config(name, **source), **source))
+    config = load_model_config(name, **source)
+    model = build_without_weights(config, **source)
+    if model_args.attn_implementation == ROW_ATTENTION and config.is_encoder_decoder:  # whose rows are not packed
+        model_args.attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    elif model_args.attn_implementation == ROW_ATTENTION:
+        fallback = find_fallback(model)
         if fallback is not None:
             model_args.attn_implementation, reason = fallback
             training_args.hardware_choices["attn_implementation"] = f"{fallback[0]}, as {reason}"
+    training_args.fit_to_kind(model)
     settings = choose_model_settings(model_args, training_args)
     tokenizer, new_ids = prepare_tokenizer(name, training_args, added_tokens, **source)
-    return ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, **source))
+    if config.is_encoder_decoder:
+        tokenizer.padding_side = "right"  # positions of an encoder count from the first column
+    frozen = freeze_modules(model, model_args.freeze or [])
+    return ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, **source), frozen)
 
 
 def choose_model_settings(model_args: ModelArguments, training_args: TrainingArguments) -> dict:
@@ -148,9 +158,15 @@ def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **sourc
         return None
     config.revision = model_args.model_revision
     model_config = load_model_config(model_args.model_name_or_path, **source)
+    config.task_type = "SEQ_2_SEQ_LM" if model_config.is_encoder_decoder else "CAUSAL_LM"
     model = build_without_weights(model_config, **source)
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     embeddings = [name.split(".")[-1] for name, module in model.named_modules() if any(module is m for m in modules)]
+    if new_ids and model_config.is_encoder_decoder:  # peft would train a copy that encoder and decoder do not read
+        raise InputError(
+            "special_tokens cannot be learned by an adapter of an encoder-decoder model, whose embeddings stand in "
+            "several places; leave them out, or train all weights (use_peft: false)"
+        )
     if new_ids:
         config.modules_to_save = [*(config.modules_to_save or []), *embeddings]
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
@@ -163,7 +179,8 @@ def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **sourc
 def load_model(
     plan: ModelPlan, checkpoint: Path | None, args: TrainingArguments
 ) -> tuple[PreTrainedModel | PeftModel | str, PeftConfig | None]:
-    """SFTTrainer's model and peft_config. Where nothing is added to the model, it is a path, from which trl loads it.
+    """The trainer's model and peft_config. Of a causal model of which every weight is trained, and to which nothing is
+    added, it is a path, from which trl loads it.
 
     Args:
         checkpoint: Training goes on from it; None means that it starts from the model itself.
@@ -173,15 +190,20 @@ def load_model(
         # the revision is that of the base model, which the adapter names itself
         settings = {key: value for key, value in plan.settings.items() if key != "revision"}
         return load_adapter(str(checkpoint), is_trainable=True, **settings), None
-    if checkpoint is None and plan.new_ids:
-        return load_with_new_tokens(plan.name_or_path, plan.new_ids, plan.settings), plan.peft_config
-    args.model_init_kwargs = plan.settings
-    return plan.name_or_path if checkpoint is None else str(checkpoint), plan.peft_config
+    path, new_ids = (plan.name_or_path, plan.new_ids) if checkpoint is None else (str(checkpoint), [])
+    if not (new_ids or plan.frozen or args.decoder_start is not None):
+        args.model_init_kwargs = plan.settings
+        return path, plan.peft_config
+    kind = auto_class(load_model_config(plan.name_or_path, **plan.source))
+    model = create_model_from_path(path, kind, **{"device_map": None, **plan.settings})
+    if new_ids:
+        add_embeddings(model, new_ids)
+    freeze_modules(model, plan.frozen)
+    return model, plan.peft_config
 
 
-def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) -> PreTrainedModel:
-    """Load a model whose tokenizer has new tokens, and start their embeddings as the mean of all others."""
-    model = create_model_from_path(name_or_path, **{"device_map": None, **settings})
+def add_embeddings(model: PreTrainedModel, new_ids: list[int]) -> None:
+    """Give tokens that are new to a model's tokenizer embeddings, which start as the mean of all others."""
     known = model.get_input_embeddings().num_embeddings
     if max(new_ids) >= known:
         model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
@@ -192,7 +214,6 @@ def load_with_new_tokens(name_or_path: str, new_ids: list[int], settings: dict) 
             with torch.no_grad():
                 weight = embeddings.weight
                 weight[new_ids] = weight[old_ids].mean(dim=0, dtype=torch.float32).to(weight.dtype)
-    return model
 
 
 def build_without_weights(
@@ -200,7 +221,7 @@ def build_without_weights(
 ) -> PreTrainedModel:
     with torch.device("meta"):
         code = {"trust_remote_code": trust_remote_code, **own_code(config, revision)}
-        return AutoModelForCausalLM.from_config(config, **code, **options)
+        return auto_class(config).from_config(config, **code, **options)
 
 
 def build_planned_model(plan: ModelPlan, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -215,6 +236,7 @@ def build_planned_model(plan: ModelPlan, config: PreTrainedConfig, dtype: torch.
     if plan.new_ids:
         size = model.get_input_embeddings().num_embeddings + len(plan.new_ids)
         model.resize_token_embeddings(size, mean_resizing=False)
+    freeze_modules(model, plan.frozen)
     return model
 
 

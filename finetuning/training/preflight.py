@@ -5,8 +5,10 @@ Each check has a name. A run that would never learn to stop, has nothing to lear
 refused; `allow: [<check>]` lets it through, which is recorded in preflight.json.
 """
 
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetuning.config.arguments import ScriptArguments
-from finetuning.data.batches import RowPreparation, build_collator, sequences
+from finetuning.data.batches import build_collator, choose_preparation, sequences
 from finetuning.data.chat import control_tokens, end_token_ids
 from finetuning.data.checks import (
     Finding,
@@ -38,16 +40,21 @@ from finetuning.training.arguments import TrainingArguments
 from finetuning.training.labels import check_labels, count_labels
 from finetuning.training.lengths import (
     check_lengths,
+    check_pair_lengths,
     check_positions,
     check_schedule,
     conversations_of,
     learned_texts,
     measure_lengths,
+    percent,
     plan_training,
 )
 from finetuning.training.memory import check_memory
 from finetuning.training.model import ModelPlan
 from finetuning.training.report import Report, plot_lengths, preview_row, render, use_colour
+
+MIN_UNKNOWN, MAX_UNKNOWN = 0.001, 0.2  # shares of unknown tokens above which a run is warned of, and refused
+SPEAKER_TAG = re.compile(r"#\w+#")
 
 
 def check_conversations(tokenized: Dataset, control_texts: list[str], where: str = "") -> list[Finding]:
@@ -80,7 +87,7 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, train_rows: Dataset, eval_rows: Dataset | None = None
 ) -> TrainingRows:
     """Tokenise, cut and pack rows as the trainer will."""
-    preparation = RowPreparation(tokenizer, args)
+    preparation = choose_preparation(tokenizer, args)
     tokenized = preparation.tokenize(train_rows, "train")
     prepared = preparation.cut_and_pack(tokenized, "train")  # the trainer will find it in the cache
     evaluation = None if eval_rows is None else preparation.tokenize(eval_rows, "eval")
@@ -110,13 +117,16 @@ def inspect(
     if args.packing and args.packing_strategy != "bfd":  # its sequences may begin and end inside a row
         whole_rows, collator, limit = tokenized, DataCollatorForLanguageModeling(tokenizer.pad_token_id), None
     collated = sequences(whole_rows, collator, args.per_device_train_batch_size)
-    labels = count_labels(collated, tokenizer, end_ids, limit)
+    pairs = args.decoder_start is not None
+    behind_end = set(tokenizer.all_special_ids).difference(end_ids) if pairs else ()  # mBART's language, for one
+    labels = count_labels(collated, tokenizer, end_ids, None if pairs else limit, behind_end)
     if not args.packing:  # the trainer leaves out rows with nothing to learn
         labels.unsupervised_rows += len(tokenized) - len(rows.prepared)
         labels.rows += len(tokenized) - len(rows.prepared)
     report.findings += check_labels(labels, tokenizer, generation_config, args.completion_only_loss is not False)
     report.lengths, per_row = measure_lengths(tokenized, tokenizer, args.max_length)
-    report.findings += check_lengths(report.lengths, per_row, args)
+    report.findings += check_pair_lengths(per_row, args) if pairs else check_lengths(report.lengths, per_row, args)
+    report.findings += check_vocabulary(tokenized, tokenizer)
     report.findings += check_conversations(tokenized, control_tokens(tokenizer, end_ids))
     questions = [question_of(prompt) for prompt in tokenized["prompt"]]
     learned = [learned_texts(*row) for row in conversations_of(tokenized)]
@@ -160,9 +170,23 @@ def run_preflight(
         held_out = {"validation": [question_of(prompt) for prompt in rows.evaluation["prompt"]], **held_out}
         findings += check_conversations(rows.evaluation, control_texts, "in the validation split, ")
     report, per_row = inspect(rows, tokenizer, generation_config, args, held_out, script_args.preview_rows)
-    longest = int(min(per_row["row tokens"].max(), args.max_length or 2**62))
-    findings += check_positions(load_model_config(model.name_or_path, **model.source), longest, args)
-    memory = check_memory(args, model, args.max_length if args.packing else longest, report.plan["labelled_share"])
+    config, pairs = load_model_config(model.name_or_path, **model.source), args.decoder_start is not None
+    largest, vocabulary = max(map(max, rows.prepared["input_ids"])), config.get_text_config().vocab_size
+    if largest >= vocabulary + len(model.new_ids):
+        raise InputError(
+            f"the tokenizer makes token {largest} of the rows, and the model has {vocabulary} tokens: they do not "
+            "belong together; take both from where the model comes from"
+        )
+    longest = int(min(per_row["question tokens" if pairs else "row tokens"].max(), args.max_length or 2**62))
+    answer = int(min(per_row["answer tokens"].max(), args.max_target_length or 2**62)) if pairs else 0
+    findings += check_positions(config, max(longest, answer), args)
+    length = args.max_length if args.packing else longest
+    memory = check_memory(args, model, length, report.plan["labelled_share"], answer)
+    if model.frozen:
+        trained, total = memory.numbers["trained_parameters"], memory.numbers["model_parameters"]
+        by = ", ".join(f"{pattern} {number:,}" for pattern, number in model.frozen.items())
+        text = f"{total - trained:,} of {total:,} parameters are frozen ({by}); {trained:,} are trained"
+        findings.append(Finding("frozen", "ok", text, numbers=model.frozen))
     report.findings += [*findings, memory, *count_special_tokens(rows.tokenized, tokenizer, script_args)]
     report.memory = memory.numbers
     report.allow(script_args.allow or [])
@@ -197,6 +221,28 @@ def check_test_split(script_args: ScriptArguments, control_texts: list[str]) -> 
             finding.rows = sorted(row for place in finding.rows for row in samples.rows_of(place))
             findings.append(finding)
     return findings, questions
+
+
+def check_vocabulary(tokenized: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Text that the tokenizer has no tokens for, and speaker tags such as #Person1# that it takes apart."""
+    findings, unknown = [], tokenizer.unk_token_id
+    if unknown not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        ids = tokenized.with_format("arrow")[:]["input_ids"].combine_chunks().flatten().to_numpy()
+        share = float((ids == unknown).mean())
+        text = (
+            f"{percent(share)} of the tokens are {tokenizer.unk_token}, as the vocabulary lacks what is written; the "
+            "model can neither read nor write it: take one of the language of the data"
+        )
+        if share > MIN_UNKNOWN:
+            level = "refused" if share > MAX_UNKNOWN else "warning"
+            findings.append(Finding("unknown_tokens", level, text, numbers={"share": share}))
+    tags = Counter(SPEAKER_TAG.findall("\n".join(question_of(prompt) for prompt in tokenized["prompt"])))
+    common = [tag for tag, n in tags.most_common(10) if n >= len(tokenized) / 10]
+    sizes = {tag: len(tokenizer(tag, add_special_tokens=False)["input_ids"]) for tag in common}
+    if split := [tag for tag, size in sizes.items() if size > 1]:
+        text = f"{split[0]} is split into {sizes[split[0]]} tokens; special_tokens: {split} would keep such tags whole"
+        findings.append(Finding("tags", "note", text))
+    return findings
 
 
 def count_special_tokens(

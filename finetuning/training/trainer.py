@@ -1,8 +1,10 @@
 """
-trl's SFTTrainer with checkpoints that are complete, stand once, and can be resumed on any number of devices.
+trl's SFTTrainer, and for encoder-decoder models transformers' Seq2SeqTrainer, with checkpoints that are complete, stand
+once, and can be resumed on any number of devices.
 """
 
 import contextlib
+import functools
 import math
 import shutil
 import time
@@ -12,24 +14,33 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp
+import torch.nn.functional as F
 import trl.trainer.utils
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
+from finetuning.data.batches import build_collator, choose_preparation
 from finetuning.data.chat import end_token_ids
+from finetuning.data.tokens import IGNORED
 from finetuning.errors import InputError
 from finetuning.models.loading import record_base
 from finetuning.models.rounding import describe_plan, dtype_name, plan_rounding, round_weights
 from finetuning.ranks import is_main_process
 from finetuning.runs import INCOMPLETE, PRECISION_FILE, list_checkpoints, write_json
+from finetuning.training.arguments import TrainingArguments
 from finetuning.training.checkpoints import (
     OPTIMIZER_FOLDER,
     SCHEDULER_FILE,
@@ -91,8 +102,8 @@ def failing_together(folder: Path) -> Iterator[None]:
         )
 
 
-class ResumableSFTTrainer(SFTTrainer):
-    """SFTTrainer with other checkpoints: weights as from_pretrained reads them, the tokenizer, a generation config with
+class Resumable(Trainer):
+    """A Trainer with other checkpoints: weights as from_pretrained reads them, the tokenizer, a generation config with
     every end token, and the optimizer's state in torch's distributed format, of which each rank writes its share.
 
     There is no second copy of the weights: training goes on from those that from_pretrained reads, unless they were
@@ -110,9 +121,7 @@ class ResumableSFTTrainer(SFTTrainer):
             # Training would go on without gradients through them, and without a word.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        if self.args.device.type == "cpu":
-            trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_WORDS_ON_CPU
-        self._logged_tokens = 0
+        self._total_train_tokens = self._logged_tokens = 0
         self._logged_at = time.perf_counter()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -178,7 +187,8 @@ class ResumableSFTTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         """Train, and save what was trained last, also where a checkpoint of another folder leaves nothing to train."""
-        output = super().train(*args, **kwargs)
+        with sharing_groups(self.model):
+            output = super().train(*args, **kwargs)
         last = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if not on_main_process(lambda: last in list_checkpoints(last.parent)):
             self._save_checkpoint(self.model, trial=None)
@@ -232,9 +242,17 @@ class ResumableSFTTrainer(SFTTrainer):
         optimizer = self.optimizer.optimizer
         state = {"optimizer": get_optimizer_state_dict(self.model_wrapped, optimizer)}
         with warnings.catch_warnings(action="ignore"), named_file(folder, Path(checkpoint)):
-            if any(name.startswith("weights.") for name in SafeReader(folder).read_metadata().state_dict_metadata):
+            saved = SafeReader(folder).read_metadata().state_dict_metadata
+            if any(name.startswith("weights.") for name in saved):
                 state["weights"] = self.own_weights()
+            states = state["optimizer"]["state"]
+            # a parameter that never had a gradient, as LED's for global attention, has no state yet
+            begun = {n: v for n, v in states.items() if any(f"optimizer.state.{n}.{key}" in saved for key in v)}
+            state["optimizer"]["state"] = begun
             dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())  # each rank its share, in place
+            for name in states.keys() - begun.keys():
+                states[name].get("step", torch.zeros(1)).zero_()
+            state["optimizer"]["state"] = states
             set_optimizer_state_dict(self.model_wrapped, optimizer, state["optimizer"])
         with named_file(scheduler, Path(checkpoint)):
             self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
@@ -246,3 +264,101 @@ class ResumableSFTTrainer(SFTTrainer):
             name = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
             with named_file(Path(checkpoint, name), Path(checkpoint)):
                 super()._load_rng_state(checkpoint)
+
+
+class ResumableSFTTrainer(Resumable, SFTTrainer):
+    """The trainer of causal language models."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.device.type == "cpu":
+            trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_WORDS_ON_CPU
+
+
+def mean_loss(outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor, smoothing: float):
+    """Cross-entropy over the labels (rows, tokens) of a batch, divided by the number of those of the whole step.
+
+    The library's encoder-decoder models divide by the labels of their own batch, and the Trainer adds up batches and
+    ranks as if they had not: with two processes, the loss would double.
+    """
+    logits = outputs.logits.flatten(0, 1).float()
+    total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+    return total / num_items_in_batch
+
+
+class ByLength(LengthGroupedSampler):
+    """Rows in an order that brings those of like length into one step, drawn anew for each epoch from the seed."""
+
+    def __init__(self, step_size: int, lengths: list[int], seed: int):
+        self.seed = seed
+        super().__init__(step_size, lengths=lengths, generator=torch.Generator())
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class ResumablePairTrainer(Resumable, Seq2SeqTrainer):
+    """The trainer of encoder-decoder models, which takes what SFTTrainer takes."""
+
+    def __init__(self, *, model: PreTrainedModel | PeftModel, args, peft_config, train_dataset, eval_dataset, **kwargs):
+        preparation = choose_preparation(kwargs["processing_class"], args)
+        collator = build_collator(kwargs["processing_class"], args)
+        collator.model = model
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        if args.gradient_checkpointing and isinstance(model, PeftModel):
+            model.enable_input_require_grads()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=preparation.cut_and_pack(train_dataset, "train"),
+            eval_dataset=None if eval_dataset is None else preparation.cut_and_pack(eval_dataset, "eval"),
+            compute_loss_func=partial(mean_loss, smoothing=args.label_smoothing_factor),
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # mean_loss divides, and not the model
+
+    def _get_train_sampler(self, train_dataset=None) -> ByLength:
+        columns = (train_dataset or self.train_dataset).with_format("arrow")[:]
+        lengths = np.diff(columns["input_ids"].combine_chunks().offsets.to_numpy()).tolist()
+        step_size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return ByLength(step_size, lengths, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        num_tokens = inputs["attention_mask"].sum() + (inputs["labels"] != IGNORED).sum()
+        self._total_train_tokens += int(self.accelerator.gather(num_tokens.to(self.args.device)).sum())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, "num_tokens": self._total_train_tokens} if "loss" in logs else logs, start_time)
+
+
+def choose_trainer(args: TrainingArguments) -> type[ResumableSFTTrainer] | type[ResumablePairTrainer]:
+    return ResumableSFTTrainer if args.decoder_start is None else ResumablePairTrainer
+
+
+@contextlib.contextmanager
+def sharing_groups(model: torch.nn.Module) -> Iterator[None]:
+    """While this lasts, FSDP2 gets modules that share a weight in one group, as it demands.
+
+    accelerate groups the embeddings of the input and the output only; those of an encoder and a decoder are one weight
+    in two more modules.
+    """
+    fully_shard = torch.distributed.fsdp.fully_shard
+
+    @functools.wraps(fully_shard)
+    def shard_together(module, **kwargs):
+        modules = module if isinstance(module, list) else [module]
+        if module is not model:
+            weights = {id(weight) for each in modules for weight in each.parameters(recurse=False)}
+            owners = [m for m in model.modules() if any(id(w) in weights for w in m.parameters(recurse=False))]
+            modules = list(dict.fromkeys([*modules, *owners]))
+        return fully_shard(modules if len(modules) > 1 else modules[0], **kwargs)
+
+    torch.distributed.fsdp.fully_shard = shard_together
+    try:
+        yield
+    finally:
+        torch.distributed.fsdp.fully_shard = fully_shard

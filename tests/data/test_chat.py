@@ -254,6 +254,7 @@ def test_a_tokenizer_without_chat_template_gets_one_that_ends_with_its_eos_token
     plain.chat_template = None
     plain.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    shutil.copy(ROOT / "demo/model/config.json", tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     messages = [*CHAT[1]["prompt"], *CHAT[1]["completion"]]
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)

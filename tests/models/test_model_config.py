@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from transformers import BartConfig, BertConfig, T5Config, ViTConfig
+from transformers import BartConfig, BertConfig, ViTConfig, WhisperConfig
 
 from finetuning.data.chat import load_tokenizer
 from finetuning.errors import InputError
@@ -21,10 +21,10 @@ DEMO = str(ROOT / "demo/model")
 @pytest.mark.parametrize(
     "config, said",
     [
-        (T5Config(d_model=8, num_layers=1, num_heads=1, vocab_size=32), "an encoder-decoder model"),
+        (WhisperConfig(d_model=8, vocab_size=32), "a model of type whisper"),
         (
-            BartConfig(d_model=8, vocab_size=32, architectures=["BartForConditionalGeneration"]),
-            "an encoder-decoder model",
+            BartConfig(d_model=8, vocab_size=32, architectures=["BartForSequenceClassification"]),
+            "a BartForSequenceClassification",
         ),
         (BertConfig(hidden_size=8, vocab_size=32, architectures=["BertForMaskedLM"]), "a BertForMaskedLM"),
         (ViTConfig(hidden_size=8), "a model of type vit"),
@@ -33,7 +33,7 @@ DEMO = str(ROOT / "demo/model")
 )
 def test_a_model_of_another_kind_is_refused_by_its_config(tmp_path, config, said):
     config.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"is {said}, and no causal language model"):
+    with pytest.raises(InputError, match=f"is {said}, and no model that writes text"):
         load_model(str(tmp_path), torch.float32)
 
 

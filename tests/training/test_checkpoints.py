@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Seq2SeqTrainer
 from trl import SFTTrainer
 
 import finetuning.training.trainer
@@ -36,7 +36,7 @@ from finetuning.training.checkpoints import (
     saved_shapes,
 )
 from finetuning.training.records import open_run
-from finetuning.training.trainer import ResumableSFTTrainer, failing_together
+from finetuning.training.trainer import Resumable, ResumableSFTTrainer, failing_together
 
 OVERRIDDEN = {  # private methods of the libraries, and the parameters that ours take
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
@@ -50,8 +50,9 @@ OVERRIDDEN = {  # private methods of the libraries, and the parameters that ours
 
 def test_every_private_method_that_is_overridden_is_still_there():
     """A method that a library has renamed would leave ours behind without a word."""
-    ours = {name for name, value in vars(ResumableSFTTrainer).items() if callable(value) and name.startswith("_")}
+    ours = {name for name, value in vars(Resumable).items() if callable(value) and name.startswith("_")}
     assert ours - {"__init__", "_complete"} == OVERRIDDEN.keys()
+    assert list(inspect.signature(Seq2SeqTrainer._get_train_sampler).parameters) == ["self", "train_dataset"]
     for name, parameters in OVERRIDDEN.items():
         assert list(inspect.signature(getattr(SFTTrainer, name)).parameters) == parameters, name
         assert list(inspect.signature(getattr(ResumableSFTTrainer, name)).parameters) == parameters, name
@@ -61,7 +62,7 @@ def test_every_private_method_that_is_overridden_is_still_there():
 
 
 def test_a_renamed_name_of_trl_fails_loudly(monkeypatch):
-    source = inspect.getsource(finetuning.training.trainer).split("class ResumableSFTTrainer")[0]
+    source = inspect.getsource(finetuning.training.trainer).split("class Resumable(")[0]
     exec(source, {})
     monkeypatch.delattr(trl.trainer.utils, "_use_triton")
     with pytest.raises(AssertionError, match="has renamed _use_triton"):

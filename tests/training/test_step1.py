@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import CONFIG, FSDP, ROOT, SMALL, TRAIN, command, kill_all, read_losses, run, run_step, train
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BartConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, GenerationConfig
 
 from finetuning.data.chat import load_tokenizer
 from finetuning.models.rounding import round_weights
@@ -266,12 +266,10 @@ def test_ranks_agree_on_who_loads_the_weights_and_save_all_of_them(tmp_path, fsd
 
 def test_a_model_of_another_kind_is_refused_before_anything_is_tokenised(tmp_path):
     model = shutil.copytree(MODEL, tmp_path / "model")
-    BartConfig(d_model=8, vocab_size=1000, architectures=["BartForConditionalGeneration"]).save_pretrained(model)
+    BertConfig(hidden_size=8, vocab_size=1000, architectures=["BertForMaskedLM"]).save_pretrained(model)
     given = ["--config", CONFIG, *SMALL, "--output_dir", tmp_path / "run", "--model_name_or_path", model]
     status, printed = run_step(TRAIN, tmp_path / "printed", *given)
-    assert (
-        status == 2 and printed.startswith(f"error: {model} is an encoder-decoder model") and printed.count("\n") == 1
-    )
+    assert status == 2 and printed.startswith(f"error: {model} is a BertForMaskedLM") and printed.count("\n") == 1
 
 
 def test_an_overwrite_that_cannot_load_its_model_leaves_the_run_as_it_was(copy_of_run, tmp_path):
