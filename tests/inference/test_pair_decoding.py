@@ -7,7 +7,11 @@ import torch
 from tiny_pairs import KINDS, make
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
+from finetuning.data.chat import load_tokenizer
+from finetuning.data.prompts import Prompt
+from finetuning.inference.answers import AnswerReader
 from finetuning.inference.pair_decoding import PairDecoder
+from finetuning.inference.transformers_engine import TransformersEngine
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +48,15 @@ def test_greedy_answers_are_those_of_each_prompt_alone(folders, kind, more):
     answers = dict(PairDecoder(model, config, 10, None).generate(prompts, [0] * len(prompts)))
     assert answers == {place: alone(model, prompt, config) for place, prompt in enumerate(prompts)}
     assert len({len(answer) for answer in answers.values()}) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams_are_those_of_each_prompt_alone(folders, kind):
+    model = AutoModelForSeq2SeqLM.from_pretrained(folders[kind]).eval()
+    more = {"num_beams": 4, "length_penalty": 0.8, "early_stopping": True, "no_repeat_ngram_size": 3}
+    config, prompts = settings(model, **more), prompts_of(model.config.vocab_size)
+    engine = TransformersEngine(model, AnswerReader(load_tokenizer(folders[kind]), config), None, seed=0)
+    named = [Prompt(str(place), ids) for place, ids in enumerate(prompts)]
+    answers = {prompt.id: ids for prompt, ids in engine._generate_batches(named, 24)}
+    assert answers == {p.id: engine._without_padding(alone(model, p.token_ids, config)) for p in named}
