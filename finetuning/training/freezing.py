@@ -27,7 +27,7 @@ def freeze_modules(model: PreTrainedModel, patterns: Iterable[str]) -> dict[str,
         frozen[pattern] = sum(parameter.numel() for parameter in found)
         for parameter in found:
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"freeze: {', '.join(patterns)} freezes every parameter, so nothing would be trained")
     return frozen
 
