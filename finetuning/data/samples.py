@@ -80,16 +80,19 @@ def load_test_samples(config: dict) -> TestSamples:
     given = {key: config[key] for key in FORMAT_KEYS if config.get(key) is not None}
     row_format = _format_of_test(dataset, where, given)
     by_prompt: dict[bytes, list[int]] = {}
+    ids: dict[bytes, str] = {}  # of the first row of each prompt, by itself
     for index, row in enumerate(dataset):
         try:
-            sample = to_sample(row, row_format)
+            sample, plain = (to_sample(row, form) for form in (row_format, row_format.unphrased))
         except InputError:
             raise InputError(describe_bad_rows(dataset, row_format, where)) from None
         prompt = hashlib.sha256(json.dumps(_question_of(sample)).encode()).digest()
         by_prompt.setdefault(prompt, []).append(index)
+        ids.setdefault(prompt, _id_of(plain))
     samples: dict[str, list[int]] = {}
-    for rows in by_prompt.values():
-        sample_id = _id_of(_join_rows(dataset, row_format.unphrased, rows))
+    for prompt, rows in by_prompt.items():
+        joined = len(rows) > 1
+        sample_id = _id_of(_join_rows(dataset, row_format.unphrased, rows)) if joined else ids[prompt]
         if sample_id in samples:  # the phrasing alone tells them apart
             sample_id = _id_of(_join_rows(dataset, row_format, rows))
         samples[sample_id] = rows

@@ -175,8 +175,9 @@ def cut_pair(
     size = row["labels"].count(IGNORED)
     question, answer = row["input_ids"][:size], row["input_ids"][size:][:max_target_length]
     if max_length is not None and size > max_length:
-        text = [place for place, token_id in enumerate(question) if token_id not in control_ids]
+        text = [place for place, token_id in enumerate(question) if token_id not in control_ids] or [0]
         before, kept, after = question[: text[0]], question[text[0] : text[-1] + 1], question[text[-1] + 1 :]
-        room = max(1, max_length - len(before) - len(after))
-        question = [*before, *(kept[-room:] if truncation_mode == "keep_end" else kept[:room]), *after]
+        room = max_length - len(before) - len(after)
+        cut = [*before, *(kept[-room:] if truncation_mode == "keep_end" else kept[:room]), *after]
+        question = cut if room > 0 else question[:max_length]
     return {"input_ids": question + answer, "labels": [IGNORED] * len(question) + answer}

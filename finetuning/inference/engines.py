@@ -2,6 +2,7 @@
 Which engine answers, and a model as an engine takes it.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -78,8 +79,9 @@ def vllm_problem(path: str) -> str | None:
     """Why vllm cannot serve a model or adapter as it is, or None where it can, as far as its files say."""
     if is_adapter(path) and not is_plain_lora(path):
         return f"{path} is more than plain LoRA; merge it with 2_merge_lora.py"
-    if load_model_config(path).is_encoder_decoder:
-        return f"{path} is an encoder-decoder model"
+    with contextlib.suppress(InputError):  # code of its own, which loading the model asks about
+        if load_model_config(path).is_encoder_decoder:
+            return f"{path} is an encoder-decoder model"
     own_config = load_generation_config(path)
     for key, neutral in NOT_OF_ENGINE["vllm"].items():
         if getattr(own_config, key, None) not in (None, neutral):

@@ -34,6 +34,12 @@ def learned_texts(messages: list[dict], learned: list[int]) -> list[str]:
     return [messages[place]["content"] for place in learned or [-1]]
 
 
+def token_ids(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The token ids of all rows end to end, and the number of each row's."""
+    column = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
+    return column.flatten().to_numpy(), np.diff(column.offsets.to_numpy())
+
+
 def measure_lengths(
     tokenized: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[dict, dict[str, np.ndarray]]:
@@ -44,7 +50,7 @@ def measure_lengths(
         not learned) and of its answers, tokens of the row, and the place of the first token that is learned.
     """
     columns = tokenized.with_format("arrow")[:]
-    totals = np.diff(columns["input_ids"].combine_chunks().offsets.to_numpy())
+    totals = token_ids(tokenized)[1]
     labels = columns["labels"].combine_chunks()
     starts, is_learned = labels.offsets.to_numpy()[:-1], labels.flatten().to_numpy() != IGNORED
     learned = np.add.reduceat(is_learned, starts).astype(int)
@@ -145,8 +151,7 @@ def plan_training(prepared: Dataset, num_rows: int, args: TrainingArguments) -> 
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     steps_per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    ids = prepared.with_format("arrow")[:]["input_ids"].combine_chunks()
-    tokens = int(np.diff(ids.offsets.to_numpy()).sum())
+    tokens = len(token_ids(prepared)[0])
     if str(args.save_strategy.value) == "epoch":
         checkpoints = math.ceil(steps / steps_per_epoch)
     else:

@@ -81,7 +81,7 @@ def plan_model(model_args: ModelArguments, training_args: TrainingArguments, add
     if config.is_encoder_decoder:
         tokenizer.padding_side = "right"  # positions of an encoder count from the first column
     frozen = freeze_modules(model, model_args.freeze or [])
-    return ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, **source), frozen)
+    return ModelPlan(name, settings, tokenizer, new_ids, build_adapter_config(model_args, new_ids, model), frozen)
 
 
 def choose_model_settings(model_args: ModelArguments, training_args: TrainingArguments) -> dict:
@@ -146,23 +146,21 @@ def prepare_tokenizer(
     return tokenizer, add_tokens(tokenizer, added)
 
 
-def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **source) -> PeftConfig | None:
+def build_adapter_config(model_args: ModelArguments, new_ids: list[int], model: PreTrainedModel) -> PeftConfig | None:
     """The adapter that the arguments describe, or None where they ask for none.
 
     Args:
         new_ids: Ids of added tokens, whose embeddings are trained: an adapter alone could neither read nor write them.
-        source: revision and trust_remote_code of the model.
+        model: That of the arguments, without its weights.
     """
     config = get_peft_config(model_args)
     if config is None:
         return None
     config.revision = model_args.model_revision
-    model_config = load_model_config(model_args.model_name_or_path, **source)
-    config.task_type = "SEQ_2_SEQ_LM" if model_config.is_encoder_decoder else "CAUSAL_LM"
-    model = build_without_weights(model_config, **source)
+    config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     embeddings = [name.split(".")[-1] for name, module in model.named_modules() if any(module is m for m in modules)]
-    if new_ids and model_config.is_encoder_decoder:  # peft would train a copy that encoder and decoder do not read
+    if new_ids and model.config.is_encoder_decoder:  # peft would train a copy that encoder and decoder do not read
         raise InputError(
             "special_tokens cannot be learned by an adapter of an encoder-decoder model, whose embeddings stand in "
             "several places; leave them out, or train all weights (use_peft: false)"
@@ -172,7 +170,7 @@ def build_adapter_config(model_args: ModelArguments, new_ids: list[int], **sourc
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     trained = {name.split(".")[-1] for name in [*targets, *(config.modules_to_save or [])]}
     # what is learned by one of two tied embeddings must be learned by both, as the merged model has one weight for them
-    config.ensure_weight_tying = model_config.tie_word_embeddings and not trained.isdisjoint(embeddings)
+    config.ensure_weight_tying = model.config.tie_word_embeddings and not trained.isdisjoint(embeddings)
     return config
 
 

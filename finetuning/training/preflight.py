@@ -48,6 +48,7 @@ from finetuning.training.lengths import (
     measure_lengths,
     percent,
     plan_training,
+    token_ids,
 )
 from finetuning.training.memory import check_memory
 from finetuning.training.model import ModelPlan
@@ -171,8 +172,8 @@ def run_preflight(
         findings += check_conversations(rows.evaluation, control_texts, "in the validation split, ")
     report, per_row = inspect(rows, tokenizer, generation_config, args, held_out, script_args.preview_rows)
     config, pairs = load_model_config(model.name_or_path, **model.source), args.decoder_start is not None
-    largest, vocabulary = max(map(max, rows.prepared["input_ids"])), config.get_text_config().vocab_size
-    if largest >= vocabulary + len(model.new_ids):
+    largest, vocabulary = int(token_ids(rows.prepared)[0].max()), config.get_text_config().vocab_size
+    if largest >= max([vocabulary, *(new_id + 1 for new_id in model.new_ids)]):
         raise InputError(
             f"the tokenizer makes token {largest} of the rows, and the model has {vocabulary} tokens: they do not "
             "belong together; take both from where the model comes from"
@@ -227,7 +228,7 @@ def check_vocabulary(tokenized: Dataset, tokenizer: PreTrainedTokenizerBase) -> 
     """Text that the tokenizer has no tokens for, and speaker tags such as #Person1# that it takes apart."""
     findings, unknown = [], tokenizer.unk_token_id
     if unknown not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        ids = tokenized.with_format("arrow")[:]["input_ids"].combine_chunks().flatten().to_numpy()
+        ids, _ = token_ids(tokenized)
         share = float((ids == unknown).mean())
         text = (
             f"{percent(share)} of the tokens are {tokenizer.unk_token}, as the vocabulary lacks what is written; the "
@@ -252,7 +253,7 @@ def count_special_tokens(
     tokens = tokens_to_add(script_args)
     if not tokens:
         return []
-    ids = train_rows.with_format("arrow")[:]["input_ids"].combine_chunks().flatten().to_numpy()
+    ids, _ = token_ids(train_rows)
     counts = {token: int((ids == tokenizer.convert_tokens_to_ids(token)).sum()) for token in tokens}
     shown = ", ".join(f"{token} {n}" for token, n in counts.items())
     missing = [token for token in script_args.special_tokens or [] if counts[token] == 0]

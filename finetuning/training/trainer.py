@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp
@@ -53,6 +52,7 @@ from finetuning.training.checkpoints import (
     saved_shapes,
     without_tied_copies,
 )
+from finetuning.training.lengths import token_ids
 from finetuning.training.memory import HEAD_WORDS_ON_CPU
 
 Value = TypeVar("Value")
@@ -321,8 +321,7 @@ class ResumablePairTrainer(Resumable, Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = False  # mean_loss divides, and not the model
 
     def _get_train_sampler(self, train_dataset=None) -> ByLength:
-        columns = (train_dataset or self.train_dataset).with_format("arrow")[:]
-        lengths = np.diff(columns["input_ids"].combine_chunks().offsets.to_numpy()).tolist()
+        lengths = token_ids(self.train_dataset if train_dataset is None else train_dataset)[1].tolist()
         step_size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         return ByLength(step_size, lengths, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 

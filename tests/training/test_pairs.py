@@ -13,6 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSe
 
 from finetuning.data.chat import load_tokenizer
 from finetuning.data.samples import load_test_samples
+from finetuning.data.tokens import IGNORED, cut_pair
 from finetuning.inference.engines import fingerprint_tokenizer
 from finetuning.runs import read_run
 
@@ -186,3 +187,19 @@ def test_a_question_is_encoded_as_the_tokenizer_encodes_a_text(folders):
         ]
         assert ids == AutoTokenizer.from_pretrained(folders[kind])(text)["input_ids"], kind
         assert fingerprint_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "question, mode, kept",
+    [
+        ([0, 7, 8, 9, 2], "keep_start", [0, 7, 2]),
+        ([0, 7, 8, 9, 2], "keep_end", [0, 9, 2]),
+        ([7, 8, 9, 10], "keep_start", [7, 8, 9]),
+        ([0, 2, 2, 2, 2], "keep_start", [0, 2, 2]),  # a question that is nothing but control tokens
+        ([0, 7, 2], "keep_start", [0, 7, 2]),
+    ],
+)
+def test_a_question_is_cut_between_what_the_tokenizer_puts_around_it(question, mode, kept):
+    row = {"input_ids": [*question, 5, 6, 2], "labels": [IGNORED] * len(question) + [5, 6, 2]}
+    cut = cut_pair(row, {0, 2}, max_length=3, max_target_length=2, truncation_mode=mode)
+    assert cut == {"input_ids": [*kept, 5, 6], "labels": [IGNORED] * len(kept) + [5, 6]}
